@@ -1,0 +1,156 @@
+"""The registered attention and mask functions: which way a forward goes, dense or through the pages of a QuestCache."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import logging
+
+from .cache import QuestError
+
+logger = logging.get_logger(__name__)
+
+# What a model may ask of its attention that only its own eager attention does everywhere.
+EAGER_ONLY = ("softcap", "s_aux", "sinks")
+# What a model may ask of its attention that selecting pages does not do.
+NOT_SPARSE = ("position_bias", "indices", "block_indices")
+
+
+def quest_attention(module, query, key, value, attention_mask, **kwargs):
+    """The attention function behind `attn_implementation="quest"`.
+
+    Args:
+        query: [B, Hq, T, D].
+        key, value: [B, Hkv, N, D], with a QuestCache the views that its layer returned.
+        attention_mask: bool or float, broadcastable to [B, Hq, T, N], or None for causal attention.
+
+    Returns:
+        ([B, T, Hq, D], None). Dense without a QuestCache, for a prompt, for a mask that is more than causal with left
+        padding, and where the layer holds no more tokens than its budget.
+    """
+    layer = getattr(key, "quest_layer", None)
+    if layer is None or getattr(value, "quest_layer", None) is not layer:
+        say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
+        return dense_attention(module, query, key, value, attention_mask, **kwargs)
+    layer.pending = False
+
+    num_queries = query.shape[2]
+    num_decoding = layer.num_decoding(num_queries)
+    if attention_mask is not None:
+        left_padding = getattr(attention_mask, "left_padding", None)
+        if left_padding is not None:
+            layer.set_left_padding(left_padding)
+        elif num_decoding and layer.is_sparse:
+            if kwargs.get("sliding_window") is None:
+                say_once("An attention mask that is more than causal with left padding keeps these layers dense.")
+            num_decoding = 0
+    if any(kwargs.get(name) is not None for name in NOT_SPARSE):
+        say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
+        num_decoding = 0
+
+    if not num_decoding or not layer.is_sparse:
+        if num_queries == 1:
+            return dense_decode(module, query, key, value, attention_mask, **kwargs)
+        return dense_attention(module, query, key, value, attention_mask, **kwargs)
+
+    num_prompt = num_queries - num_decoding
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = next((kwargs[name] for name in ("s_aux", "sinks") if kwargs.get(name) is not None), None)
+    output = layer.attend(query[:, :, num_prompt:], scaling, kwargs.get("softcap"), sinks).transpose(1, 2)
+    if num_prompt:
+        # Assisted decoding feeds the prompt and the first drafts in one forward.
+        num_tokens = key.shape[2] - num_decoding
+        prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
+        prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
+        output = torch.cat([dense_attention(module, *prompt, **kwargs)[0], output], dim=1)
+    return output.contiguous(), None
+
+
+def dense_attention(module, query, key, value, attention_mask, **kwargs):
+    """What the model computes without Quest: SDPA, or its own eager attention where SDPA would leave something out."""
+    if all(kwargs.get(name) is None for name in EAGER_ONLY):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    num_queries = query.shape[2]
+    if attention_mask is None and num_queries > 1:  # causal, on a storage that may be longer
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+        attention_mask = torch.ones(1, 1, num_queries, num_queries, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+    eager_attention_forward = sys.modules[type(module).__module__].eager_attention_forward
+    output, _ = eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
+
+
+def dense_decode(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """`dense_attention` of one new token: every key and value is read once, and of a sliding layer only its window."""
+    if sliding_window is not None and attention_mask is not None and sliding_window < key.shape[2]:
+        key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        attention_mask = attention_mask[..., -sliding_window:]
+    if any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE) or kwargs.get("dropout"):
+        return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # The query heads of a group as queries of their KV head: left as heads, each would read all its keys again.
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(query.shape[0], 1, -1, value.shape[-1]), None
+
+
+def quest_mask(*args, mask_function=causal_mask_function, attention_mask=None, local_size=None, config=None, **kwargs):
+    """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
+
+    A mask that is causal with left padding and nothing else carries `left_padding`, the slots without a token at the
+    start of each row, as a tuple of B ints.
+    """
+    check_has_attention_interface(config)
+    mask = sdpa_mask(
+        *args,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        config=config,
+        **kwargs,
+    )
+    if mask is not None and mask_function is causal_mask_function and local_size is None:
+        left_padding = count_left_padding(attention_mask, mask.shape[0])
+        if left_padding is not None:
+            mask.left_padding = left_padding
+    return mask
+
+
+def count_left_padding(attention_mask, batch_size):
+    """A tuple with the zeros at the start of each row of a [B, N] mask, or None if it has zeros elsewhere."""
+    if attention_mask is None:
+        return (0,) * batch_size
+    num_tokens = attention_mask.sum(dim=-1)
+    left_padding = attention_mask.shape[-1] - num_tokens
+    is_token = torch.arange(attention_mask.shape[-1], device=attention_mask.device) >= left_padding[:, None]
+    if not torch.equal(is_token, attention_mask.bool()):
+        return None
+    return tuple(left_padding.tolist())
+
+
+def check_has_attention_interface(config):
+    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
+    # Some models name several classes, by architecture.
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if model_class is not None and not model_class._can_set_attn_implementation():
+        raise QuestError(
+            f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
+            "with another attn_implementation and without QuestCache."
+        )
+
+
+def say_once(message):
+    if not torch.compiler.is_compiling():
+        logger.warning_once(message)
+
+
+def register():
+    """Make `attn_implementation="quest"` known to Transformers."""
+    AttentionInterface.register("quest", quest_attention)
+    AttentionMaskInterface.register("quest", quest_mask)

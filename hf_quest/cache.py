@@ -1,0 +1,425 @@
+"""QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class QuestError(RuntimeError):
+    """A model or a call that Quest cannot serve. The message says what, why, and what to do."""
+
+
+@dataclass
+class Settings:
+    """What a cache shares with its layers."""
+
+    budget: int  # tokens
+    page_size: int  # tokens
+    dense_layers: int
+    max_cache_len: int | None  # tokens
+    draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
+
+    @property
+    def num_selected(self):
+        """Pages that a decode step attends per KV head: the budget in whole pages."""
+        return -(-self.budget // self.page_size)
+
+
+class QuestLayer(CacheLayerMixin):
+    """Keys, values and page bounds of one layer, and the attention of a decode step over them.
+
+    `keys`, `values` [B, Hkv, capacity, D] and `bounds` [B, Hkv, capacity / S, 2, D] are appended to in place; the first
+    `length` slots are filled. A layer that is always dense has no bounds.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, settings, is_dense):
+        super().__init__()
+        self.settings = settings
+        self.is_dense = is_dense
+        self.bounds = None
+        self.length = 0
+        self.left_padding = ()  # slots per row, on the host
+        self.padding = None  # the same on the device: [B] int64
+        self.pending = False  # keys and values were handed to the model and have not reached its attention
+
+    @property
+    def capacity(self):
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def is_sparse(self):
+        """Whether a decode step on the tokens stored now reads less than all of them."""
+        return not self.is_dense and self.length > self.settings.num_selected * self.settings.page_size
+
+    def lazy_initialization(self, key_states, value_states):
+        self._allocate(key_states, value_states, key_states.shape[0], key_states.shape[2])
+        self._set_padding((0,) * key_states.shape[0])
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append [B, Hkv, T, D] keys and values; return views of everything stored, which carry this layer."""
+        key_states, value_states = key_states.detach(), value_states.detach()
+        self.check(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        if not self.is_initialized or self.keys.shape[0] != key_states.shape[0]:
+            self.lazy_initialization(key_states, value_states)
+        if end > self.capacity:
+            self._grow(end)
+        reference.append(
+            self.keys,
+            self.values,
+            self.bounds,
+            key_states,
+            value_states,
+            self.length,
+            self.padding,
+            self.settings.page_size,
+        )
+        self.length = end
+        self.pending = True
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
+        keys.quest_layer = values.quest_layer = self
+        return keys, values
+
+    def check(self, key_states, value_states):
+        """Raise for keys and values that cannot be appended. Nothing is changed."""
+        if key_states.shape[1] == 1 and key_states.shape[-1] != value_states.shape[-1]:
+            raise QuestError(
+                "This model caches latents (MLA), not keys and values, so pages have no bounds to select by. Load it "
+                "with another attn_implementation and without QuestCache."
+            )
+        if key_states.dtype not in DTYPES:
+            raise ValueError(
+                f"QuestCache stores float32, float16 or bfloat16 keys, and this model's are {key_states.dtype}. Load "
+                "the model with one of these dtypes."
+            )
+        max_cache_len = self.settings.max_cache_len
+        end = self.length + key_states.shape[2]
+        if max_cache_len is not None and end > max_cache_len:
+            raise ValueError(
+                f"max_cache_len={max_cache_len} tokens are not enough: {self.length} are stored and "
+                f"{key_states.shape[2]} more arrive. Make the cache with a larger max_cache_len, or without one to let "
+                "it grow. Its content is unchanged."
+            )
+        if self.length == 0:
+            return
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if stored.shape[0] != new.shape[0]:
+                raise ValueError(
+                    f"The cache holds {stored.shape[0]} rows and this batch has {new.shape[0]}. Call cache.reset() or "
+                    "use a new QuestCache for another batch. The content of the cache is unchanged."
+                )
+            if (stored.shape[1], stored.shape[3], stored.dtype) != (new.shape[1], new.shape[3], new.dtype):
+                raise ValueError(
+                    f"The cache holds {stored.shape[1]} heads of dim {stored.shape[3]} in {stored.dtype}, and this "
+                    f"model brings {new.shape[1]} of dim {new.shape[3]} in {new.dtype}: it is another model's cache. "
+                    "Call cache.reset() or use a new QuestCache. The content of the cache is unchanged."
+                )
+
+    def set_left_padding(self, left_padding):
+        """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
+        if left_padding == self.left_padding:
+            return
+        self._set_padding(left_padding)
+        self._refresh_bounds(0)
+
+    def num_decoding(self, num_queries):
+        """How many of the last `num_queries` queries are decode steps, each of which selects for itself."""
+        if num_queries == 1:
+            return 1
+        if self.settings.draft_start is None:
+            return 0
+        return min(num_queries, max(0, self.length - self.settings.draft_start))
+
+    def attend(self, query, scaling, softcap=None, sinks=None):
+        """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
+        page_size = self.settings.page_size
+        bounds = self.bounds[:, :, : self._num_pages(self.length)]
+        scores = reference.estimate(query, bounds, scaling)
+        page_ids = reference.select(scores, self.length, self.padding, self.settings.num_selected, page_size)
+        return reference.attend(
+            query, self.keys, self.values, page_ids, self.length, self.padding, page_size, scaling, softcap, sinks
+        )
+
+    def get_seq_length(self):
+        return self.length
+
+    def get_max_length(self):
+        return -1 if self.settings.max_cache_len is None else self.settings.max_cache_len
+
+    def get_mask_sizes(self, query_length):
+        return self.length + query_length, 0
+
+    def reset(self):
+        """Forget every token; the storage is kept."""
+        self.length = 0
+        self.pending = False
+        if self.is_initialized:
+            self._set_padding((0,) * self.keys.shape[0])
+
+    def crop(self, tokens_to_remove):
+        """Drop the newest `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self.length:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, from 0 to -{self.length} here, not "
+                f"{tokens_to_remove}. The content of the cache is unchanged."
+            )
+        if tokens_to_remove < 0:
+            self.length += tokens_to_remove
+            self._refresh_bounds(max(self.length - 1, 0))
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        if self.is_initialized:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices):
+        """Keep the rows `indices`, a [rows] tensor of row numbers or a [B] mask, in that order."""
+        if not self.is_initialized:
+            return
+        rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
+        self._reallocate(rows, self.capacity)
+        self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
+
+    def _grow(self, needed):
+        """Make room for `needed` tokens, and an eighth more so that a long generation copies its cache seldom."""
+        rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+        self._reallocate(rows, needed)
+
+    def _reallocate(self, rows, num_tokens):
+        """Move the filled slots of `rows` to new storage with room for `num_tokens`."""
+        keys, values, bounds = self.keys, self.values, self.bounds
+        self._allocate(keys, values, len(rows), num_tokens)
+        self.keys[:, :, : self.length] = keys[rows, :, : self.length]
+        self.values[:, :, : self.length] = values[rows, :, : self.length]
+        if bounds is not None:
+            num_pages = self._num_pages(self.length)
+            self.bounds[:, :, :num_pages] = bounds[rows, :, :num_pages]
+
+    def _allocate(self, like_keys, like_values, batch_size, num_tokens):
+        """Storage for `num_tokens` and some more, or for `max_cache_len` where that is given."""
+        max_cache_len = self.settings.max_cache_len
+        wanted = num_tokens + max(num_tokens // 8, 256) if max_cache_len is None else max_cache_len
+        num_pages = self._num_pages(wanted)
+        num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
+        # Tensors made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            slots = (batch_size, num_kv_heads, num_pages * self.settings.page_size)
+            self.keys = like_keys.new_empty(*slots, head_dim)
+            self.values = like_values.new_empty(*slots, like_values.shape[-1])
+            if not self.is_dense:
+                self.bounds = like_keys.new_empty(batch_size, num_kv_heads, num_pages, 2, head_dim)
+
+    def _set_padding(self, left_padding):
+        self.left_padding = left_padding
+        with torch.inference_mode(False):
+            self.padding = torch.tensor(left_padding, dtype=torch.int64, device=self.keys.device)
+
+    def _refresh_bounds(self, first):
+        if self.bounds is not None:
+            page_size = self.settings.page_size
+            reference.refresh_bounds(self.keys, self.bounds, first, self.length, self.padding, page_size)
+
+    def _num_pages(self, num_tokens):
+        return -(-num_tokens // self.settings.page_size)
+
+
+class QuestCache(Cache):
+    """A key/value cache for `model.generate(past_key_values=QuestCache(budget=2048))` of a model that was loaded with
+    `attn_implementation="quest"` (Quest, arXiv 2406.10774).
+
+    Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
+    for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
+    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) are dense. While `generate`
+    is in assisted decoding every drafted token selects for itself, as if fed alone. The cache carries no gradients.
+
+    Args:
+        budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
+            May be changed at any time by assignment.
+        page_size: tokens in a page, a power of two.
+        dense_layers: how many of the first layers attend everything (Quest, section 3.4).
+        max_cache_len: tokens per row to allocate at once. By default storage follows the prompt and grows.
+
+    Raises:
+        ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
+            the cache is then as it was before.
+        QuestError: for a model that Quest cannot serve.
+    """
+
+    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None):
+        if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(
+                f"page_size is a number of tokens and a power of two (16 in the paper), not {page_size!r}."
+            )
+        if not _is_int(dense_layers) or dense_layers < 0:
+            raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
+        if max_cache_len is not None and (not _is_int(max_cache_len) or max_cache_len < 1):
+            raise ValueError(
+                f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}."
+            )
+        self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len)
+        super().__init__(layers=[])
+
+    def __repr__(self):
+        return (
+            f"QuestCache(budget={self.budget}, page_size={self.page_size}, dense_layers={self.dense_layers}, "
+            f"max_cache_len={self.max_cache_len}, layers={len(self.layers)}, tokens={self.get_seq_length()})"
+        )
+
+    @property
+    def budget(self):
+        """Tokens that each KV head may attend in one decode step."""
+        return self.settings.budget
+
+    @budget.setter
+    def budget(self, budget):
+        self.settings.budget = _checked_budget(budget, self.page_size)
+
+    @property
+    def page_size(self):
+        return self.settings.page_size
+
+    @property
+    def dense_layers(self):
+        return self.settings.dense_layers
+
+    @property
+    def max_cache_len(self):
+        return self.settings.max_cache_len
+
+    @property
+    def tokens_attended(self):
+        """Tokens that one decode step attends per KV head with what is stored now, for each layer."""
+        return [
+            min(layer.length, self.settings.num_selected * self.page_size) if layer.is_sparse else layer.length
+            for layer in self.layers
+        ]
+
+    @property
+    def read_share(self):
+        """Bytes of keys, values and bounds that a decode step reads now, over the bytes of all keys and values."""
+        stored = sum(layer.length for layer in self.layers)
+        if stored == 0:
+            return 1.0
+        # A page's bounds are as large as one token's key and value.
+        bounds = sum(layer.length / self.page_size for layer in self.layers if layer.is_sparse)
+        return (sum(self.tokens_attended) + bounds) / stored
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.layers and self.layers[layer_idx - 1 if layer_idx <= len(self.layers) else -1].pending:
+            raise QuestError(
+                "The keys and values that the cache handed to the model never reached Quest's attention. Load the "
+                'model with attn_implementation="quest". If you did, this model changes keys and values on the way, '
+                "and Quest cannot serve it. Call cache.reset() before using this cache again."
+            )
+        if layer_idx == 0 and self.layers:
+            self._check_last_forward_was_whole()
+        if layer_idx >= len(self.layers):
+            self._add_layer(layer_idx, key_states.shape[2])
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def _check_last_forward_was_whole(self):
+        length = min(layer.length for layer in self.layers)
+        num_ahead = sum(layer.length > length for layer in self.layers)
+        if num_ahead:
+            self._crop_to(length)
+            raise QuestError(
+                f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers: it was interrupted, "
+                f"or its model has fewer layers than the one before. The cache has been put back to the {length} "
+                "tokens that all layers hold; repeat the call with the same model, or use a new QuestCache."
+            )
+
+    def _add_layer(self, layer_idx, num_new):
+        if layer_idx > len(self.layers):
+            raise QuestError(
+                f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid of attention with linear "
+                "attention or convolutions, which QuestCache does not serve. Use the model without QuestCache."
+            )
+        if self.layers and self.layers[0].length != num_new:
+            num_layers = len(self.layers)
+            self._crop_to(self.layers[0].length - num_new)
+            raise ValueError(
+                f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
+                "or its first forward was interrupted. Call cache.reset() or use a new QuestCache. The content of the "
+                "cache is unchanged."
+            )
+        self.layers.append(QuestLayer(self.settings, is_dense=layer_idx < self.dense_layers))
+
+    def _crop_to(self, length):
+        for layer in self.layers:
+            layer.crop(length - layer.length)
+            layer.pending = False
+
+    def get_seq_length(self, layer_idx=0):
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        if query_length == 0:
+            raise ValueError(
+                f"The cache already holds {self.get_seq_length()} tokens, the whole input, so there is no new token to "
+                "continue from. Pass a longer input, cache.crop(-1), or cache.reset() for a new one."
+            )
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_max_length(self, layer_idx=None):
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def reset(self):
+        """Forget every token; storage is kept for the next prompt, of whatever batch size."""
+        super().reset()
+        self.settings.draft_start = None
+
+    def activate_past_recording(self):
+        """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
+        # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells
+        # where the prompt ends. The caller's `input_ids` do.
+        caller = inspect.currentframe().f_back.f_locals
+        input_ids = caller.get("input_ids")
+        prompt_length = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2 else 0
+        self.settings.draft_start = prompt_length or self.get_seq_length() or None
+
+    @property
+    def _is_user_defined(self):
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value):
+        # Every call of `generate` sets this first, which is the only sign that an earlier assisted one has ended.
+        self.settings.draft_start = None
+
+    def _no_state(self, *args, **kwargs):
+        raise QuestError(
+            "This model keeps states beside keys and values (linear attention, convolutions or an indexer), which "
+            "QuestCache does not serve. Use the model without QuestCache."
+        )
+
+    has_previous_state = _no_state
+    get_conv_state = update_conv_state = _no_state
+    get_recurrent_state = update_recurrent_state = _no_state
+    update_indexer = _no_state
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_budget(budget, page_size):
+    if not _is_int(budget) or budget < 2 * page_size:
+        raise ValueError(
+            f"budget is a number of tokens and at least two pages, {2 * page_size} tokens with page_size={page_size}: "
+            f"the newest page and one to choose. It is {budget!r}."
+        )
+    return budget

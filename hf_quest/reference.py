@@ -1,0 +1,169 @@
+"""The four stages of Quest in plain PyTorch: their specification, and the path for every device without kernels.
+
+Letters in shapes, here and everywhere in this package:
+
+    B    rows of the batch            N    tokens stored per row, padding included
+    Hq   query heads                  S    tokens in a page (page_size)
+    Hkv  key/value heads              P    pages that hold the N tokens
+    G    Hq / Hkv, heads in a group   K    pages that a query attends
+    T    new tokens, one query each   D    head dim
+
+A row's tokens are contiguous in its `capacity` slots: page `p` of row `b` starts at slot `padding[b] + p * S`, so that a
+left-padded row has the pages that it would have alone. Query `t` of `T` is the token in slot `length - T + t`, where
+`length` counts the filled slots; it sees itself and what is before it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+INT64 = torch.iinfo(torch.int64)
+
+
+def append(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+    """Store new keys and values after the first `length` slots and bring the bounds of their pages up to date.
+
+    Args:
+        keys, values: [B, Hkv, capacity, D], mutated in the slots `length` to `length + T - 1`.
+        bounds: [B, Hkv, capacity / S, 2, D], minimum and maximum over the page's tokens of every channel of the keys
+            (Quest, section 3.3); mutated in the pages that the new tokens fall in. None in a layer that needs none.
+        new_keys, new_values: [B, Hkv, T, D], keys after the rotary embedding.
+        length: int, slots filled before this call.
+        padding: [B] int64, slots at the start of each row that hold no token.
+    """
+    end = length + new_keys.shape[2]
+    keys[:, :, length:end] = new_keys
+    values[:, :, length:end] = new_values
+    if bounds is not None:
+        refresh_bounds(keys, bounds, length, end, padding, page_size)
+
+
+def refresh_bounds(keys, bounds, first, end, padding, page_size):
+    """Compute again, from the keys stored in the slots before `end`, the bounds of every page from slot `first` on.
+
+    A minimum cannot be un-merged, so what shortens a page (a crop, a rejected draft) calls this too. A page without a
+    token gets no bounds. `bounds` is mutated; shapes as in `append`.
+    """
+    if end <= first:
+        return
+    device = keys.device
+    batch = torch.arange(keys.shape[0], device=device)[:, None]
+    num_touched = (end - first + page_size - 2) // page_size + 1
+    newest_page = ((end - 1 - padding) // page_size).clamp(min=0)[:, None]
+    # Rows are cut into pages at different slots. A row with fewer pages to do does its newest one several times.
+    first_page = (first - padding).clamp(min=0)[:, None] // page_size
+    page_idx = torch.minimum(first_page + torch.arange(num_touched, device=device), newest_page)
+    slot = (padding[:, None] + page_idx * page_size)[..., None] + torch.arange(page_size, device=device)
+    is_token = slot < end
+    page_keys = keys[batch[..., None], :, slot.clamp(max=end - 1)]  # [B, pages, S, Hkv, D]
+    is_empty = ~is_token[..., None, None]
+    lowest = page_keys.masked_fill(is_empty, torch.inf).amin(dim=2)
+    highest = page_keys.masked_fill(is_empty, -torch.inf).amax(dim=2)
+    bounds[batch, :, page_idx] = torch.stack([lowest, highest], dim=3)
+
+
+def estimate(query, bounds, scaling):
+    """Score every page by an upper bound of the attention logit of any key in it (Quest, section 3.3, algorithm 1).
+
+    The bound of q·k over a page is Σ_d max(q_d·min_d, q_d·max_d): the minimum counts where q_d is negative, the
+    maximum where it is positive, which makes it one product of [min(q, 0), max(q, 0)] with [min, max].
+
+    Args:
+        query: [B, Hq, T, D].
+        bounds: [B, Hkv, P, 2, D].
+        scaling: float, what the model multiplies q·k with.
+
+    Returns:
+        [B, Hkv, T, P] float32, one score per KV head: the largest among the query heads that share it.
+    """
+    batch_size, _, num_queries, head_dim = query.shape
+    num_kv_heads, num_pages = bounds.shape[1:3]
+    query = query.float()
+    signed = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1).view(
+        batch_size, num_kv_heads, -1, 2 * head_dim
+    )
+    scores = signed @ bounds.float().flatten(3).transpose(-1, -2)
+    return reduce_group(scores.view(batch_size, num_kv_heads, -1, num_queries, num_pages)) * scaling
+
+
+def reduce_group(scores):
+    """[B, Hkv, G, T, P] to [B, Hkv, T, P]: how the query heads that share a KV head agree on its pages.
+
+    By max a page that one head needs is read for all. Measured against mean and voting it alone loses no recall, even
+    at four pages.
+    """
+    return scores.amax(dim=2)
+
+
+def select(scores, length, padding, num_selected, page_size):
+    """Choose, for every query, its newest page and the highest-scoring earlier ones (Quest, section 3.3).
+
+    Args:
+        scores: [B, Hkv, T, P] float32.
+        length: int, slots filled, the queries' own included.
+        padding: [B] int64.
+        num_selected: K, pages to choose, the newest one included. Equal scores resolve to the lower page index.
+
+    Returns:
+        [B, Hkv, T, K] int64 page ids, ascending; -1 fills up where a query has fewer than K pages.
+    """
+    page_idx = torch.arange(scores.shape[-1], device=scores.device)
+    newest_page = ((visible_tokens(scores.shape[2], length, padding) - 1) // page_size)[:, None, :, None]
+    rank = order_of(scores) - page_idx
+    rank = rank.masked_fill(page_idx == newest_page, INT64.max).masked_fill(page_idx > newest_page, INT64.min)
+    page_ids = rank.topk(min(num_selected, len(page_idx)), dim=-1).indices
+    page_ids = page_ids.masked_fill(page_ids > newest_page, INT64.max).sort(dim=-1).values
+    page_ids = page_ids.masked_fill(page_ids == INT64.max, -1)
+    return F.pad(page_ids, (0, num_selected - page_ids.shape[-1]), value=-1)
+
+
+def order_of(scores):
+    """int64 numbers in the order of the float32 `scores`, at least 2^32 apart where those differ."""
+    bits = (scores + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0, and they are equal scores
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32
+
+
+def attend(query, keys, values, page_ids, length, padding, page_size, scaling, softcap=None, sinks=None):
+    """Exact softmax attention of every query over the tokens of its pages; no other slot is read.
+
+    Args:
+        query: [B, Hq, T, D].
+        keys, values: [B, Hkv, capacity, D].
+        page_ids: [B, Hkv, T, K] int64, -1 for none.
+        length, padding: as in `select`.
+        scaling: float, multiplies q·k.
+        softcap: float, logits become softcap·tanh(logit / softcap) (Gemma 2).
+        sinks: [Hq], a logit per head that takes part in the softmax and has no value (GPT-OSS).
+
+    Returns:
+        [B, Hq, T, D] in the dtype of `query`; logits and softmax are float32.
+    """
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_kv_heads, capacity = keys.shape[1:3]
+    position = page_ids[..., None] * page_size + torch.arange(page_size, device=query.device)
+    position = position.flatten(3)  # [B, Hkv, T, K * S]
+    is_visible = (position >= 0) & (position < visible_tokens(num_queries, length, padding)[:, None, :, None])
+    # What is not visible is read from the row's first token, which is, and gets no weight.
+    slot = position.masked_fill(~is_visible, 0) + padding[:, None, None, None]
+    row = torch.arange(batch_size * num_kv_heads, device=query.device).view(batch_size, num_kv_heads, 1, 1)
+    slot = (row * capacity + slot).flatten()
+
+    def gather(stored):
+        tokens = stored.flatten(0, 2).index_select(0, slot).float()
+        return tokens.view(batch_size, num_kv_heads, num_queries, -1, stored.shape[-1])
+
+    grouped = query.float().view(batch_size, num_kv_heads, -1, num_queries, head_dim).transpose(2, 3)
+    logits = (grouped @ gather(keys).transpose(-1, -2)) * scaling  # [B, Hkv, T, G, K * S]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~is_visible[:, :, :, None], -torch.inf)
+    if sinks is not None:
+        sinks = sinks.float().view(1, num_kv_heads, 1, -1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = logits.softmax(dim=-1)[..., : slot.shape[0] // (row.numel() * num_queries)]
+    output = weights @ gather(values)  # [B, Hkv, T, G, D]
+    return output.transpose(2, 3).reshape(batch_size, num_heads, num_queries, -1).to(query.dtype)
+
+
+def visible_tokens(num_queries, length, padding):
+    """[B, T]: how many tokens of its row each query sees, itself included and padding left out."""
+    return torch.arange(1 - num_queries, 1, device=padding.device) + length - padding[:, None]
