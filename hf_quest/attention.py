@@ -91,7 +91,8 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, slidin
     if sliding_window is not None and attention_mask is not None and sliding_window < key.shape[2]:
         key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         attention_mask = attention_mask[..., -sliding_window:]
-    if any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE) or kwargs.get("dropout"):
+    is_per_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if is_per_head or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # The query heads of a group as queries of their KV head: left as heads, each would read all its keys again.
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])

@@ -319,7 +319,7 @@ class QuestCache(Cache):
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if self.layers and self.layers[layer_idx - 1 if layer_idx <= len(self.layers) else -1].pending:
+        if 0 < layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
             raise QuestError(
                 "The keys and values that the cache handed to the model never reached Quest's attention. Load the "
                 'model with attn_implementation="quest". If you did, this model changes keys and values on the way, '

@@ -1,0 +1,401 @@
+"""Every mode of `generate` with a QuestCache far smaller than the context, each against what it must equal."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_model, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextStreamer,
+    pipeline,
+)
+
+from hf_quest import QuestCache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(params=[None, 512], ids=["growing", "max_cache_len"])
+def new_cache(request):
+    return lambda budget=BUDGET: QuestCache(budget=budget, max_cache_len=request.param)
+
+
+def left_padded(rows):
+    """Token ids and attention mask of several [1, n] rows of different length."""
+    longest = max(row.shape[1] for row in rows)
+    padding = [longest - row.shape[1] for row in rows]
+    input_ids = torch.cat([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)])
+    attention_mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+    return input_ids, attention_mask
+
+
+def test_a_small_budget_changes_the_answer(model):
+    """Without this none of the equalities below would show that pages were selected."""
+    dense = generate(model, tokens(PROMPT), DynamicCache())
+    assert not torch.equal(generate(model, tokens(PROMPT), QuestCache(budget=BUDGET)), dense)
+
+
+@pytest.mark.parametrize("budget", [PROMPT + ANSWER, 2048])
+def test_a_budget_that_covers_the_context_is_dense(model, new_cache, budget):
+    dense = generate(model, tokens(PROMPT), DynamicCache())
+    assert torch.equal(generate(model, tokens(PROMPT), new_cache(budget)), dense)
+
+
+def test_greedy(model, new_cache):
+    expected = greedy(model, new_cache(), tokens(PROMPT))
+    assert torch.equal(generate(model, tokens(PROMPT), new_cache()), expected)
+
+
+def test_batch(model, new_cache):
+    prompts = tokens(PROMPT, batch_size=3)
+    output = generate(model, prompts, new_cache())
+    for row in range(3):
+        assert torch.equal(output[row : row + 1], generate(model, prompts[row : row + 1], new_cache()))
+
+
+@pytest.mark.parametrize("budget", [32, BUDGET, 112, 2048])
+def test_left_padded_row_is_the_row_alone(model, new_cache, budget):
+    rows = [tokens(PROMPT, seed=3), tokens(PROMPT - 37, seed=4), tokens(20, seed=5), tokens(1, seed=6)]
+    input_ids, attention_mask = left_padded(rows)
+    output = generate(model, input_ids, new_cache(budget), attention_mask=attention_mask)
+    for row, alone in zip(output, rows, strict=True):
+        expected = generate(model, alone, new_cache(budget))[0, alone.shape[1] :]
+        assert torch.equal(row[input_ids.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 3])
+def test_sampling(model, new_cache, num_return_sequences):
+    torch.manual_seed(0)
+    options = {"do_sample": True, "return_dict_in_generate": True, "output_logits": True}
+    output = generate(
+        model, tokens(PROMPT), new_cache(), num_return_sequences=num_return_sequences, top_k=20, **options
+    )
+    logits = torch.stack(output.logits, dim=1)
+    assert len(output.sequences) == num_return_sequences
+    for row, sequence in enumerate(output.sequences):
+        expected = feed(model, new_cache(), tokens(PROMPT), sequence[None, PROMPT:])
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)  # batched float32 sums
+
+
+def test_beam_search(model, new_cache):
+    options = {"return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
+    output = generate(model, tokens(PROMPT), new_cache(), num_beams=4, num_return_sequences=4, **options)
+    assert len({tuple(sequence.tolist()) for sequence in output.sequences}) == 4
+    for sequence, score in zip(output.sequences, output.sequences_scores, strict=True):
+        answer = sequence[None, PROMPT:]
+        log_probs = feed(model, new_cache(), tokens(PROMPT), answer).log_softmax(dim=-1)
+        expected = log_probs.gather(2, answer[..., None]).sum()
+        torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)  # a sum of 24 logits of batched float32 sums
+
+
+class TestAssistedDecoding:
+    """Speculation changes the speed, never the answer."""
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_prompt_lookup(self, model, new_cache, seed):
+        prompt = tokens(PROMPT, seed=seed).repeat(1, 2)
+        expected = greedy(model, new_cache(), prompt)
+        assert torch.equal(generate(model, prompt, new_cache(), prompt_lookup_num_tokens=6), expected)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_assistant_model_that_is_often_right(self, model, new_cache, seed):
+        prompt = tokens(PROMPT, seed=seed)
+        expected = greedy(model, new_cache(), prompt)
+        forwards = []
+        hook = model.register_forward_hook(lambda *_: forwards.append(1))
+        try:
+            output = generate(model, prompt, new_cache(), assistant_model=make_model())
+        finally:
+            hook.remove()
+        assert torch.equal(output, expected)
+        assert len(forwards) < ANSWER
+
+    def test_assistant_model_that_is_often_wrong(self, model, new_cache):
+        expected = greedy(model, new_cache(), tokens(PROMPT))
+        assert torch.equal(generate(model, tokens(PROMPT), new_cache(), assistant_model=make_model(seed=1)), expected)
+
+    def test_a_turn_after_assisted_decoding_is_prefilled_densely(self, model, new_cache):
+        first, second = new_cache(), new_cache()
+        sequence = generate(model, tokens(PROMPT), first, prompt_lookup_num_tokens=6)
+        assert torch.equal(generate(model, tokens(PROMPT), second), sequence)
+        prompt = torch.cat([sequence, tokens(40, seed=9)], dim=1)
+        assert torch.equal(generate(model, prompt, first), generate(model, prompt, second))
+
+
+@pytest.mark.parametrize("chunk_size", [16, 37, 1000])
+def test_chunked_prefill_is_prefill_at_once(model, new_cache, chunk_size):
+    expected = generate(model, tokens(PROMPT), new_cache())
+    assert torch.equal(generate(model, tokens(PROMPT), new_cache(), prefill_chunk_size=chunk_size), expected)
+
+
+def test_chunked_prefill_of_a_left_padded_batch(model, new_cache):
+    """The first chunks of the short row hold nothing but padding."""
+    rows = [tokens(PROMPT, seed=3), tokens(40, seed=4)]
+    input_ids, attention_mask = left_padded(rows)
+    output = generate(model, input_ids, new_cache(), attention_mask=attention_mask, prefill_chunk_size=32)
+    for row, alone in zip(output, rows, strict=True):
+        expected = generate(model, alone, new_cache())[0, alone.shape[1] :]
+        assert torch.equal(row[PROMPT:], expected)
+
+
+def test_conversation_continues_on_the_same_cache(model, new_cache):
+    cache, oracle = new_cache(), new_cache()
+    prompt = tokens(PROMPT)
+    for turn in range(3):
+        sequence = generate(model, prompt, cache)
+        expected = greedy(model, oracle, prompt[:, oracle.get_seq_length() :])
+        assert torch.equal(sequence[:, -ANSWER:], expected[:, -ANSWER:])
+        prompt = torch.cat([sequence, tokens(30, seed=10 + turn)], dim=1)
+
+
+def test_padded_conversation_continues_on_the_same_cache(model, new_cache):
+    rows = [tokens(PROMPT, seed=3), tokens(PROMPT - 21, seed=4)]
+    input_ids, attention_mask = left_padded(rows)
+    caches = [new_cache(), new_cache(), new_cache()]
+    follow_up = tokens(30, seed=11)
+    for _ in range(2):
+        output = generate(model, input_ids, caches[0], attention_mask=attention_mask)
+        alone = [generate(model, row, cache) for row, cache in zip(rows, caches[1:], strict=True)]
+        for row, expected in zip(output, alone, strict=True):
+            assert torch.equal(row[-ANSWER:], expected[0, -ANSWER:])
+        input_ids = torch.cat([output, follow_up.expand(2, -1)], dim=1)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, ANSWER + 30), value=1)
+        rows = [torch.cat([row, follow_up], dim=1) for row in alone]
+
+
+def test_many_questions_of_one_prefilled_document(model, new_cache):
+    document = tokens(PROMPT)
+    prefilled = new_cache()
+    with torch.no_grad():
+        model(document, past_key_values=prefilled)
+    for seed in range(3):
+        prompt = torch.cat([document, tokens(12, seed=20 + seed)], dim=1)
+        fresh = new_cache()
+        with torch.no_grad():
+            model(document, past_key_values=fresh)
+        assert torch.equal(generate(model, prompt, copy.deepcopy(prefilled)), generate(model, prompt, fresh))
+    assert prefilled.get_seq_length() == PROMPT
+
+
+def through_pickle(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def through_torch_save(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("store", [copy.deepcopy, through_pickle, through_torch_save])
+def test_a_stored_cache_continues_where_it_was(model, new_cache, store):
+    cache = new_cache()
+    sequence = generate(model, tokens(PROMPT), cache)
+    prompt = torch.cat([sequence, tokens(9)], dim=1)
+    stored = store(cache)
+    assert stored.budget == cache.budget
+    assert torch.equal(generate(model, prompt, stored), generate(model, prompt, cache))
+
+
+def test_reset_is_a_new_cache_for_any_batch(model, new_cache):
+    cache = new_cache()
+    for prompt in (tokens(PROMPT), tokens(70, seed=2, batch_size=2), tokens(PROMPT + 30, seed=3)):
+        assert torch.equal(generate(model, prompt, cache), generate(model, prompt, new_cache()))
+        cache.reset()
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("removed", [1, 15, 16, 17, 100])
+def test_crop_then_append_is_append(model, new_cache, removed):
+    cropped, fresh = new_cache(), new_cache()
+    prompt, other = tokens(PROMPT), tokens(PROMPT, seed=8)
+    kept = prompt[:, : PROMPT - removed]
+    with torch.no_grad():
+        model(torch.cat([kept, other[:, :removed]], dim=1), past_key_values=cropped)
+        cropped.crop(-removed)
+        model(kept, past_key_values=fresh)
+    assert cropped.get_seq_length() == PROMPT - removed
+    assert torch.equal(generate(model, prompt, cropped), generate(model, prompt, fresh))
+
+
+def test_rows_can_be_repeated_and_selected(model, new_cache):
+    prompts = tokens(PROMPT, batch_size=2)
+    cache, alone = new_cache(), new_cache()
+    with torch.no_grad():
+        model(prompts, past_key_values=cache)
+        model(prompts[1:], past_key_values=alone)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([False, False, False, True]))
+    prompt = torch.cat([prompts[1:], tokens(5)], dim=1)
+    assert torch.equal(generate(model, prompt, cache), generate(model, prompt, alone))
+
+
+def test_budget_can_change_between_calls(model, new_cache):
+    document = tokens(PROMPT)
+    prompt = torch.cat([document, tokens(5)], dim=1)
+    cache = new_cache(2048)
+    with torch.no_grad():
+        model(document, past_key_values=cache)
+    for budget in (32, BUDGET, 2048):
+        copied, fresh = copy.deepcopy(cache), new_cache(budget)
+        copied.budget = budget
+        with torch.no_grad():
+            model(document, past_key_values=fresh)
+        assert torch.equal(generate(model, prompt, copied), generate(model, prompt, fresh))
+
+
+def test_inputs_embeds(model, new_cache):
+    prompt = tokens(PROMPT)
+    embeds = model.get_input_embeddings()(prompt)
+    output = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=new_cache(),
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert torch.equal(output, generate(model, prompt, new_cache())[:, PROMPT:])
+
+
+def test_return_dict_gives_the_cache_back(model, new_cache):
+    cache = new_cache()
+    output = generate(model, tokens(PROMPT), cache, return_dict_in_generate=True, output_logits=True)
+    assert output.past_key_values is cache
+    assert cache.get_seq_length() == PROMPT + ANSWER - 1
+    expected = feed(model, new_cache(), tokens(PROMPT), output.sequences[:, PROMPT:])
+    # `generate` asks the prompt's forward for its last logits only: float32 sums in another order.
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(new_cache, dtype):
+    model = make_model(dtype=dtype)
+    cache = new_cache()
+    assert torch.equal(generate(model, tokens(PROMPT), cache), greedy(model, new_cache(), tokens(PROMPT)))
+    assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    dense = generate(model, tokens(PROMPT), DynamicCache(), return_dict_in_generate=True, output_logits=True)
+    covered = feed(model, new_cache(2048), tokens(PROMPT), dense.sequences[:, PROMPT:])
+    expected = torch.stack(dense.logits, dim=1).float()
+    # Two orders of summation at this precision, through four layers of activations near 10.
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}[dtype]
+    torch.testing.assert_close(covered.float(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!")
+
+
+TEXT = (
+    "A decode step of a long-context model spends its time reading the KV cache, and most of it does not matter. " * 2
+)
+
+
+def test_pipeline(model, tokenizer, new_cache):
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": ANSWER, "do_sample": False, "return_full_text": False}
+    output = generator(TEXT, past_key_values=new_cache(), **options)
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    expected = generate(model, inputs["input_ids"], new_cache())[0, inputs["input_ids"].shape[1] :]
+    assert output[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_text_streamer(model, tokenizer, new_cache, capsys):
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    output = generate(model, inputs["input_ids"], new_cache(), streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+class TestStorage:
+    def test_appends_in_place(self, model):
+        cache = QuestCache(budget=BUDGET)
+        generate(model, tokens(PROMPT), cache, max_new_tokens=2)
+        stored = [layer.keys.data_ptr() for layer in cache.layers]
+        with torch.no_grad():
+            for _ in range(100):
+                model(tokens(1), past_key_values=cache)
+        assert [layer.keys.data_ptr() for layer in cache.layers] == stored
+
+    def test_grows_geometrically(self, model):
+        cache = QuestCache(budget=BUDGET)
+        capacities = set()
+        with torch.no_grad():
+            model(tokens(1), past_key_values=cache)
+            for _ in range(40):
+                model(tokens(40), past_key_values=cache)
+                capacities.add(cache.layers[0].capacity)
+        assert len(capacities) <= 7  # 1640 tokens in steps of 256 or an eighth
+        assert cache.layers[0].capacity <= 1641 * 9 / 8 + 256 + 16
+
+    def test_max_cache_len_allocates_once(self, model):
+        cache = QuestCache(budget=BUDGET, max_cache_len=500)
+        generate(model, tokens(PROMPT), cache)
+        assert {layer.capacity for layer in cache.layers} == {512}
+
+    def test_bounds_are_a_sixteenth_of_the_keys_and_values(self, model):
+        cache = QuestCache(budget=BUDGET)
+        generate(model, tokens(PROMPT), cache)
+        sizes = [(layer.keys.nbytes + layer.values.nbytes, layer.bounds) for layer in cache.layers]
+        assert [bounds if bounds is None else bounds.nbytes * 16 for _, bounds in sizes] == [None, None] + [
+            size for size, _ in sizes[2:]
+        ]
+
+    def test_a_dropped_cache_is_freed_at_once(self, model):
+        cache = QuestCache(budget=BUDGET)
+        generate(model, tokens(PROMPT), cache)
+        freed = [weakref.ref(layer) for layer in cache.layers]
+        gc.disable()
+        try:
+            del cache
+            assert [layer() for layer in freed] == [None] * 4
+        finally:
+            gc.enable()
+
+    def test_read_share_counts_pages_and_bounds(self, model):
+        cache = QuestCache(budget=BUDGET)
+        assert cache.read_share == 1.0
+        generate(model, tokens(PROMPT), cache, max_new_tokens=11)
+        assert cache.get_seq_length() == 160
+        assert cache.tokens_attended == [160, 160, 48, 48]
+        assert cache.read_share == (2 * 160 + 2 * (48 + 10)) / (4 * 160)
+
+
+def test_prefill_in_inference_mode_then_generate(model, new_cache):
+    prompt = torch.cat([tokens(PROMPT), tokens(5)], dim=1)
+    caches = [new_cache(), new_cache()]
+    with torch.inference_mode():
+        model(tokens(PROMPT), past_key_values=caches[0])
+    with torch.no_grad():
+        model(tokens(PROMPT), past_key_values=caches[1])
+    assert torch.equal(generate(model, prompt, caches[0]), generate(model, prompt, caches[1]))
+
+
+def test_a_forward_with_gradients_leaves_the_cache_without_history(model, new_cache):
+    cache = new_cache()
+    model(tokens(PROMPT), past_key_values=cache)
+    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
+    copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_stock_caches_run_beside_quest(model, static):
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=256) if static else DynamicCache(config=config)
+    assert torch.equal(generate(model, tokens(PROMPT), cache), generate(model, tokens(PROMPT), QuestCache(budget=2048)))
