@@ -47,6 +47,7 @@ class QuestLayer(CacheLayerMixin):
         self.is_dense = is_dense
         self.bounds = None
         self.length = 0
+        self.num_new = 0  # slots filled by the last update
         self.left_padding = ()  # slots per row, on the host
         self.padding = None  # the same on the device: [B] int64
         self.pending = False  # keys and values were handed to the model and have not reached its attention
@@ -80,11 +81,12 @@ class QuestLayer(CacheLayerMixin):
             self.bounds,
             key_states,
             value_states,
-            self.length,
+            end,
             self.padding,
             self.settings.page_size,
         )
         self.length = end
+        self.num_new = key_states.shape[2]
         self.pending = True
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
@@ -135,7 +137,8 @@ class QuestLayer(CacheLayerMixin):
 
     def num_decoding(self, num_queries):
         """How many of the last `num_queries` queries are decode steps, each of which selects for itself."""
-        if num_queries == 1:
+        # A prompt of several tokens may come with one query: KV-shared layers compute only what the next token needs.
+        if self.num_new == 1:
             return 1
         if self.settings.draft_start is None:
             return 0

@@ -20,21 +20,21 @@ INT64 = torch.iinfo(torch.int64)
 
 
 def append(keys, values, bounds, new_keys, new_values, length, padding, page_size):
-    """Store new keys and values after the first `length` slots and bring the bounds of their pages up to date.
+    """Store the keys and values of the newest tokens and bring the bounds of their pages up to date.
 
     Args:
-        keys, values: [B, Hkv, capacity, D], mutated in the slots `length` to `length + T - 1`.
+        keys, values: [B, Hkv, capacity, D], mutated in the slots `length - T` to `length - 1`.
         bounds: [B, Hkv, capacity / S, 2, D], minimum and maximum over the page's tokens of every channel of the keys
             (Quest, section 3.3); mutated in the pages that the new tokens fall in. None in a layer that needs none.
         new_keys, new_values: [B, Hkv, T, D], keys after the rotary embedding.
-        length: int, slots filled before this call.
+        length: int, slots filled, the new tokens' included.
         padding: [B] int64, slots at the start of each row that hold no token.
     """
-    end = length + new_keys.shape[2]
-    keys[:, :, length:end] = new_keys
-    values[:, :, length:end] = new_values
+    first = length - new_keys.shape[2]
+    keys[:, :, first:length] = new_keys
+    values[:, :, first:length] = new_values
     if bounds is not None:
-        refresh_bounds(keys, bounds, length, end, padding, page_size)
+        refresh_bounds(keys, bounds, first, length, padding, page_size)
 
 
 def refresh_bounds(keys, bounds, first, end, padding, page_size):

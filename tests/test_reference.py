@@ -73,7 +73,7 @@ def store(padding, length, *, heads=(2, 3), dim=8, page_size=16, num_queries=1, 
             bounds,
             new_keys[:, :, chunk],
             new_values[:, :, chunk],
-            start,
+            end,
             padding,
             page_size,
         )
