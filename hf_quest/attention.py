@@ -1,5 +1,6 @@
 """The registered attention and mask functions: which way a forward goes, dense or through the pages of a QuestCache."""
 
+import math
 import sys
 
 import torch
@@ -35,18 +36,24 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    layer.pending = False
-
-    num_queries = query.shape[2]
-    num_decoding = layer.num_decoding(num_queries)
-    if attention_mask is not None:
+    if layer.pending:
+        # Further calls of this forward come from layers that share these keys and values, and may slice the mask.
+        layer.pending = False
         left_padding = getattr(attention_mask, "left_padding", None)
+        layer.is_plainly_masked = attention_mask is None or left_padding is not None
         if left_padding is not None:
             layer.set_left_padding(left_padding)
-        elif num_decoding and layer.is_sparse:
-            if kwargs.get("sliding_window") is None:
-                say_once("An attention mask that is more than causal with left padding keeps these layers dense.")
-            num_decoding = 0
+
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if attention_mask is None and 1 < num_queries < num_keys:  # which SDPA would take for the oldest tokens
+        attention_mask = causal_mask(num_queries, num_keys, query.device)
+    num_decoding = layer.num_decoding(num_queries)
+    if num_decoding and layer.is_sparse and not layer.is_plainly_masked:
+        say_once(
+            "Quest leaves those layers dense whose attention mask is more than causal with left padding: a sliding "
+            "window, chunks, or a mask of your own."
+        )
+        num_decoding = 0
     if any(kwargs.get(name) is not None for name in NOT_SPARSE):
         say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
         num_decoding = 0
@@ -63,7 +70,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     output = layer.attend(query[:, :, num_prompt:], scaling, kwargs.get("softcap"), sinks).transpose(1, 2)
     if num_prompt:
         # Assisted decoding feeds the prompt and the first drafts in one forward.
-        num_tokens = key.shape[2] - num_decoding
+        num_tokens = num_keys - num_decoding
         prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
         prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
         output = torch.cat([dense_attention(module, *prompt, **kwargs)[0], output], dim=1)
@@ -75,9 +82,13 @@ def dense_attention(module, query, key, value, attention_mask, **kwargs):
     if all(kwargs.get(name) is None for name in EAGER_ONLY):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     num_queries = query.shape[2]
-    if attention_mask is None and num_queries > 1:  # causal, on a storage that may be longer
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if (
+        attention_mask is None and is_causal and num_queries > 1
+    ):  # as SDPA reads it: a prompt, perhaps in a longer storage
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-        attention_mask = torch.ones(1, 1, num_queries, num_queries, dtype=torch.bool, device=query.device).tril()
+        attention_mask = causal_mask(num_queries, num_queries, query.device)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
@@ -86,11 +97,13 @@ def dense_attention(module, query, key, value, attention_mask, **kwargs):
     return output, None
 
 
-def dense_decode(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """`dense_attention` of one new token: every key and value is read once, and of a sliding layer only its window."""
-    if sliding_window is not None and attention_mask is not None and sliding_window < key.shape[2]:
-        key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
-        attention_mask = attention_mask[..., -sliding_window:]
+def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """`dense_attention` of one new token: every key and value is read once, and of a local layer only its reach."""
+    # The mask tells, not the layer's `sliding_window`: a mask of the user's own may reach further.
+    local_size = getattr(attention_mask, "local_size", None)
+    if local_size is not None:
+        key, value = key[:, :, -local_size:], value[:, :, -local_size:]
+        attention_mask = attention_mask[..., -local_size:]
     is_per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if is_per_head or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -100,25 +113,55 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, slidin
     return output.reshape(query.shape[0], 1, -1, value.shape[-1]), None
 
 
-def quest_mask(*args, mask_function=causal_mask_function, attention_mask=None, local_size=None, config=None, **kwargs):
+def causal_mask(num_queries, num_keys, device):
+    """[1, 1, T, N] bool: every query is one of the newest tokens and sees itself and what is before it."""
+    return torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def quest_mask(
+    *,
+    q_length,
+    kv_length,
+    mask_function=causal_mask_function,
+    attention_mask=None,
+    local_size=None,
+    config=None,
+    allow_is_causal_skip=True,
+    **kwargs,
+):
     """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
 
     A mask that is causal with left padding and nothing else carries `left_padding`, the slots without a token at the
-    start of each row, as a tuple of B ints.
+    start of each row, as a tuple of B ints. One of local attention (a window, chunks) carries `local_size`, its reach
+    in tokens, and `left_padding` only if no position of the model lies beyond that reach. How long the context is does
+    not count: a row is longer in a batch than alone, and must have the same sparse layers.
     """
-    check_has_attention_interface(config)
+    model_class = causal_lm_class(config)
+    check_has_attention_interface(model_class, config)
+    is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
+    # One new token of a local layer needs the mask to be told from a full layer's, and a prompt needs it in models that
+    # are not made for SDPA, to which no mask is not a causal one.
+    can_skip = not is_local if q_length == 1 else model_class is None or model_class._supports_sdpa
     mask = sdpa_mask(
-        *args,
+        q_length=q_length,
+        kv_length=kv_length,
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
         config=config,
+        allow_is_causal_skip=allow_is_causal_skip and can_skip,
         **kwargs,
     )
-    if mask is not None and mask_function is causal_mask_function and local_size is None:
-        left_padding = count_left_padding(attention_mask, mask.shape[0])
-        if left_padding is not None:
-            mask.left_padding = left_padding
+    if mask is None or kwargs.get("use_vmap"):  # which Transformers sets where the caller brings a pattern
+        return mask
+    if local_size is None:
+        is_plain = mask_function is causal_mask_function
+    else:
+        mask.local_size = local_size
+        is_plain = not is_local and kv_length <= local_size
+    left_padding = count_left_padding(attention_mask, mask.shape[0]) if is_plain else None
+    if left_padding is not None:
+        mask.left_padding = left_padding
     return mask
 
 
@@ -134,11 +177,15 @@ def count_left_padding(attention_mask, batch_size):
     return tuple(left_padding.tolist())
 
 
-def check_has_attention_interface(config):
-    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
+def causal_lm_class(config):
+    """The class that `AutoModelForCausalLM` makes of a config, or None."""
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
     # Some models name several classes, by architecture.
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
+def check_has_attention_interface(model_class, config):
+    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
     if model_class is not None and not model_class._can_set_attn_implementation():
         raise QuestError(
             f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '

@@ -51,6 +51,7 @@ class QuestLayer(CacheLayerMixin):
         self.left_padding = ()  # slots per row, on the host
         self.padding = None  # the same on the device: [B] int64
         self.pending = False  # keys and values were handed to the model and have not reached its attention
+        self.is_plainly_masked = True  # in the last forward: causally, with left padding at most
 
     @property
     def capacity(self):
@@ -71,7 +72,7 @@ class QuestLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         self.check(key_states, value_states)
         end = self.length + key_states.shape[2]
-        if not self.is_initialized or self.keys.shape[0] != key_states.shape[0]:
+        if self.length == 0 and not self._fits(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
         if end > self.capacity:
             self._grow(end)
@@ -196,6 +197,14 @@ class QuestLayer(CacheLayerMixin):
         rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
         self._reallocate(rows, self.capacity)
         self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
+
+    def _fits(self, key_states, value_states):
+        """Whether the storage, empty now, is one for these keys and values."""
+        return self.is_initialized and all(
+            (stored.shape[:2], stored.shape[3], stored.dtype, stored.device)
+            == (new.shape[:2], new.shape[3], new.dtype, new.device)
+            for stored, new in ((self.keys, key_states), (self.values, value_states))
+        )
 
     def _grow(self, needed):
         """Make room for `needed` tokens, and an eighth more so that a long generation copies its cache seldom."""

@@ -81,6 +81,9 @@ def test_cache_of_a_model_of_another_shape(model, prefilled, options):
     with pytest.raises(ValueError, match=r"it is another model's cache\. Call cache\.reset\(\)"):
         other(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
+    prefilled.reset()
+    other(tokens(20), past_key_values=prefilled)
+    assert prefilled.get_seq_length() == 20
 
 
 def test_cache_of_a_model_with_fewer_layers(model, prefilled):
