@@ -45,8 +45,6 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
             layer.set_left_padding(left_padding)
 
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if attention_mask is None and 1 < num_queries < num_keys:  # which SDPA would take for the oldest tokens
-        attention_mask = causal_mask(num_queries, num_keys, query.device)
     num_decoding = layer.num_decoding(num_queries)
     if num_decoding and layer.is_sparse and not layer.is_plainly_masked:
         say_once(
@@ -79,16 +77,16 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
 
 def dense_attention(module, query, key, value, attention_mask, **kwargs):
     """What the model computes without Quest: SDPA, or its own eager attention where SDPA would leave something out."""
-    if all(kwargs.get(name) is None for name in EAGER_ONLY):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    num_queries = query.shape[2]
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    needs_eager = any(kwargs.get(name) is not None for name in EAGER_ONLY)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if (
-        attention_mask is None and is_causal and num_queries > 1
-    ):  # as SDPA reads it: a prompt, perhaps in a longer storage
-        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-        attention_mask = causal_mask(num_queries, num_queries, query.device)
+    # Without a mask the queries are the newest tokens. SDPA would take fewer queries than keys for the oldest.
+    if attention_mask is None and is_causal and num_queries > 1 and (needs_eager or num_queries < num_keys):
+        attention_mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
+        attention_mask = attention_mask.tril(num_keys - num_queries)
+    if not needs_eager:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
@@ -113,11 +111,6 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwar
     return output.reshape(query.shape[0], 1, -1, value.shape[-1]), None
 
 
-def causal_mask(num_queries, num_keys, device):
-    """[1, 1, T, N] bool: every query is one of the newest tokens and sees itself and what is before it."""
-    return torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-
-
 def quest_mask(
     *,
     q_length,
@@ -139,9 +132,11 @@ def quest_mask(
     model_class = causal_lm_class(config)
     check_has_attention_interface(model_class, config)
     is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
-    # One new token of a local layer needs the mask to be told from a full layer's, and a prompt needs it in models that
-    # are not made for SDPA, to which no mask is not a causal one.
-    can_skip = not is_local if q_length == 1 else model_class is None or model_class._supports_sdpa
+    if q_length == 1:
+        can_skip = not is_local  # without a mask a local layer could not be told from a full one
+    else:
+        # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA.
+        can_skip = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,

@@ -359,21 +359,17 @@ def test_static_cache_is_the_familys_dense_attention(family, inputs):
     assert_same(generate(build(family, "quest"), inputs, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("budget", [None, SMALL_BUDGET], ids=["no-quest-cache", "small-budget"])
 @pytest.mark.parametrize("family", [*VARIED, "gemma3n", "gemma4-shared-kv", "phi3-window-beyond-all-positions"])
-def test_assisted_decoding_writes_what_greedy_decoding_writes(family):
+def test_assisted_decoding_writes_what_greedy_decoding_writes(family, budget):
     """Drafts bring several queries at once, windows and the models that skip work for a prompt notwithstanding."""
     model, prompt = build(family, "quest"), prompts()[0].repeat(1, 2)
-    greedy = generate(model, prompt, quest_cache(SMALL_BUDGET))
-    assert_same(generate(model, prompt, quest_cache(SMALL_BUDGET), prompt_lookup_num_tokens=3), greedy)
 
+    def answer(**options):
+        past_key_values = None if budget is None else quest_cache(budget)
+        return generate(model, prompt, past_key_values, **options)
 
-@pytest.mark.parametrize("family", [*VARIED, "gemma3n", "gemma4-shared-kv"])
-def test_assisted_decoding_without_a_quest_cache_is_that_of_the_familys_dense_attention(family):
-    prompt = prompts()[0].repeat(1, 2)
-    quest, dense = (build(family, attention) for attention in ("quest", FAMILIES[family].dense))
-    assert_same(
-        generate(quest, prompt, prompt_lookup_num_tokens=3), generate(dense, prompt, prompt_lookup_num_tokens=3)
-    )
+    assert_same(answer(prompt_lookup_num_tokens=3), answer())
 
 
 @pytest.mark.parametrize("family", VARIED)
