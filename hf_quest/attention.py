@@ -56,7 +56,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
         num_decoding = 0
 
-    if not num_decoding or not layer.is_sparse:
+    by_pages = layer.is_sparse or (layer.is_plainly_masked and layer.kernels_attend(query))
+    if not num_decoding or not by_pages:
         if num_queries == 1:
             return dense_decode(module, query, key, value, attention_mask, **kwargs)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import reference
+from . import ops, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +47,8 @@ class QuestLayer(CacheLayerMixin):
         self.is_dense = is_dense
         self.bounds = None
         self.length = 0
+        self.length_on_device = None  # the same, [1] int64, for the kernels
+        self.counters = None  # of the kernels, see ops.new_counters
         self.num_new = 0  # slots filled by the last update
         self.left_padding = ()  # slots per row, on the host
         self.padding = None  # the same on the device: [B] int64
@@ -62,9 +64,16 @@ class QuestLayer(CacheLayerMixin):
         """Whether a decode step on the tokens stored now reads less than all of them."""
         return not self.is_dense and self.length > self.settings.num_selected * self.settings.page_size
 
+    @property
+    def has_kernels(self):
+        """Whether the CUDA kernels serve this layer; otherwise the reference does."""
+        return ops.serves(self.keys, self.values, self.settings.page_size)
+
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[0], key_states.shape[2])
         self._set_padding((0,) * key_states.shape[0])
+        with torch.inference_mode(False):
+            self.length_on_device = torch.zeros(1, dtype=torch.int64, device=self.keys.device)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -76,17 +85,13 @@ class QuestLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if end > self.capacity:
             self._grow(end)
-        reference.append(
-            self.keys,
-            self.values,
-            self.bounds,
-            key_states,
-            value_states,
-            end,
-            self.padding,
-            self.settings.page_size,
-        )
         self.length = end
+        self.length_on_device.fill_(end)
+        stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
+        if self.has_kernels:
+            ops.append(*stored, *new, self.length_on_device, self.padding, self.settings.page_size)
+        else:
+            reference.append(*stored, *new, end, self.padding, self.settings.page_size)
         self.num_new = key_states.shape[2]
         self.pending = True
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
@@ -145,14 +150,35 @@ class QuestLayer(CacheLayerMixin):
             return 0
         return min(num_queries, max(0, self.length - self.settings.draft_start))
 
+    def kernels_attend(self, query):
+        """Whether the kernels do the attention of these queries, [B, Hq, T, D], over selected pages and over all."""
+        return query.shape[2] == 1 and query.shape[1] <= ops.MAX_GROUP * self.keys.shape[1] and self.has_kernels
+
     def attend(self, query, scaling, softcap=None, sinks=None):
         """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
         page_size = self.settings.page_size
+        if self.kernels_attend(query):
+            return self._attend_by_kernels(query.detach(), scaling, softcap, sinks)
         bounds = self.bounds[:, :, : self._num_pages(self.length)]
         scores = reference.estimate(query, bounds, scaling)
         page_ids = reference.select(scores, self.length, self.padding, self.settings.num_selected, page_size)
         return reference.attend(
             query, self.keys, self.values, page_ids, self.length, self.padding, page_size, scaling, softcap, sinks
+        )
+
+    def _attend_by_kernels(self, query, scaling, softcap, sinks):
+        page_size = self.settings.page_size
+        where = (self.length_on_device, self.padding)
+        page_ids = None  # which is all of them
+        if self.is_sparse:
+            scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
+            page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
+        sinks = None if sinks is None else sinks.detach().to(query.dtype)
+        if self.counters is None or len(self.counters) != query.shape[0] * query.shape[1]:
+            with torch.inference_mode(False):
+                self.counters = ops.new_counters(query)
+        return ops.attend(
+            query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
         )
 
     def get_seq_length(self):
@@ -180,6 +206,7 @@ class QuestLayer(CacheLayerMixin):
             )
         if tokens_to_remove < 0:
             self.length += tokens_to_remove
+            self.length_on_device.fill_(self.length)
             self._refresh_bounds(max(self.length - 1, 0))
 
     def reorder_cache(self, beam_idx):

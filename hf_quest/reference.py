@@ -8,7 +8,7 @@ Letters in shapes, here and everywhere in this package:
     G    Hq / Hkv, heads in a group   K    pages that a query attends
     T    new tokens, one query each   D    head dim
 
-A row's tokens are contiguous in its `capacity` slots: page `p` of row `b` starts at slot `padding[b] + p * S`, so that a
+A row's tokens are contiguous in its `capacity` slots, and page `p` of row `b` starts at slot `padding[b] + p * S`, so a
 left-padded row has the pages that it would have alone. Query `t` of `T` is the token in slot `length - T + t`, where
 `length` counts the filled slots; it sees itself and what is before it.
 """

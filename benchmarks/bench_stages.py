@@ -1,0 +1,251 @@
+"""Microseconds per layer of Quest's four stages on a GPU, one by one and together, beside dense decode attention.
+
+    python benchmarks/bench_stages.py
+
+A measurement is one CUDA graph of up to 32 layers, each on buffers of its own, so that nothing is warm in L2 and the
+start of a graph is shared as in a real decode step. Its time is the median over the replays, divided by the layers.
+Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend, the
+self-attention of the paper; `append`, which a dense cache needs too, stands beside it.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+from tables import RESULTS, markdown
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_quest import ops
+
+CASES = [(*heads, context) for heads in ((1, 32, 32), (1, 32, 8), (8, 32, 8)) for context in (2048, 32768, 131072)]
+BASELINES = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+HEAD_DIM, PAGE_SIZE = 128, 16
+MAX_LAYERS, MAX_BYTES = 32, 60e9
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Layer:
+    """What one layer holds at a decode step, with the results of every stage as input for the next."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bounds: torch.Tensor
+    query: torch.Tensor
+    new_key: torch.Tensor
+    new_value: torch.Tensor
+    counters: torch.Tensor
+    where: tuple  # length, padding
+    num_selected: int
+    scores: torch.Tensor = None
+    page_ids: torch.Tensor = None
+
+    def append(self):
+        tokens = (self.new_key, self.new_value)
+        ops.append(self.keys, self.values, self.bounds, *tokens, *self.where, PAGE_SIZE)
+
+    def estimate(self):
+        self.scores = ops.estimate(self.query, self.bounds, *self.where, PAGE_SIZE, HEAD_DIM**-0.5)
+
+    def select(self):
+        self.page_ids = ops.select(self.scores, *self.where, self.num_selected, PAGE_SIZE)
+
+    def attend(self):
+        self._attend(self.page_ids)
+
+    def dense(self):
+        self._attend(None)
+
+    def chain(self):
+        self.estimate()
+        self.select()
+        self.attend()
+
+    def chain_with_append(self):
+        self.append()
+        self.chain()
+
+    def sdpa(self):
+        has_groups = self.query.shape[1] != self.keys.shape[1]
+        F.scaled_dot_product_attention(self.query, self.keys, self.values, enable_gqa=has_groups)
+
+    def _attend(self, page_ids):
+        where = (*self.where, PAGE_SIZE, HEAD_DIM**-0.5)
+        ops.attend(self.query, self.keys, self.values, page_ids, *where, counters=self.counters)
+
+
+def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
+    def normal(*shape):
+        return torch.empty(*shape, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
+
+    keys, values = (normal(batch_size, num_kv_heads, context) for _ in range(2))
+    bounds = keys.new_empty(batch_size, num_kv_heads, context // PAGE_SIZE, 2, HEAD_DIM)
+    query = normal(batch_size, num_heads, 1)
+    new_key, new_value = (normal(batch_size, num_kv_heads, 1) for _ in range(2))
+    length = torch.tensor([context], device="cuda")
+    where = (length, torch.zeros(batch_size, dtype=torch.int64, device="cuda"))
+    ops.append(keys, values, bounds, keys, values, *where, PAGE_SIZE)
+    num_selected = budget // PAGE_SIZE
+    layer = Layer(keys, values, bounds, query, new_key, new_value, ops.new_counters(query), where, num_selected)
+    layer.chain()
+    return layer
+
+
+def microseconds(layers, run, num_replays):
+    """Median time of one layer in a graph of all of them."""
+    for layer in layers[:2]:
+        run(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            run(layer)
+    times = []
+    for replay_idx in range(num_replays + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay_idx >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / len(layers))
+    return statistics.median(times)
+
+
+def measure(case, budget, num_replays):
+    """A dict of one case: microseconds and bytes of every stage and baseline."""
+    batch_size, num_heads, num_kv_heads, context = case
+    token_bytes = 2 * HEAD_DIM * DTYPE.itemsize * batch_size * num_kv_heads  # of keys and values; a page's bounds too
+    num_layers = min(MAX_LAYERS, int(MAX_BYTES / (token_bytes * context)))
+    layers = [make_layer(*case, budget) for _ in range(num_layers)]
+    num_pages = context // PAGE_SIZE
+    score_bytes = 4 * batch_size * num_kv_heads * num_pages
+    moved = {
+        "append": 2 * token_bytes + 2 * token_bytes,
+        "estimate": token_bytes * num_pages + score_bytes,
+        "select": score_bytes,
+        "attend": token_bytes * min(budget, context),
+        "dense": token_bytes * context,
+    }
+    moved["chain"] = moved["estimate"] + moved["select"] + moved["attend"]
+    moved["chain with append"] = moved["chain"] + moved["append"]
+    stages = {}
+    for name, num_bytes in moved.items():
+        run = getattr(Layer, name.replace(" ", "_"))
+        stages[name] = {"us": microseconds(layers, run, num_replays), "bytes": num_bytes}
+    for name, backend in BASELINES.items():
+        with sdpa_kernel(backend):
+            try:
+                stages[name] = {"us": microseconds(layers, Layer.sdpa, num_replays), "bytes": moved["dense"]}
+            except RuntimeError as error:
+                stages[name] = {"error": str(error).splitlines()[0]}
+    best_dense = min(stages[name]["us"] for name in BASELINES if "us" in stages[name])
+    return {
+        "batch_size": batch_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "context": context,
+        "num_layers": num_layers,
+        "speedup": best_dense / stages["chain"]["us"],
+        "stages": stages,
+    }
+
+
+def copy_bandwidth(num_bytes=4 * 2**30):
+    """Bytes per second, read and written, of a large copy on the device."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * num_bytes / statistics.median(times) * 1e3
+
+
+def speed_table(report):
+    names = list(report["cases"][0]["stages"])
+    table = Table("B, Hq, Hkv", "tokens", *names, "chain over best dense")
+    for case in report["cases"]:
+        times = [f"{case['stages'][name]['us']:.1f}" if "us" in case["stages"][name] else "-" for name in names]
+        heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
+        table.add_row(heads, f"{case['context']:,}", *times, f"{case['speedup']:.2f}×")
+    return table
+
+
+def bandwidth_table(report):
+    """GB/s of every stage, and in brackets the percentage of what a large copy reaches in this run."""
+    names = list(report["cases"][0]["stages"])
+    table = Table("B, Hq, Hkv", "tokens", *names)
+    for case in report["cases"]:
+        cells = []
+        for name in names:
+            stage = case["stages"][name]
+            speed = stage["bytes"] / stage["us"] * 1e6 if "us" in stage else 0.0
+            cells.append(f"{speed / 1e9:.0f} ({100 * speed / report['copy_bytes_per_second']:.0f} %)")
+        heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
+        table.add_row(heads, f"{case['context']:,}", *cells)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--replays", type=int, default=30)
+    parser.add_argument("--contexts", type=int, nargs="*", help="measure these context lengths only")
+    parser.add_argument("--no-write", action="store_true", help="print the tables and keep no result")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    keys = torch.empty(1, 1, 1, HEAD_DIM, dtype=DTYPE, device="cuda")
+    if not ops.serves(keys, keys, PAGE_SIZE):
+        raise SystemExit("This benchmark needs the CUDA kernels.")
+    console = Console(width=200)
+    gpu = torch.cuda.get_device_name()
+    report = {
+        "gpu": gpu,
+        **describe("cuda"),
+        "cuda": torch.version.cuda,
+        "budget": arguments.budget,
+        "head_dim": HEAD_DIM,
+        "page_size": PAGE_SIZE,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "copy_bytes_per_second": copy_bandwidth(),
+        "cases": [],
+    }
+    for case in CASES:
+        if arguments.contexts and case[-1] not in arguments.contexts:
+            continue
+        report["cases"].append(measure(case, arguments.budget, arguments.replays))
+        torch.cuda.empty_cache()
+        latest = {name: round(stage.get("us", 0.0), 2) for name, stage in report["cases"][-1]["stages"].items()}
+        console.print(f"{case}: {latest}", soft_wrap=True)
+    console.print(speed_table(report))
+    console.print(bandwidth_table(report))
+    if not arguments.no_write:
+        path = RESULTS / f"stages_{gpu.removeprefix('NVIDIA ').replace(' ', '_').lower()}"
+        path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text(as_markdown(report))
+
+
+def as_markdown(report):
+    return (
+        f"# Quest's stages on one {report['gpu']}\n\n"
+        f"{report['dtype']}, head dim {report['head_dim']}, pages of {report['page_size']}, a budget of "
+        f"{report['budget']} tokens; torch {report['torch']}, CUDA {report['cuda']}, commit {report['commit']}, "
+        f"`{report['command']}`. A large copy reaches {report['copy_bytes_per_second'] / 1e12:.2f} TB/s.\n\n"
+        f"Microseconds per layer:\n\n{markdown(speed_table(report))}\n"
+        f"GB/s, and in brackets the percentage of that copy:\n\n{markdown(bandwidth_table(report))}"
+    )
+
+
+if __name__ == "__main__":
+    main()

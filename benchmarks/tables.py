@@ -1,0 +1,44 @@
+"""Prints the README's tables from the results that are kept in `benchmarks/results`.
+
+python benchmarks/tables.py
+"""
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from hf_quest.evaluation.recall import Result, results_table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def decode_table(report):
+    """ms per token at every length of context and for every way, with the speedup over the first."""
+    table = Table("tokens", *(result["way"] for result in report["contexts"][0]["results"]))
+    for context in report["contexts"]:
+        stock_ms = context["results"][0]["ms_per_token"]
+        cells = [f"{r['ms_per_token']:.1f} ({stock_ms / r['ms_per_token']:.1f}×)" for r in context["results"]]
+        table.add_row(f"{context['context']:,}", *cells)
+    return table
+
+
+def recall_table(report):
+    return results_table([Result(**result) for result in report["results"]])
+
+
+def markdown(table):
+    """A rich table as Markdown."""
+    header = [column.header for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+
+
+def main():
+    for kind, as_table in (("decode", decode_table), ("recall", recall_table)):
+        for path in sorted(RESULTS.glob(f"{kind}*.json")):
+            print(markdown(as_table(json.loads(path.read_text()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+// What the four kernels share: loads, tensor core products, and the overlap of one kernel with the next.
+//
+// A lane of a warp has two coordinates in a product: group_idx = lane / 4 and quad_idx = lane % 4. Both operands of a
+// 16x8x16 product hold 4 consecutive channels per lane where the instruction wants 2 and 2 that lie 8 apart. Channels
+// are summed over, so their order is free, as long as it is the same in both. That makes 16 bytes straight from memory
+// (8 channels of a row) one operand of two products, and no operand needs shared memory or a shuffle.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "params.h"
+
+namespace hf_quest {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+template <typename T>
+__device__ Pair<T> as_pair(uint32_t bits) {
+    return *reinterpret_cast<Pair<T>*>(&bits);
+}
+
+template <typename P>
+__device__ uint32_t as_bits(P pair) {
+    return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+template <typename T>
+__device__ Pair<T> round_to_pair(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __floats2half2_rn(low, high);
+    } else {
+        return __floats2bfloat162_rn(low, high);
+    }
+}
+
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// 16 or 8 bytes that this kernel reads once. What is_valid excludes is not read and counts as zero.
+__device__ inline uint4 load_once(const uint4* source, bool is_valid = true) {
+    uint4 data;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(data.x), "=&r"(data.y), "=&r"(data.z), "=&r"(data.w)
+        : "l"(source), "r"(int(is_valid)));
+    return data;
+}
+
+__device__ inline uint2 load_once(const uint2* source, bool is_valid = true) {
+    uint2 data;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0;\n"
+        "@p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
+        : "=&r"(data.x), "=&r"(data.y)
+        : "l"(source), "r"(int(is_valid)));
+    return data;
+}
+
+// sums[16 x 8] += left[16 x 16] * right[16 x 8]. Of `sums` a lane holds row group_idx in 0 and 1, row group_idx + 8 in
+// 2 and 3, both in the columns 2 * quad_idx and 2 * quad_idx + 1.
+template <typename T>
+__device__ void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3,
+                             uint32_t right0, uint32_t right1) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(left0), "r"(left1), "r"(left2), "r"(left3), "r"(right0), "r"(right1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(left0), "r"(left1), "r"(left2), "r"(left3), "r"(right0), "r"(right1));
+    }
+}
+
+// Every thread of every kernel calls this before it touches global memory. Then no kernel ends, or changes anything,
+// before all that came earlier in the stream has ended.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Tokens of a row, its padding left out.
+__device__ inline int64_t count_tokens(const int64_t* length, const int64_t* padding, int row_idx, int64_t capacity) {
+    const int64_t len = *length;
+    return (len < capacity ? len : capacity) - padding[row_idx];
+}
+
+template <typename N>
+__host__ __device__ constexpr N ceil_div(N dividend, N divisor) {
+    return (dividend + divisor - 1) / divisor;
+}
+
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int num_threads, size_t shared_bytes, const Params& params) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(num_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = params.launch.stream;
+    config.attrs = &overlap;
+    config.numAttrs = params.launch.overlaps ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Calls run(element, head_dim) with an element of the data type and the head dim as a constant.
+template <typename Run>
+cudaError_t for_head_dim(DataType data_type, int head_dim, Run run) {
+    const auto with = [&](auto constant) {
+        return data_type == DataType::kHalf ? run(__half(), constant) : run(__nv_bfloat16(), constant);
+    };
+    switch (head_dim) {
+        case 64: return with(std::integral_constant<int, 64>());
+        case 96: return with(std::integral_constant<int, 96>());
+        case 128: return with(std::integral_constant<int, 128>());
+        case 256: return with(std::integral_constant<int, 256>());
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace hf_quest

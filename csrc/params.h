@@ -1,0 +1,95 @@
+// What each kernel is told, and how it is launched. Plain pointers: no torch header is needed to compile a kernel.
+// The letters of the shapes are those of hf_quest/reference.py. `length` counts the filled slots, the new tokens
+// included; it lives on the device, so that a captured graph stays right while the sequence grows.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace hf_quest {
+
+enum class DataType { kHalf, kBFloat16 };
+
+struct Launch {
+    cudaStream_t stream;
+    int num_sms;
+    bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
+};
+
+struct AppendParams {
+    Launch launch;
+    DataType data_type;
+    int num_rows, num_kv_heads, head_dim, page_size;
+    int64_t capacity, num_pages, num_new;
+    const void* new_keys;    // [B, Hkv, T, D]
+    const void* new_values;  // [B, Hkv, T, D]
+    int64_t key_strides[3], value_strides[3];  // of B, Hkv, T, in elements
+    const int64_t* length;   // [1]
+    const int64_t* padding;  // [B]
+    void* keys;              // [B, Hkv, capacity, D]
+    void* values;            // [B, Hkv, capacity, D]
+    void* bounds;            // [B, Hkv, num_pages, 2, D] or null
+};
+
+struct EstimateParams {
+    Launch launch;
+    DataType data_type;
+    int num_rows, num_kv_heads, group_size, head_dim, page_size;
+    int64_t num_pages;
+    float scaling;
+    const void* query;         // [B, Hq, 1, D]
+    int64_t query_strides[2];  // of B and Hq, in elements
+    const void* bounds;        // [B, Hkv, num_pages, 2, D]
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
+    float* scores;             // [B, Hkv, 1, num_pages]
+};
+
+struct SelectParams {
+    Launch launch;
+    int num_rows, num_kv_heads, page_size, num_selected;
+    int64_t num_pages;
+    const float* scores;     // [B, Hkv, 1, num_pages]
+    const int64_t* length;   // [1]
+    const int64_t* padding;  // [B]
+    int64_t* page_ids;       // [B, Hkv, 1, num_selected]
+};
+
+struct AttendParams {
+    Launch launch;
+    DataType data_type;
+    int num_rows, num_kv_heads, group_size, head_dim, page_size, num_selected, num_splits;
+    int64_t capacity;
+    float scaling, softcap;    // softcap 0 for none
+    const void* query;         // [B, Hq, 1, D]
+    int64_t query_strides[2];  // of B and Hq, in elements
+    const void* keys;          // [B, Hkv, capacity, D]
+    const void* values;        // [B, Hkv, capacity, D]
+    const int64_t* page_ids;   // [B, Hkv, 1, num_selected], or null for every page
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
+    const void* sinks;         // [Hq] or null
+    float* partial_output;     // [B, Hkv, head tiles, num_splits, min(G, 8), D]
+    float2* partial_softmax;   // [B, Hkv, head tiles, num_splits, min(G, 8)]: maximum and sum
+    int* counters;             // [B, Hkv, head tiles], zero before and after
+    void* output;              // [B, Hq, 1, D]
+};
+
+// Query heads that one thread block attends for together.
+constexpr int kHeadTile = 8;
+
+// The query heads of a KV head, in whole tiles where they fill more than one.
+constexpr int padded_group(int group_size) {
+    return group_size <= kHeadTile ? group_size : (group_size + kHeadTile - 1) / kHeadTile * kHeadTile;
+}
+
+cudaError_t launch_append(const AppendParams& params);
+cudaError_t launch_estimate(const EstimateParams& params);
+cudaError_t launch_select(const SelectParams& params);
+cudaError_t launch_attend(const AttendParams& params);
+
+// Into how many parts, each of one thread block, a launch with these shapes cuts the pages of a KV head.
+int count_splits(const AttendParams& params);
+
+}  // namespace hf_quest

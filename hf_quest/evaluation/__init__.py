@@ -1,0 +1,1 @@
+"""What Quest is measured by: long documents with something to find in them, and whether it is found."""

@@ -1,0 +1,212 @@
+"""The four stages on CUDA, as operators of `torch.ops.hf_quest`: schemas, fakes and checks. The kernels are in csrc/.
+
+Stages, arguments and shapes are those of `reference`, which says what they mean, with these differences. `length` is a
+tensor on the device, [1] int64: the kernels stop at it, so that a captured graph stays right while the sequence grows.
+Tensors with a dim of pages or slots come whole, not cut to the length. There is one query per row, T = 1.
+"""
+
+import warnings
+
+import torch
+
+from . import _build
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 96, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64)
+MAX_GROUP = 32
+MAX_SLOTS = 2**30
+ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
+
+library = torch.library.Library("hf_quest", "DEF")
+library.define(
+    "append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? bounds, Tensor new_keys, Tensor new_values, "
+    "Tensor length, Tensor padding, int page_size) -> ()"
+)
+library.define(
+    "estimate(Tensor query, Tensor bounds, Tensor length, Tensor padding, int page_size, float scaling) -> Tensor"
+)
+library.define("select(Tensor scores, Tensor length, Tensor padding, int num_selected, int page_size) -> Tensor")
+library.define(
+    "attend(Tensor query, Tensor keys, Tensor values, Tensor? page_ids, Tensor length, Tensor padding, "
+    "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
+)
+
+
+def serves(keys, values, page_size):
+    """Whether the kernels serve a layer with such storage; builds them on first use. On a GPU, a no is announced."""
+    if keys.device.type != "cuda":
+        return False
+    for is_served, what in (
+        (keys.dtype in DTYPES, f"{keys.dtype} keys (float16 and bfloat16 are served)"),
+        (keys.shape[-1] in HEAD_DIMS, f"a head dim of {keys.shape[-1]} ({HEAD_DIMS} are served)"),
+        (values.shape == keys.shape, f"values of another head dim ({values.shape[-1]}) than the keys"),
+        (page_size in PAGE_SIZES, f"page_size={page_size} ({PAGE_SIZES} are served)"),
+    ):
+        if not is_served:
+            warnings.warn(f"hf_quest has no CUDA kernels for {what} and runs its slower PyTorch path.", stacklevel=2)
+            return False
+    return _build.load()
+
+
+def append(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+    """Store new keys and values in the last T of the `length` filled slots and update the bounds of their pages.
+
+    Args:
+        keys, values: [B, Hkv, capacity, D], mutated.
+        bounds: [B, Hkv, P, 2, D], mutated, or None.
+        new_keys, new_values: [B, Hkv, T, D], in any layout with 16-byte aligned rows.
+        length: [1] int64. padding: [B] int64.
+    """
+    batch_size, num_kv_heads, num_new, head_dim = new_keys.shape
+    stored = (batch_size, num_kv_heads, keys.shape[2], head_dim)
+    _check_page_size(page_size)
+    _check("keys", keys, keys.device, DTYPES, stored)
+    _check("values", values, keys.device, (keys.dtype,), stored)
+    if bounds is not None:
+        num_pages = -(-keys.shape[2] // page_size)
+        _check("bounds", bounds, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_pages, 2, head_dim))
+    _check_rows("new_keys", new_keys, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_new, head_dim))
+    _check_rows("new_values", new_values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_new, head_dim))
+    _check("length", length, keys.device, (torch.int64,), (1,))
+    _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
+    if not 1 <= num_new <= keys.shape[2]:
+        raise ValueError(f"append takes 1 to {keys.shape[2]} new tokens, the capacity, not {num_new}.")
+    torch.ops.hf_quest.append(keys, values, bounds, new_keys, new_values, length, padding, page_size)
+
+
+def estimate(query, bounds, length, padding, page_size, scaling):
+    """Page scores [B, Hkv, 1, P] float32; those of pages without a token are undefined.
+
+    Args:
+        query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
+        bounds: [B, Hkv, P, 2, D].
+        length: [1] int64. padding: [B] int64.
+    """
+    batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
+    _check_page_size(page_size)
+    _check("bounds", bounds, bounds.device, DTYPES, (batch_size, num_kv_heads, num_pages, 2, head_dim))
+    _check_query(query, bounds)
+    _check("length", length, bounds.device, (torch.int64,), (1,))
+    _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
+    return torch.ops.hf_quest.estimate(query, bounds, length, padding, page_size, scaling)
+
+
+def select(scores, length, padding, num_selected, page_size):
+    """Page ids [B, Hkv, 1, K] int64, ascending, then -1. Scores of the newest page and later ones are not read.
+
+    Args:
+        scores: [B, Hkv, 1, P] float32.
+        length: [1] int64. padding: [B] int64.
+    """
+    batch_size, num_kv_heads, _, num_pages = scores.shape
+    _check_page_size(page_size)
+    _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
+    _check("length", length, scores.device, (torch.int64,), (1,))
+    _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
+    if num_selected < 1:
+        raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
+    return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size)
+
+
+def attend(query, keys, values, page_ids, length, padding, page_size, scaling, softcap=None, sinks=None, counters=None):
+    """Attention [B, Hq, 1, D] of each row's newest token over its pages, or over all that is stored.
+
+    Args:
+        query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
+        keys, values: [B, Hkv, capacity, D].
+        page_ids: [B, Hkv, 1, K] int64, -1 for none; None for every page, which is dense attention.
+        length: [1] int64. padding: [B] int64.
+        softcap: float or None. sinks: [Hq] in the dtype of `query`, or None.
+        counters: what `new_counters` returns. Calls that may run at the same time need counters of their own.
+    """
+    batch_size, num_kv_heads, capacity, head_dim = keys.shape
+    _check_page_size(page_size)
+    _check("keys", keys, keys.device, DTYPES, (batch_size, num_kv_heads, capacity, head_dim))
+    _check("values", values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, capacity, head_dim))
+    _check_query(query, keys)
+    if page_ids is not None:
+        _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, page_ids.shape[-1]))
+    _check("length", length, keys.device, (torch.int64,), (1,))
+    _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
+    if sinks is not None:
+        _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
+    if counters is None:
+        counters = new_counters(query)
+    _check("counters", counters, keys.device, (torch.int32,), (batch_size * query.shape[1],))
+    return torch.ops.hf_quest.attend(
+        query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap, sinks
+    )
+
+
+def new_counters(query):
+    """[B * Hq] int32 zeros, by which the thread blocks of `attend` know which is the last; zeros again afterwards."""
+    return torch.zeros(query.shape[0] * query.shape[1], dtype=torch.int32, device=query.device)
+
+
+def _check_page_size(page_size):
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"The CUDA kernels serve a page_size of {PAGE_SIZES}, not {page_size}.")
+
+
+def _check_query(query, stored):
+    batch_size, num_kv_heads, head_dim = stored.shape[0], stored.shape[1], stored.shape[-1]
+    if query.dim() == 4 and query.shape[2] != 1:
+        raise ValueError(
+            f"The CUDA kernels take one query per row, not {query.shape[2]}; hf_quest.reference takes more."
+        )
+    _check_rows("query", query, stored.device, (stored.dtype,), (batch_size, query.shape[1], 1, head_dim))
+    if query.shape[1] % num_kv_heads or not 1 <= query.shape[1] // num_kv_heads <= MAX_GROUP:
+        raise ValueError(
+            f"query must have 1 to {MAX_GROUP} heads for each of {num_kv_heads} KV heads, not {query.shape[1]} in all."
+        )
+
+
+def _check(name, tensor, device, dtypes, shape):
+    """Raise unless `tensor` is contiguous and what the kernels take."""
+    _check_rows(name, tensor, device, dtypes, shape)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; its strides are {tuple(tensor.stride())}.")
+
+
+def _check_rows(name, tensor, device, dtypes, shape):
+    """Raise unless `tensor` is what the kernels take: a CUDA tensor with rows of 16-byte aligned vectors."""
+    if tensor.device.type != "cuda" or tensor.device != device:
+        raise ValueError(f"{name} must be on a CUDA device, the same for all tensors; it is on {tensor.device}.")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}.")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, not {tuple(tensor.shape)}.")
+    if tensor.dtype not in DTYPES or tensor.dim() < 4:
+        return
+    if tensor.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"{name} has a head dim of {tensor.shape[-1]}; the CUDA kernels serve {HEAD_DIMS}.")
+    if tensor.shape[2] >= MAX_SLOTS:
+        raise ValueError(f"{name} has {tensor.shape[2]} slots; the CUDA kernels serve fewer than {MAX_SLOTS}.")
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    if tensor.stride(-1) != 1 or any(stride % ALIGNMENT for stride in strides):
+        raise ValueError(
+            f"{name} must have rows of neighbouring elements that begin at multiples of 16 bytes; its strides are "
+            f"{tuple(tensor.stride())}."
+        )
+
+
+@torch.library.register_fake("hf_quest::append", lib=library)
+def _(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+    return None
+
+
+@torch.library.register_fake("hf_quest::estimate", lib=library)
+def _(query, bounds, length, padding, page_size, scaling):
+    batch_size, num_kv_heads, num_pages = bounds.shape[:3]
+    return query.new_empty((batch_size, num_kv_heads, 1, num_pages), dtype=torch.float32)
+
+
+@torch.library.register_fake("hf_quest::select", lib=library)
+def _(scores, length, padding, num_selected, page_size):
+    return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
+
+
+@torch.library.register_fake("hf_quest::attend", lib=library)
+def _(query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap=None, sinks=None):
+    return query.new_empty(query.shape)

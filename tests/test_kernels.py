@@ -1,0 +1,491 @@
+"""The CUDA kernels against hf_quest/reference.py: copies, bounds and page ids bitwise, the rest by a yardstick.
+
+The yardstick is the error of the same computation in PyTorch at the same precision: a kernel may have twice as much.
+Every slot and page that must not be read holds NaN.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_quest import ops, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DEVICE = "cuda"
+LENGTHS = [1, 15, 16, 17, 31, 33, 1000, 4096, 4097, 131072]
+GUARD = 1024  # elements around a buffer
+SHAPES = {  # Hkv, G, D, S
+    "gqa4-128-page16": (2, 4, 128, 16),
+    "mha-128-page16": (3, 1, 128, 16),
+    "gqa7-128-page32": (2, 7, 128, 32),
+    "gqa5-64-page16": (2, 5, 64, 16),
+    "gqa12-64-page8": (1, 12, 64, 8),
+    "gqa8-96-page64": (2, 8, 96, 64),
+    "gqa32-96-page16": (1, 32, 96, 16),
+    "gqa2-256-page32": (2, 2, 256, 32),
+    "gqa16-256-page16": (1, 16, 256, 16),
+}
+
+
+@dataclass
+class Stored:
+    """Random tokens as a layer stores them, and a query that is no contiguous tensor."""
+
+    keys: torch.Tensor  # [B, Hkv, capacity, D]
+    values: torch.Tensor
+    bounds: torch.Tensor  # [B, Hkv, capacity / S, 2, D]
+    new_keys: torch.Tensor  # [B, Hkv, N, D]
+    new_values: torch.Tensor
+    query: torch.Tensor  # [B, Hq, 1, D]
+    length: torch.Tensor  # [1]
+    padding: torch.Tensor  # [B]
+    page_size: int
+    scaling: float
+
+    @property
+    def num_tokens(self):
+        return self.new_keys.shape[2]
+
+    @property
+    def where(self):
+        return self.length, self.padding
+
+    def estimate(self):
+        return ops.estimate(self.query, self.bounds, *self.where, self.page_size, self.scaling)
+
+    def select(self, scores, num_selected):
+        return ops.select(scores, *self.where, num_selected, self.page_size)
+
+    def attend(self, page_ids, **options):
+        where = (*self.where, self.page_size, self.scaling)
+        return ops.attend(self.query, self.keys, self.values, page_ids, *where, **options)
+
+    def reference_attend(self, page_ids, softcap=None, sinks=None):
+        """In float32 whatever the dtype of what is stored: the output is not rounded."""
+        if page_ids is None:
+            shape = (*self.keys.shape[:2], 1, -(-self.num_tokens // self.page_size))
+            page_ids = torch.arange(shape[-1], device=DEVICE).expand(shape)
+        return reference.attend(
+            self.query.float(),
+            self.keys,
+            self.values,
+            page_ids,
+            self.num_tokens,
+            self.padding,
+            self.page_size,
+            self.scaling,
+            softcap,
+            sinks,
+        )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels():
+    keys = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    assert ops.serves(keys, keys, page_size=16)
+
+
+def poisoned(*shape, dtype):
+    """A tensor of NaN with a guard of NaN before and behind it."""
+    size = torch.Size(shape).numel()
+    return torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=DEVICE)[GUARD : GUARD + size].view(shape)
+
+
+def guards_are_intact(tensor):
+    whole = tensor.new_empty(0).set_(tensor.untyped_storage())
+    return bool(whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all())
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def store(shape, num_tokens, padding=(0,), dtype=torch.bfloat16, scale=1.0, spare_pages=3, seed=0):
+    """`num_tokens` slots that the reference has stored, `padding` of them no tokens, in a buffer with room for more."""
+    num_kv_heads, group_size, head_dim, page_size = shape
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    batch_size, capacity = len(padding), (-(-num_tokens // page_size) + spare_pages) * page_size
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE).mul(scale).to(dtype)
+
+    # Tokens before heads, as a model's projections give them.
+    new_keys = normal(batch_size, num_tokens, num_kv_heads, head_dim).transpose(1, 2)
+    new_values = normal(batch_size, num_tokens, num_kv_heads, head_dim).transpose(1, 2)
+    for row, start in enumerate(padding):
+        new_keys[row, :, :start] = new_values[row, :, :start] = torch.nan
+    query = normal(batch_size, 1, (group_size + 2) * num_kv_heads, head_dim).div(scale)[
+        :, :, : group_size * num_kv_heads
+    ]
+    stored = Stored(
+        keys=poisoned(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype),
+        values=poisoned(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype),
+        bounds=poisoned(batch_size, num_kv_heads, capacity // page_size, 2, head_dim, dtype=dtype),
+        new_keys=new_keys,
+        new_values=new_values,
+        query=query.transpose(1, 2),
+        length=torch.tensor([num_tokens], device=DEVICE),
+        padding=torch.tensor(padding, device=DEVICE),
+        page_size=page_size,
+        scaling=head_dim**-0.5,
+    )
+    buffers = (stored.keys, stored.values, stored.bounds)
+    reference.append(*buffers, new_keys, new_values, num_tokens, stored.padding, page_size)
+    return stored
+
+
+def paddings(num_tokens):
+    """Rows of different padding, from none to all but one token."""
+    return tuple(sorted({0, min(5, num_tokens - 1), num_tokens // 2, num_tokens - 1}))
+
+
+def assert_within_twice(output, truth, same_precision):
+    """`output` errs at most twice as much as `same_precision`, or by one rounding to its dtype."""
+    assert not output.isnan().any()
+    error = (output.float() - truth).abs().max()
+    yardstick = (same_precision.float() - truth).abs().max()
+    assert error <= max(2 * yardstick, torch.finfo(same_precision.dtype).eps * truth.abs().max())
+
+
+def random_pages(stored, num_selected, seed=0):
+    """[B, Hkv, 1, K] page ids, the newest and random earlier ones, as the reference selects them."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    num_pages = stored.bounds.shape[2]
+    scores = torch.randn(*stored.keys.shape[:2], 1, num_pages, generator=generator, device=DEVICE)
+    return reference.select(scores, stored.num_tokens, stored.padding, num_selected, stored.page_size)
+
+
+def poison_unselected(stored, page_ids):
+    """Copies of keys and values with NaN in every page that is not among `page_ids`."""
+    slot = torch.arange(stored.keys.shape[2], device=DEVICE)
+    page_of_slot = (slot - stored.padding[:, None]).div(stored.page_size, rounding_mode="floor")
+    is_selected = (page_of_slot[:, None, :, None] == page_ids[:, :, 0, None, :]).any(dim=-1)
+    is_selected &= (slot >= stored.padding[:, None])[:, None]
+    return [tensor.masked_fill(~is_selected[..., None], torch.nan) for tensor in (stored.keys, stored.values)]
+
+
+def attend_at_same_precision(stored, page_ids, softcap=None, sinks=None):
+    """What PyTorch gives in the dtype of what is stored, row by row: [B, Hq, 1, D]."""
+    group_size = stored.query.shape[1] // stored.keys.shape[1]
+    outputs = []
+    for row, padding in enumerate(stored.padding.tolist()):
+        for head in range(stored.query.shape[1]):
+            slots = torch.arange(padding, stored.num_tokens, device=DEVICE)
+            if page_ids is not None:
+                chosen = page_ids[row, head // group_size, 0]
+                slots = slots[torch.isin((slots - padding) // stored.page_size, chosen)]
+            keys, values = (tensor[row, head // group_size, slots] for tensor in (stored.keys, stored.values))
+            logits = keys @ stored.query[row, head, 0] * stored.scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[head, None]])
+            outputs.append(logits.softmax(dim=-1)[: len(slots)] @ values)
+    return torch.stack(outputs).view(stored.query.shape)
+
+
+class TestAppend:
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 33, 300])
+    def test_a_prompt_is_what_the_reference_stores(self, shape, num_tokens):
+        self.check(store(shape, num_tokens, paddings(num_tokens)), [num_tokens])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 1, 30, 1, 16, 33, 2, 1], [64, 1, 1]], ids=str)
+    def test_chunks_and_single_tokens_are_what_the_reference_stores(self, chunks, dtype):
+        self.check(store((2, 1, 128, 16), sum(chunks), paddings(sum(chunks)), dtype), chunks)
+
+    def test_a_long_prompt_and_a_token_are_what_the_reference_stores(self):
+        self.check(store((2, 1, 128, 16), 131073, (0, 77)), [131072, 1])
+
+    @staticmethod
+    def check(stored, chunks):
+        expected = (stored.keys, stored.values, stored.bounds)
+        buffers = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
+        end = 0
+        for num_new in chunks:
+            new = slice(end, end := end + num_new)
+            length = torch.tensor([end], device=DEVICE)
+            new_tokens = (stored.new_keys[:, :, new], stored.new_values[:, :, new])
+            ops.append(*buffers, *new_tokens, length, stored.padding, stored.page_size)
+        for buffer, tensor in zip(buffers, expected, strict=True):
+            assert torch.equal(bits(buffer), bits(tensor))
+            assert guards_are_intact(buffer)
+
+    def test_a_layer_without_bounds_needs_none(self):
+        stored = store((2, 1, 64, 16), 50)
+        keys, values = torch.zeros_like(stored.keys), torch.zeros_like(stored.values)
+        ops.append(keys, values, None, stored.new_keys, stored.new_values, *stored.where, stored.page_size)
+        assert torch.equal(keys[:, :, :50], stored.new_keys)
+        assert torch.equal(values[:, :, :50], stored.new_values)
+
+
+class TestEstimate:
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    def test_scores_are_those_of_the_reference_at_every_length(self, num_tokens):
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)[:2]))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_scores_are_those_of_the_reference_for_every_shape(self, shape, dtype):
+        self.check(store(shape, 700, paddings(700), dtype))
+
+    @pytest.mark.parametrize(
+        ("dtype", "scale"),
+        [(torch.float16, 1e3), (torch.float16, 1e-5), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-30)],
+    )
+    def test_huge_and_tiny_keys(self, dtype, scale):
+        self.check(store((2, 4, 128, 16), 300, (0, 3), dtype, scale))
+
+    @staticmethod
+    def check(stored):
+        scores = stored.estimate()
+        expected = reference.estimate(stored.query, stored.bounds, stored.scaling)
+        signed = torch.cat([stored.query.clamp(max=0), stored.query.clamp(min=0)], dim=-1)
+        signed = signed.unflatten(1, (stored.keys.shape[1], -1))[..., 0, :]
+        same_precision = ((signed @ stored.bounds.flatten(3).transpose(-1, -2)).amax(2, keepdim=True)) * stored.scaling
+        for row, padding in enumerate(stored.padding.tolist()):
+            pages = slice(-(-(stored.num_tokens - padding) // stored.page_size))
+            row_of = (tensor[row, ..., pages] for tensor in (scores, expected, same_precision))
+            assert_within_twice(*row_of)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_score_is_an_upper_bound_of_every_logit_in_its_page(self, dtype):
+        stored = store((2, 4, 128, 16), 1600, dtype=dtype)
+        keys = stored.new_keys.float().unflatten(2, (-1, 16))
+        query = stored.query.float().view(1, 2, 4, 1, 1, 128)
+        products = query * keys[:, :, None]
+        logits = products.sum(dim=-1).amax(dim=(2, -1)) * stored.scaling
+        rounding = 256 * torch.finfo(torch.float32).eps * products.abs().sum(dim=-1).amax(dim=(2, -1)) * stored.scaling
+        assert (stored.estimate()[:, :, 0, :100] >= logits - rounding).all()
+
+
+class TestSelect:
+    SCORES = {  # noqa: RUF012
+        "normal": lambda shape, generator: torch.randn(shape, generator=generator, device=DEVICE),
+        "shifted": lambda shape, generator: 100 + torch.randn(shape, generator=generator, device=DEVICE),
+        "ties": lambda shape, generator: torch.randint(-2, 2, shape, generator=generator, device=DEVICE) * 0.5,
+        "equal": lambda shape, generator: torch.full(shape, -7.5, device=DEVICE),
+        "zeros of both signs": lambda shape, generator: (
+            torch.zeros(shape, device=DEVICE) * torch.randint(-1, 1, shape, generator=generator, device=DEVICE).sub(0.5)
+        ),
+        "infinite": lambda shape, generator: torch.tensor([-torch.inf, 0.0, 3e38, torch.inf, -1e-42], device=DEVICE)[
+            torch.randint(0, 5, shape, generator=generator, device=DEVICE)
+        ],
+    }
+
+    @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    @pytest.mark.parametrize("num_selected", [1, 2, 7, 64, 65, 128])
+    def test_pages_are_those_of_the_reference(self, num_tokens, num_selected, make):
+        self.check(num_tokens, num_selected, make)
+
+    @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
+    @pytest.mark.parametrize("num_selected", [2, 300, 8193, 20000])
+    def test_more_pages_than_registers_hold(self, num_selected, make):
+        self.check(300_007, num_selected, make)
+
+    def test_a_million_tokens(self):
+        self.check(2**20, 128, self.SCORES["normal"])
+        self.check(2**20, 128, self.SCORES["ties"])
+
+    def test_random_lengths_and_budgets(self):
+        generator = torch.Generator().manual_seed(0)
+        for seed in range(50):
+            num_tokens, num_selected = torch.randint(1, 5000, (2,), generator=generator).tolist()
+            self.check(num_tokens, num_selected % 300 + 1, self.SCORES["normal" if seed % 2 else "ties"], seed)
+
+    @staticmethod
+    def check(num_tokens, num_selected, make, seed=0):
+        page_size = 16
+        padding = torch.tensor(paddings(num_tokens), device=DEVICE)
+        num_pages = -(-num_tokens // page_size) + 3
+        scores = make((len(padding), 2, 1, num_pages), torch.Generator(DEVICE).manual_seed(seed))
+        newest = (num_tokens - padding - 1).div(page_size, rounding_mode="floor")
+        is_read = torch.arange(num_pages, device=DEVICE) < newest[:, None, None, None]
+        scores = scores.masked_fill(~is_read, torch.nan).contiguous()
+        page_ids = ops.select(scores, torch.tensor([num_tokens], device=DEVICE), padding, num_selected, page_size)
+        assert torch.equal(page_ids, reference.select(scores, num_tokens, padding, num_selected, page_size))
+
+
+class TestAttend:
+    @pytest.mark.parametrize("is_sparse", [True, False], ids=["pages", "dense"])
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    def test_every_length(self, num_tokens, is_sparse):
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)), 20 if is_sparse else None)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("num_selected", [2, 9, 100, None], ids=["2", "9", "100", "dense"])
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_every_shape(self, shape, num_selected, dtype):
+        self.check(store(shape, 700, paddings(700), dtype), num_selected)
+
+    @pytest.mark.parametrize("shape", [(8, 4, 128, 16), (32, 1, 128, 16)], ids=["gqa", "mha"])
+    def test_a_full_budget_of_a_real_layer(self, shape):
+        self.check(store(shape, 8192), 128)
+
+    @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True}], ids=str)
+    @pytest.mark.parametrize("num_selected", [2, 50, None])
+    def test_softcap_and_sinks(self, num_selected, options):
+        stored = store((2, 4, 64, 16), 900, (0, 7))
+        if "sinks" in options:
+            options = {**options, "sinks": torch.linspace(-2, 8, 8, device=DEVICE).to(stored.query.dtype)}
+        self.check(stored, num_selected, **options)
+
+    @pytest.mark.parametrize(
+        ("dtype", "scale"),
+        [(torch.float16, 300), (torch.float16, 1e-5), (torch.bfloat16, 1e18), (torch.bfloat16, 1e-30)],
+    )
+    def test_huge_and_tiny_keys_and_values(self, dtype, scale):
+        self.check(store((2, 4, 128, 16), 500, (0, 3), dtype, scale), 10)
+
+    def test_pages_in_any_order_with_gaps(self):
+        stored = store((2, 4, 128, 16), 500)
+        page_ids = random_pages(stored, 20)
+        shuffled = torch.cat([page_ids, torch.full_like(page_ids, -1)], dim=-1)[..., torch.randperm(40, device=DEVICE)]
+        output, expected = stored.attend(shuffled), stored.attend(page_ids)
+        torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-7)
+
+    def test_the_same_call_gives_the_same_bits(self):
+        stored = store((2, 4, 128, 16), 5000)
+        page_ids, counters = random_pages(stored, 128), ops.new_counters(stored.query)
+        outputs = [stored.attend(page_ids, counters=counters) for _ in range(10)]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+        assert not counters.any()
+
+    @staticmethod
+    def check(stored, num_selected, **options):
+        page_ids = None if num_selected is None else random_pages(stored, num_selected)
+        # Before the poison: the reference reads a row's first token, with no weight, in place of those it must not see.
+        truth = stored.reference_attend(page_ids, **options)
+        same_precision = attend_at_same_precision(stored, page_ids, **options)
+        if page_ids is not None:
+            stored.keys, stored.values = poison_unselected(stored, page_ids)
+        assert_within_twice(stored.attend(page_ids, **options), truth, same_precision)
+
+
+class TestChain:
+    @pytest.mark.parametrize("num_selected", [2, 16, 64, 128])
+    @pytest.mark.parametrize("num_tokens", [17, 1000, 1024, 1025, 4097, 131072])
+    def test_the_stages_together_do_what_the_reference_does(self, num_tokens, num_selected):
+        stored = store((2, 4, 128, 16), num_tokens, (0, num_tokens // 3))
+        scores = stored.estimate()
+        page_ids = stored.select(scores, num_selected)
+        where = (num_tokens, stored.padding, num_selected, stored.page_size)
+        assert torch.equal(page_ids, reference.select(scores, *where))
+        # Where the reference's own choice is another, the scores differ by no more than their rounding.
+        exact = reference.estimate(stored.query, stored.bounds, stored.scaling)
+        expected_ids = reference.select(exact, *where)
+        chosen, expected = (
+            exact.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0).sort(dim=-1).values
+            for ids in (page_ids, expected_ids)
+        )
+        torch.testing.assert_close(chosen, expected, rtol=1e-5, atol=1e-5)
+        output = stored.attend(page_ids)
+        assert_within_twice(output, stored.reference_attend(page_ids), attend_at_same_precision(stored, page_ids))
+
+    def test_a_budget_that_covers_the_context_is_dense_attention(self):
+        stored = store((2, 4, 128, 16), 1000, (0, 100))
+        page_ids = stored.select(stored.estimate(), 64)
+        expected = stored.attend(None)
+        assert_within_twice(stored.attend(page_ids), stored.reference_attend(None), expected)
+
+    def test_a_captured_graph_is_right_while_the_sequence_grows(self):
+        """Over page boundaries, and over 128, 256 and 512 tokens, where sparse attention begins."""
+        num_prompt, num_steps, num_selected = 100, 450, 8
+        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9))
+        buffers = [
+            poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in (stored.keys, stored.values, stored.bounds)
+        ]
+        prompt = (stored.new_keys[:, :, :num_prompt], stored.new_values[:, :, :num_prompt])
+        stored.length.fill_(num_prompt)
+        ops.append(*buffers, *prompt, *stored.where, 16)
+        queries = torch.randn(num_steps, 2, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+        query, key, value = queries[0].clone(), prompt[0][:, :, :1].clone(), prompt[1][:, :, :1].clone()
+        counters = ops.new_counters(query)
+
+        def step(buffers, length):
+            length.add_(1)
+            keys, values, bounds = buffers
+            ops.append(keys, values, bounds, key, value, length, stored.padding, 16)
+            scores = ops.estimate(query, bounds, length, stored.padding, 16, stored.scaling)
+            page_ids = ops.select(scores, length, stored.padding, num_selected, 16)
+            where = (length, stored.padding, 16, stored.scaling)
+            sparse = ops.attend(query, keys, values, page_ids, *where, counters=counters)
+            return page_ids, sparse, ops.attend(query, keys, values, None, *where, counters=counters)
+
+        eager_buffers, eager_length = [buffer.clone() for buffer in buffers], stored.length.clone()
+        warm_up_stream = torch.cuda.Stream()
+        with torch.cuda.stream(warm_up_stream):
+            step([buffer.clone() for buffer in buffers], stored.length.clone())
+        torch.cuda.current_stream().wait_stream(warm_up_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = step(buffers, stored.length)
+        for step_idx in range(num_steps):
+            new = slice(num_prompt + step_idx, num_prompt + step_idx + 1)
+            query.copy_(queries[step_idx])
+            key.copy_(stored.new_keys[:, :, new])
+            value.copy_(stored.new_values[:, :, new])
+            graph.replay()
+            for result, eager in zip(replayed, step(eager_buffers, eager_length), strict=True):
+                assert torch.equal(result, eager)
+        for buffer, tensor in zip(buffers, (stored.keys, stored.values, stored.bounds), strict=True):
+            assert torch.equal(bits(buffer), bits(tensor))
+
+    def test_more_than_2_to_the_31_elements(self):
+        num_tokens = 2**20 + 40
+        if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+            pytest.skip("needs 40 GiB of free GPU memory")
+        stored = store((18, 1, 128, 16), 16)
+        shape = (1, 18, num_tokens, 128)
+        assert torch.Size(shape).numel() > 2**31
+        stored.keys, stored.values = (torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        stored.bounds = torch.zeros(1, 18, -(-num_tokens // 16), 2, 128, dtype=torch.bfloat16, device=DEVICE)
+        stored.length.fill_(num_tokens)
+        tail = (stored.new_keys, stored.new_values)
+        ops.append(stored.keys, stored.values, stored.bounds, *tail, *stored.where, 16)
+        assert torch.equal(stored.keys[:, :, -16:], stored.new_keys)
+        page_ids = stored.select(stored.estimate(), 4)
+        assert (page_ids[..., -1] == (num_tokens - 1) // 16).all()
+        slots = (page_ids[..., None] * 16 + torch.arange(16, device=DEVICE)).flatten(2)[..., None]
+        slots = slots.clamp(max=num_tokens - 1).expand(-1, -1, -1, 128)
+        is_token = (page_ids[..., None] * 16 + torch.arange(16, device=DEVICE)).flatten(2)[:, :, None] < num_tokens
+        gathered = (stored.keys.gather(2, slots).float(), stored.values.gather(2, slots).float())
+        expected = F.scaled_dot_product_attention(stored.query.float(), *gathered, attn_mask=is_token)
+        torch.testing.assert_close(stored.attend(page_ids).float(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("op", ["append", "estimate", "select", "attend"])
+def test_the_operators_are_what_their_schemas_say(op):
+    stored = store((2, 4, 128, 16), 500, (0, 3), spare_pages=0)  # so that every score is defined
+    tokens = (stored.new_keys, stored.new_values)
+    scores, counters = stored.estimate(), ops.new_counters(stored.query)
+    arguments = {
+        "append": (stored.keys, stored.values, stored.bounds, *tokens, *stored.where, 16),
+        "estimate": (stored.query, stored.bounds, *stored.where, 16, 0.1),
+        "select": (scores.nan_to_num(), *stored.where, 4, 16),
+        "attend": (
+            *(stored.query, stored.keys, stored.values, random_pages(stored, 4)),
+            *(*stored.where, counters, 16, 0.1, None, None),
+        ),
+    }
+    torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
+
+
+def test_compile_goes_through_the_operators_in_one_graph():
+    stored = store((2, 4, 128, 16), 500, (0, 3))
+    token = (stored.new_keys[:, :, -1:], stored.new_values[:, :, -1:])
+
+    def step(keys, values, bounds):
+        ops.append(keys, values, bounds, *token, *stored.where, 16)
+        scores = ops.estimate(stored.query, bounds, *stored.where, 16, stored.scaling)
+        page_ids = ops.select(scores, *stored.where, 8, 16)
+        return ops.attend(stored.query, keys, values, page_ids, *stored.where, 16, stored.scaling)
+
+    expected = step(stored.keys, stored.values, stored.bounds)
+    compiled = torch.compile(step, fullgraph=True)
+    assert torch.equal(compiled(stored.keys, stored.values, stored.bounds), expected)

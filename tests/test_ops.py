@@ -1,0 +1,262 @@
+"""What of the CUDA path can be tested without a GPU: schemas, fakes, checks, and how its build begins and fails."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from hf_quest import _build, ops
+
+B, Hkv, G, D, S, P, K = 2, 3, 4, 128, 16, 10, 4
+
+
+@pytest.fixture
+def fake():
+    """Tensors that say they are on a GPU and have no data."""
+    with FakeTensorMode():
+        yield {
+            "keys": torch.empty(B, Hkv, P * S, D, dtype=torch.bfloat16, device="cuda"),
+            "values": torch.empty(B, Hkv, P * S, D, dtype=torch.bfloat16, device="cuda"),
+            "bounds": torch.empty(B, Hkv, P, 2, D, dtype=torch.bfloat16, device="cuda"),
+            "new_keys": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
+            "new_values": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
+            "query": torch.empty(B, 1, Hkv * G, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
+            "scores": torch.empty(B, Hkv, 1, P, device="cuda"),
+            "page_ids": torch.empty(B, Hkv, 1, K, dtype=torch.int64, device="cuda"),
+            "length": torch.empty(1, dtype=torch.int64, device="cuda"),
+            "padding": torch.empty(B, dtype=torch.int64, device="cuda"),
+            "page_size": S,
+        }
+
+
+ARGUMENTS = {
+    "append": ["keys", "values", "bounds", "new_keys", "new_values", "length", "padding", "page_size"],
+    "estimate": ["query", "bounds", "length", "padding", "page_size"],
+    "select": ["scores", "length", "padding", "page_size"],
+    "attend": ["query", "keys", "values", "page_ids", "length", "padding", "page_size"],
+}
+OPTIONS = {"append": {}, "estimate": {"scaling": 0.1}, "select": {"num_selected": K}, "attend": {"scaling": 0.1}}
+
+
+def call(op, tensors, **changes):
+    arguments = {name: tensors[name] for name in ARGUMENTS[op]}
+    return getattr(ops, op)(**{**arguments, **OPTIONS[op], **changes})
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype"),
+    [
+        ("estimate", (B, Hkv, 1, P), torch.float32),
+        ("select", (B, Hkv, 1, K), torch.int64),
+        ("attend", (B, Hkv * G, 1, D), torch.bfloat16),
+    ],
+)
+def test_fakes_have_the_shape_of_the_results(fake, op, shape, dtype):
+    result = call(op, fake)
+    assert (tuple(result.shape), result.dtype, result.device.type) == (shape, dtype, "cuda")
+    assert op == "attend" or result.is_contiguous()
+
+
+def test_append_returns_nothing_and_takes_no_bounds(fake):
+    assert call("append", fake) is None
+    assert call("append", fake, bounds=None) is None
+
+
+def test_attend_takes_no_pages(fake):
+    assert call("attend", fake, page_ids=None).shape == (B, Hkv * G, 1, D)
+
+
+def test_schemas_declare_what_is_mutated():
+    mutated = {
+        op: [
+            argument.name
+            for argument in getattr(torch.ops.hf_quest, op).default._schema.arguments
+            if is_written(argument)
+        ]
+        for op in ARGUMENTS
+    }
+    assert mutated == {"append": ["keys", "values", "bounds"], "estimate": [], "select": [], "attend": ["counters"]}
+
+
+def is_written(argument):
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+WRONG = {
+    "cpu": lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype),
+    "dtype": lambda tensor: torch.empty(tensor.shape, dtype=torch.float64, device="cuda"),
+    "shape": lambda tensor: torch.empty((7, *tensor.shape), dtype=tensor.dtype, device="cuda"),
+    "stride": lambda tensor: torch.empty_strided(
+        tensor.shape, [2 * stride for stride in tensor.stride()], dtype=tensor.dtype, device="cuda"
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in ARGUMENTS.items() for name in names[:-1]])
+def test_every_argument_is_checked(fake, op, name, wrong):
+    if name == "length" and wrong == "stride":
+        pytest.skip("one element has no stride")
+    with pytest.raises(ValueError, match=r"must|too many values"):
+        call(op, fake, **{name: WRONG[wrong](fake[name])})
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [
+        ("append", {"page_size": 24}, "page_size"),
+        ("select", {"num_selected": 0}, "num_selected"),
+        ("attend", {"query": (B, Hkv * G + 1, 1, D)}, "heads"),
+        ("attend", {"query": (B, Hkv * 33, 1, D)}, "heads"),
+        ("attend", {"query": (B, Hkv * G, 2, D)}, "one query per row"),
+        ("estimate", {"bounds": (B, Hkv, P, 2, 80), "query": (B, Hkv * G, 1, 80)}, "head dim of 80"),
+        ("append", {"new_keys": (B, Hkv, P * S + 1, D), "new_values": (B, Hkv, P * S + 1, D)}, "capacity"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_said(fake, op, changes, message):
+    changes = {
+        name: torch.empty(value, dtype=torch.bfloat16, device="cuda") if isinstance(value, tuple) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        call(op, fake, **changes)
+
+
+def test_rows_off_16_bytes_are_refused(fake):
+    strides = (Hkv * G * (D + 4), D + 4, D + 4, 1)
+    query = torch.empty_strided((B, Hkv * G, 1, D), strides, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="16 bytes"):
+        call("attend", fake, query=query)
+
+
+@pytest.mark.parametrize(
+    ("keys", "page_size", "reason"),
+    [
+        ({"dtype": torch.float32}, 16, "float32"),
+        ({"head_dim": 80}, 16, "head dim of 80"),
+        ({}, 128, "page_size=128"),
+    ],
+)
+def test_a_layer_that_is_not_served_is_announced(keys, page_size, reason):
+    with FakeTensorMode():
+        keys = torch.empty(1, 1, 1, keys.get("head_dim", D), dtype=keys.get("dtype", torch.bfloat16), device="cuda")
+    with pytest.warns(UserWarning, match=reason):
+        assert not ops.serves(keys, keys, page_size)
+
+
+def test_a_layer_on_the_cpu_is_not_served_and_nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keys = torch.empty(1, 1, 1, D, dtype=torch.bfloat16)
+        assert not ops.serves(keys, keys, S)
+
+
+def test_importing_builds_nothing_and_imports_no_builder():
+    code = "import sys, hf_quest.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+        _build.load.cache_clear()
+        yield
+        _build.load.cache_clear()
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(_build, "find_pip_toolkit", lambda: Path("/toolkit"))
+        monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, **options: calls.append((name, options)))
+        return calls
+
+    def test_without_nvcc_one_warning_says_why_and_what_to_do(self, monkeypatch):
+        monkeypatch.setattr(_build, "find_pip_toolkit", lambda: None)
+        with pytest.warns(UserWarning, match=r"(?s)no nvcc.*pip install"):
+            assert not _build.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not _build.load()
+
+    def test_an_older_gpu_is_refused(self, monkeypatch, calls):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 5))
+        with pytest.warns(UserWarning, match="compute capability 8"):
+            assert not _build.load()
+        assert not calls
+
+    def test_a_failed_build_is_one_warning(self, monkeypatch, calls):
+        def fail(name, **options):
+            raise RuntimeError("Error building extension: no compiler")
+
+        monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+        with pytest.warns(UserWarning, match="no compiler"):
+            assert not _build.load()
+
+    def test_every_kernel_is_built_once_for_the_gpu_at_hand(self, calls, capsys):
+        assert _build.load()
+        assert _build.load()
+        ((name, options),) = calls
+        assert "sm90" in name
+        assert [flag for flag in options["extra_cuda_cflags"] if "arch" in flag] == [
+            "-gencode=arch=compute_90,code=sm_90"
+        ]
+        sources = {Path(source).name for source in options["sources"]}
+        assert sources == {"append.cu", "attend.cu", "bindings.cpp", "estimate.cu", "select.cu"}
+        assert re.fullmatch(
+            r"hf_quest builds its CUDA kernels for sm_90 in \S+, once ... done in \d+ s\n", capsys.readouterr().err
+        )
+
+    def test_a_built_extension_is_found_and_nothing_said(self, calls, capsys):
+        _build.load()
+        ((name, options),) = calls
+        (Path(options["build_directory"]) / f"{name}.so").touch()
+        _build.load.cache_clear()
+        capsys.readouterr()
+        assert _build.load()
+        assert capsys.readouterr().err == ""
+
+    def test_a_toolkit_from_pip_is_found(self, monkeypatch, tmp_path):
+        toolkit = tmp_path / "site" / "nvidia" / "cu13"
+        (toolkit / "bin").mkdir(parents=True)
+        (toolkit / "bin" / "nvcc").touch()
+        (toolkit / "lib").mkdir()
+        (toolkit / "lib" / "libcudart.so.13").touch()
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        assert _build.find_pip_toolkit() == toolkit
+        _build.link_runtime(toolkit, tmp_path)
+        assert (tmp_path / "libcudart.so").resolve() == toolkit / "lib" / "libcudart.so.13"
+
+
+# Oldest, Hopper and newest; all of them, which takes a few minutes on two cores, where the environment asks for it.
+ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 90 120").split()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stage", ARGUMENTS)
+def test_kernels_compile_and_keep_to_their_registers(stage, architecture, tmp_path):
+    source = _build.find_sources() / f"{stage}.cu"
+    flags = [
+        "-O3",
+        "-std=c++20",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-Xptxas=-v",
+        "-cubin",
+    ]
+    result = subprocess.run(["nvcc", *flags, "-o", tmp_path / "kernels", source], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert stacks
+    assert set(stacks) == {("0", "0", "0")}
