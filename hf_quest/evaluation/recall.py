@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -185,7 +186,17 @@ def run(
     Each length is the whole prompt's in tokens, each budget the tokens that a KV head attends in a decode step. The
     model's tokenizer must keep digits and newlines as tokens of their own, as the tiny model's does.
     """
-    configuration = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    configuration = {
+        "model": "hf_quest.tiny" if model_path == tiny.PATH else str(model_path),
+        "jobs": list(jobs),
+        "lengths": list(lengths),
+        "budgets": list(budgets),
+        "documents_per_length": documents_per_length,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": batch_size,
+    }
     console = Console()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -202,7 +213,7 @@ def run(
     console.print(results_table(results))
     if output:
         report = {
-            "command": sys.argv,
+            "command": shlex.join(["hf-quest", *sys.argv[1:]]),
             "configuration": configuration,
             "versions": {
                 "python": platform.python_version(),
