@@ -27,6 +27,19 @@ def recall_table(report):
     return results_table([Result(**result) for result in report["results"]])
 
 
+def stages_table(report):
+    """µs per layer of a decode step's stages, and of the three that are Quest's attention beside dense attention."""
+    table = Table("B, Hq, Hkv", "tokens", "append", "estimate", "select", "attend", "Quest", "dense", "speedup")
+    for case in report["cases"]:
+        microseconds = {name: stage["us"] for name, stage in case["stages"].items()}
+        dense = min(microseconds["SDPA flash"], microseconds["SDPA cuDNN"])
+        cells = [microseconds[name] for name in ("append", "estimate", "select", "attend", "chain")]
+        heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
+        speedup = f"{dense / microseconds['chain']:.1f}×"
+        table.add_row(heads, f"{case['context']:,}", *(f"{cell:.1f}" for cell in [*cells, dense]), speedup)
+    return table
+
+
 def markdown(table):
     """A rich table as Markdown."""
     header = [column.header for column in table.columns]
@@ -35,7 +48,7 @@ def markdown(table):
 
 
 def main():
-    for kind, as_table in (("decode", decode_table), ("recall", recall_table)):
+    for kind, as_table in (("decode", decode_table), ("recall", recall_table), ("stages", stages_table)):
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             print(markdown(as_table(json.loads(path.read_text()))))
 
