@@ -65,12 +65,17 @@ class QuestLayer(CacheLayerMixin):
         return not self.is_dense and self.length > self.settings.num_selected * self.settings.page_size
 
     @property
+    def selects_pages(self):
+        """Whether the next decode step does, as far as the last forward's attention mask tells."""
+        return self.is_sparse and self.is_plainly_masked
+
+    @property
     def has_kernels(self):
         """Whether the CUDA kernels serve this layer; otherwise the reference does."""
         return ops.serves(self.keys, self.values, self.settings.page_size)
 
     def lazy_initialization(self, key_states, value_states):
-        self._allocate(key_states, value_states, key_states.shape[0], key_states.shape[2])
+        self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
         self._set_padding((0,) * key_states.shape[0])
         with torch.inference_mode(False):
             self.length_on_device = torch.zeros(1, dtype=torch.int64, device=self.keys.device)
@@ -84,7 +89,7 @@ class QuestLayer(CacheLayerMixin):
         if self.length == 0 and not self._fits(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
         if end > self.capacity:
-            self._grow(end)
+            self._reallocate(slice(None), self._with_headroom(end))
         self.length = end
         self.length_on_device.fill_(end)
         stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
@@ -233,26 +238,25 @@ class QuestLayer(CacheLayerMixin):
             for stored, new in ((self.keys, key_states), (self.values, value_states))
         )
 
-    def _grow(self, needed):
-        """Make room for `needed` tokens, and an eighth more so that a long generation copies its cache seldom."""
-        rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-        self._reallocate(rows, needed)
-
-    def _reallocate(self, rows, num_tokens):
-        """Move the filled slots of `rows` to new storage with room for `num_tokens`."""
-        keys, values, bounds = self.keys, self.values, self.bounds
-        self._allocate(keys, values, len(rows), num_tokens)
-        self.keys[:, :, : self.length] = keys[rows, :, : self.length]
-        self.values[:, :, : self.length] = values[rows, :, : self.length]
-        if bounds is not None:
-            num_pages = self._num_pages(self.length)
-            self.bounds[:, :, :num_pages] = bounds[rows, :, :num_pages]
-
-    def _allocate(self, like_keys, like_values, batch_size, num_tokens):
-        """Storage for `num_tokens` and some more, or for `max_cache_len` where that is given."""
+    def _with_headroom(self, num_tokens):
+        """What to allocate for `num_tokens`: an eighth more, so that a long generation copies its cache seldom."""
         max_cache_len = self.settings.max_cache_len
-        wanted = num_tokens + max(num_tokens // 8, 256) if max_cache_len is None else max_cache_len
-        num_pages = self._num_pages(wanted)
+        return num_tokens + max(num_tokens // 8, 256) if max_cache_len is None else max_cache_len
+
+    def _reallocate(self, rows, num_slots):
+        """Move the filled slots of `rows`, a slice or row numbers, to new storage of `num_slots`."""
+        keys = self.keys[rows, :, : self.length]
+        values = self.values[rows, :, : self.length]
+        bounds = None if self.is_dense else self.bounds[rows, :, : self._num_pages(self.length)]
+        self._allocate(keys, values, keys.shape[0], num_slots)
+        self.keys[:, :, : self.length] = keys
+        self.values[:, :, : self.length] = values
+        if bounds is not None:
+            self.bounds[:, :, : bounds.shape[2]] = bounds
+
+    def _allocate(self, like_keys, like_values, batch_size, num_slots):
+        """New storage, its slots rounded up to whole pages."""
+        num_pages = self._num_pages(num_slots)
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
         # Tensors made in inference mode could not be written outside it.
         with torch.inference_mode(False):
@@ -343,7 +347,7 @@ class QuestCache(Cache):
     def tokens_attended(self):
         """Tokens that one decode step attends per KV head with what is stored now, for each layer."""
         return [
-            min(layer.length, self.settings.num_selected * self.page_size) if layer.is_sparse else layer.length
+            self.settings.num_selected * self.page_size if layer.selects_pages else layer.length
             for layer in self.layers
         ]
 
@@ -354,7 +358,7 @@ class QuestCache(Cache):
         if stored == 0:
             return 1.0
         # A page's bounds are as large as one token's key and value.
-        bounds = sum(layer.length / self.page_size for layer in self.layers if layer.is_sparse)
+        bounds = sum(layer.length / self.page_size for layer in self.layers if layer.selects_pages)
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

@@ -344,6 +344,11 @@ class TestStorage:
         assert len(capacities) <= 7  # 1640 tokens in steps of 256 or an eighth
         assert cache.layers[0].capacity <= 1641 * 9 / 8 + 256 + 16
 
+    def test_beam_search_does_not_grow_it(self, model):
+        cache = QuestCache(budget=BUDGET)
+        generate(model, tokens(PROMPT), cache, num_beams=3)
+        assert {layer.capacity for layer in cache.layers} == {-(-(PROMPT + 256) // 16) * 16}
+
     def test_max_cache_len_allocates_once(self, model):
         cache = QuestCache(budget=BUDGET, max_cache_len=500)
         generate(model, tokens(PROMPT), cache)
