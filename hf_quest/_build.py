@@ -1,5 +1,6 @@
 """Builds the CUDA kernels in csrc/ on first use: the only file that knows nvcc and ninja."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -34,11 +35,10 @@ def load():
 
 
 def _load():
-    capabilities = sorted({torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())})
-    if not capabilities or capabilities[0] < OLDEST_CAPABILITY:
-        raise RuntimeError(
-            f"the kernels need compute capability 8.0 (Ampere) or later, and the GPUs have {capabilities}"
-        )
+    found = sorted({torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())})
+    capabilities = [capability for capability in found if capability >= OLDEST_CAPABILITY]
+    if not capabilities:
+        raise RuntimeError(f"the kernels need compute capability 8.0 (Ampere) or later, and the GPUs have {found}")
     architectures = [f"{major}{minor}" for major, minor in capabilities]
 
     from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
@@ -102,4 +102,5 @@ def link_runtime(toolkit, folder):
     for runtime in (toolkit / "lib").glob("libcudart.so.*"):
         if not link.exists():
             link.unlink(missing_ok=True)  # of a toolkit that is gone
-            link.symlink_to(runtime)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                link.symlink_to(runtime)

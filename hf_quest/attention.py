@@ -133,11 +133,10 @@ def quest_mask(
     model_class = causal_lm_class(config)
     check_has_attention_interface(model_class, config)
     is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
-    if q_length == 1:
-        can_skip = not is_local  # without a mask a local layer could not be told from a full one
-    else:
-        # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA.
-        can_skip = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
+    # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
+    # without its mask could not be told from a full one.
+    is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
+    can_skip = not is_local and (q_length == 1 or is_causal_without)
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,

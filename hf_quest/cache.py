@@ -77,8 +77,6 @@ class QuestLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
         self._set_padding((0,) * key_states.shape[0])
-        with torch.inference_mode(False):
-            self.length_on_device = torch.zeros(1, dtype=torch.int64, device=self.keys.device)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -88,15 +86,19 @@ class QuestLayer(CacheLayerMixin):
         end = self.length + key_states.shape[2]
         if self.length == 0 and not self._fits(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
+        elif self.length == 0 and any(self.left_padding):
+            self._set_padding((0,) * key_states.shape[0])
         if end > self.capacity:
             self._reallocate(slice(None), self._with_headroom(end))
-        self.length = end
+        elif self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self._reallocate(slice(None), self.capacity)  # copied or loaded in inference mode, it could not be written
         self.length_on_device.fill_(end)
         stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
         if self.has_kernels:
             ops.append(*stored, *new, self.length_on_device, self.padding, self.settings.page_size)
         else:
             reference.append(*stored, *new, end, self.padding, self.settings.page_size)
+        self.length = end
         self.num_new = key_states.shape[2]
         self.pending = True
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
@@ -136,7 +138,7 @@ class QuestLayer(CacheLayerMixin):
                 raise ValueError(
                     f"The cache holds {stored.shape[1]} heads of dim {stored.shape[3]} in {stored.dtype}, and this "
                     f"model brings {new.shape[1]} of dim {new.shape[3]} in {new.dtype}: it is another model's cache. "
-                    "Call cache.reset() or use a new QuestCache. The content of the cache is unchanged."
+                    "Use a new QuestCache. The content of this one is unchanged."
                 )
 
     def set_left_padding(self, left_padding):
@@ -215,7 +217,17 @@ class QuestLayer(CacheLayerMixin):
             self._refresh_bounds(max(self.length - 1, 0))
 
     def reorder_cache(self, beam_idx):
-        self.batch_select_indices(beam_idx)
+        """Rows take the tokens of the rows `beam_idx` [B], in place."""
+        if not self.is_initialized:
+            return
+        rows = beam_idx.to(self.keys.device)
+        filled = [self.keys[:, :, : self.length], self.values[:, :, : self.length]]
+        if not self.is_dense:
+            filled.append(self.bounds[:, :, : self._num_pages(self.length)])
+        for tensor in filled:
+            tensor.copy_(tensor.index_select(0, rows))
+        if any(self.left_padding):
+            self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
 
     def batch_repeat_interleave(self, repeats):
         if self.is_initialized:
@@ -249,13 +261,14 @@ class QuestLayer(CacheLayerMixin):
         values = self.values[rows, :, : self.length]
         bounds = None if self.is_dense else self.bounds[rows, :, : self._num_pages(self.length)]
         self._allocate(keys, values, keys.shape[0], num_slots)
+        self._set_padding(self.left_padding)
         self.keys[:, :, : self.length] = keys
         self.values[:, :, : self.length] = values
         if bounds is not None:
             self.bounds[:, :, : bounds.shape[2]] = bounds
 
     def _allocate(self, like_keys, like_values, batch_size, num_slots):
-        """New storage, its slots rounded up to whole pages."""
+        """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
         num_pages = self._num_pages(num_slots)
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
         # Tensors made in inference mode could not be written outside it.
@@ -265,6 +278,8 @@ class QuestLayer(CacheLayerMixin):
             self.values = like_values.new_empty(*slots, like_values.shape[-1])
             if not self.is_dense:
                 self.bounds = like_keys.new_empty(batch_size, num_kv_heads, num_pages, 2, head_dim)
+            self.length_on_device = torch.full((1,), self.length, dtype=torch.int64, device=self.keys.device)
+            self.counters = None
 
     def _set_padding(self, left_padding):
         self.left_padding = left_padding
@@ -287,7 +302,8 @@ class QuestCache(Cache):
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
     more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) are dense. While `generate`
-    is in assisted decoding every drafted token selects for itself, as if fed alone. The cache carries no gradients.
+    is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next `generate`
+    or `reset`. The cache carries no gradients.
 
     Args:
         budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
@@ -362,27 +378,32 @@ class QuestCache(Cache):
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if 0 < layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
+        if layer_idx == 0:
+            self._check_last_forward_was_whole()
+        elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
+            before = self.layers[layer_idx - 1]
+            self._crop_to(before.length - before.num_new)
             raise QuestError(
                 "The keys and values that the cache handed to the model never reached Quest's attention. Load the "
                 'model with attn_implementation="quest". If you did, this model changes keys and values on the way, '
-                "and Quest cannot serve it. Call cache.reset() before using this cache again."
+                "and Quest cannot serve it. The content of the cache is unchanged."
             )
-        if layer_idx == 0 and self.layers:
-            self._check_last_forward_was_whole()
         if layer_idx >= len(self.layers):
             self._add_layer(layer_idx, key_states.shape[2])
         return self.layers[layer_idx].update(key_states, value_states)
 
     def _check_last_forward_was_whole(self):
-        length = min(layer.length for layer in self.layers)
+        length = min((layer.length for layer in self.layers), default=0)
+        if self.layers and self.layers[-1].pending:  # its attention never came
+            length = min(length, self.layers[-1].length - self.layers[-1].num_new)
         num_ahead = sum(layer.length > length for layer in self.layers)
         if num_ahead:
             self._crop_to(length)
             raise QuestError(
-                f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers: it was interrupted, "
-                f"or its model has fewer layers than the one before. The cache has been put back to the {length} "
-                "tokens that all layers hold; repeat the call with the same model, or use a new QuestCache."
+                f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers and did not end: it "
+                "was interrupted, its model has fewer layers than the one before, or it is not loaded with "
+                f'attn_implementation="quest". The cache has been put back to the {length} tokens before; repeat the '
+                "call with the same model, or use a new QuestCache."
             )
 
     def _add_layer(self, layer_idx, num_new):
@@ -396,8 +417,7 @@ class QuestCache(Cache):
             self._crop_to(self.layers[0].length - num_new)
             raise ValueError(
                 f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
-                "or its first forward was interrupted. Call cache.reset() or use a new QuestCache. The content of the "
-                "cache is unchanged."
+                "or its first forward was interrupted. Use a new QuestCache. The content of this one is unchanged."
             )
         self.layers.append(QuestLayer(self.settings, is_dense=layer_idx < self.dense_layers))
 
@@ -428,10 +448,13 @@ class QuestCache(Cache):
     def activate_past_recording(self):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
         # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells
-        # where the prompt ends. The caller's `input_ids` do.
+        # where the prompt ends. The caller's inputs do.
         caller = inspect.currentframe().f_back.f_locals
-        input_ids = caller.get("input_ids")
-        prompt_length = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2 else 0
+        inputs = [
+            caller.get("input_ids"),
+            caller.get("inputs_tensor"),
+        ]  # of `inputs_embeds` only the latter has the length
+        prompt_length = max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
         self.settings.draft_start = prompt_length or self.get_seq_length() or None
 
     @property

@@ -142,7 +142,10 @@ def prefill(model, cache, document_ids, advance=lambda num_tokens: None):
     model.set_attn_implementation("quest")
     try:
         with torch.inference_mode():
-            for chunk in document_ids.split(PREFILL_CHUNK, dim=1):
+            chunks = list(document_ids.split(PREFILL_CHUNK, dim=1))
+            if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
+                chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
+            for chunk in chunks:
                 model.base_model(chunk, past_key_values=cache, use_cache=True)
                 advance(chunk.shape[1])
     except (RuntimeError, ValueError) as error:  # QuestError is a RuntimeError, and so is running out of memory

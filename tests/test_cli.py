@@ -88,7 +88,11 @@ def test_version():
 
 def test_import_of_the_package_is_lean():
     heavy = "{'rich', 'typer', 'hf_quest.cli', 'hf_quest.demo', 'hf_quest.evaluation', 'hf_quest.tiny'}"
-    code = f"import sys, hf_quest; print(sorted({heavy} & set(sys.modules)))"
+    needed = (
+        "transformers, transformers.cache_utils, transformers.models.auto.modeling_auto, transformers.masking_utils"
+    )
+    code = f"import sys, {needed}; before = set(sys.modules); import hf_quest; "
+    code += f"print(sorted({heavy} & (set(sys.modules) - before)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 

@@ -5,7 +5,7 @@ import torch
 from small_llama import PROMPT, VOCABULARY, feed, generate, make_model, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_quest import QuestCache, QuestError
+from hf_quest import QuestCache, QuestError, reference
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_cache_of_a_model_of_another_shape(model, prefilled, options):
     options = dict(options)
     other = small_llama(**{key: value for key, value in options.items() if key != "dtype"})
     other = other.to(options.get("dtype", torch.float32))
-    with pytest.raises(ValueError, match=r"it is another model's cache\. Call cache\.reset\(\)"):
+    with pytest.raises(ValueError, match=r"it is another model's cache\. Use a new QuestCache"):
         other(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
     prefilled.reset()
@@ -111,7 +111,7 @@ def test_forward_that_was_interrupted(model, prefilled):
             model(tokens(20), past_key_values=prefilled)
     finally:
         hook.remove()
-    with pytest.raises(QuestError, match="put back to the 150 tokens that all layers hold; repeat the call"):
+    with pytest.raises(QuestError, match="put back to the 150 tokens before; repeat the call"):
         model(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
 
@@ -159,7 +159,44 @@ def test_model_loaded_with_another_attention(model):
     cache = QuestCache()
     other = small_llama()
     other.set_attn_implementation("sdpa")
-    with pytest.raises(QuestError, match=r'Load the model with attn_implementation="quest"'):
-        other(tokens(20), past_key_values=cache)
-    cache.reset()
+    for _ in range(2):
+        with pytest.raises(QuestError, match=r'Load the model with attn_implementation="quest"'):
+            other(tokens(20), past_key_values=cache)
     assert torch.equal(generate(model, tokens(PROMPT), cache), generate(model, tokens(PROMPT), QuestCache()))
+
+
+def test_document_survives_a_model_loaded_with_another_attention(model, prefilled):
+    other = make_model()
+    other.set_attn_implementation("sdpa")
+    with pytest.raises(QuestError, match="The content of the cache is unchanged"):
+        other(tokens(20), past_key_values=prefilled)
+    assert_usable(model, prefilled)
+
+
+def test_model_of_one_layer_loaded_with_another_attention():
+    cache, other = QuestCache(), small_llama(num_hidden_layers=1)
+    other.set_attn_implementation("sdpa")
+    other(tokens(20), past_key_values=cache)
+    with pytest.raises(QuestError, match=r"filled 1 of this cache's 1 layers.*put back to the 0 tokens"):
+        other(tokens(20), past_key_values=cache)
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1, 3])
+def test_append_that_fails(model, prefilled, monkeypatch, layer_idx):
+    append = reference.append
+    calls = []
+
+    def run_out_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) == layer_idx + 1:
+            raise MemoryError
+        append(*arguments)
+
+    monkeypatch.setattr(reference, "append", run_out_of_memory)
+    with pytest.raises(MemoryError):
+        model(tokens(20), past_key_values=prefilled)
+    monkeypatch.undo()
+    if layer_idx:
+        with pytest.raises(QuestError, match="repeat the call"):
+            model(tokens(20), past_key_values=prefilled)
+    assert_usable(model, prefilled)

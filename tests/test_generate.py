@@ -12,6 +12,8 @@ from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_mod
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
     TextStreamer,
@@ -125,6 +127,42 @@ class TestAssistedDecoding:
         expected = greedy(model, new_cache(), tokens(PROMPT))
         assert torch.equal(generate(model, tokens(PROMPT), new_cache(), assistant_model=make_model(seed=1)), expected)
 
+    def test_layers_with_a_window_that_the_prompt_does_not_fill(self, new_cache):
+        """They are dense from the prompt on, and no draft selects pages in them."""
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            sliding_window=1024,
+            initializer_range=0.25,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="quest",
+        )
+        model = MistralForCausalLM(config).eval()
+        for seed in range(3):
+            prompt = tokens(PROMPT, seed=seed)
+            expected = greedy(model, new_cache(), prompt)
+            assert torch.equal(generate(model, prompt, new_cache(), assistant_model=copy.deepcopy(model)), expected)
+
+    def test_inputs_embeds(self, model, new_cache):
+        prompt = tokens(PROMPT).repeat(1, 2)
+        output = model.generate(
+            inputs_embeds=model.get_input_embeddings()(prompt),
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=new_cache(),
+            max_new_tokens=ANSWER,
+            prompt_lookup_num_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert torch.equal(output, generate(model, prompt, new_cache())[:, 2 * PROMPT :])
+
     def test_a_turn_after_assisted_decoding_is_prefilled_densely(self, model, new_cache):
         first, second = new_cache(), new_cache()
         sequence = generate(model, tokens(PROMPT), first, prompt_lookup_num_tokens=6)
@@ -228,6 +266,25 @@ def test_crop_then_append_is_append(model, new_cache, removed):
         model(kept, past_key_values=fresh)
     assert cropped.get_seq_length() == PROMPT - removed
     assert torch.equal(generate(model, prompt, cropped), generate(model, prompt, fresh))
+
+
+def test_crop_of_everything_is_a_new_cache(model, new_cache):
+    cropped = new_cache()
+    input_ids, attention_mask = left_padded([tokens(60, seed=2), tokens(35, seed=3)])
+    with torch.no_grad():
+        model(input_ids, attention_mask=attention_mask, past_key_values=cropped)
+    cropped.crop(-60)
+    prompts = tokens(PROMPT, batch_size=2)
+    assert torch.equal(generate(model, prompts, cropped), generate(model, prompts, new_cache()))
+
+
+def test_a_copy_made_in_inference_mode_can_be_used_outside(model, new_cache):
+    cache = new_cache()
+    sequence = generate(model, tokens(PROMPT), cache)
+    with torch.inference_mode():
+        copied = copy.deepcopy(cache)
+    prompt = torch.cat([sequence, tokens(9)], dim=1)
+    assert torch.equal(generate(model, prompt, copied), generate(model, prompt, cache))
 
 
 def test_rows_can_be_repeated_and_selected(model, new_cache):
