@@ -152,16 +152,23 @@ class TestAssistedDecoding:
 
     def test_inputs_embeds(self, model, new_cache):
         prompt = tokens(PROMPT).repeat(1, 2)
-        output = model.generate(
-            inputs_embeds=model.get_input_embeddings()(prompt),
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=new_cache(),
-            max_new_tokens=ANSWER,
-            prompt_lookup_num_tokens=3,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        assert torch.equal(output, generate(model, prompt, new_cache())[:, 2 * PROMPT :])
+
+        def answer(cache, **options):
+            return model.generate(
+                inputs_embeds=model.get_input_embeddings()(prompt),
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+
+        if not torch.equal(answer(DynamicCache(), prompt_lookup_num_tokens=3), answer(DynamicCache())):
+            pytest.skip(
+                "in this version Transformers' own assisted decoding of inputs_embeds is not its greedy decoding"
+            )
+        assert torch.equal(answer(new_cache(), prompt_lookup_num_tokens=3), answer(new_cache()))
 
     def test_a_turn_after_assisted_decoding_is_prefilled_densely(self, model, new_cache):
         first, second = new_cache(), new_cache()
