@@ -448,12 +448,9 @@ class QuestCache(Cache):
     def activate_past_recording(self):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
         # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells
-        # where the prompt ends. The caller's inputs do.
+        # where the prompt ends. The caller's inputs do: its ids, or the embeddings that were given instead.
         caller = inspect.currentframe().f_back.f_locals
-        inputs = [
-            caller.get("input_ids"),
-            caller.get("inputs_tensor"),
-        ]  # of `inputs_embeds` only the latter has the length
+        inputs = [caller.get("input_ids"), caller.get("inputs_tensor")]
         prompt_length = max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
         self.settings.draft_start = prompt_length or self.get_seq_length() or None
 

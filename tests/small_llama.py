@@ -1,30 +1,31 @@
 """A small Llama with random weights, and generation with it in plain forwards, for the tests to compare with."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 VOCABULARY = 256
 PROMPT, ANSWER = 150, 24  # tokens
 BUDGET = 48  # three pages: the newest and two of the nine or more before it
 
 
-def make_model(num_layers=4, seed=0, dtype=torch.float32):
-    """A Llama whose random attention is peaked, so that what is attended decides what is written."""
+def make_model(model_class=LlamaForCausalLM, seed=0, dtype=torch.float32, **options):
+    """A model whose random attention is peaked, so that what is attended decides what is written."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="quest",
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "quest",
+        **options,
+    }
+    return model_class(model_class.config_class(**config)).to(dtype).eval()
 
 
 def tokens(num_tokens, seed=1, batch_size=1):

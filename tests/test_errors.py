@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from small_llama import PROMPT, VOCABULARY, feed, generate, make_model, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import PROMPT, feed, generate, make_model, tokens
 
 from hf_quest import QuestCache, QuestError, reference
 
@@ -65,19 +64,9 @@ def test_batch_that_changed_size(model, prefilled):
     assert_usable(model, prefilled)
 
 
-def small_llama(**options):
-    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, **options}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, attn_implementation="quest", **config
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"head_dim": 32}, {"dtype": torch.bfloat16}], ids=str)
 def test_cache_of_a_model_of_another_shape(model, prefilled, options):
-    options = dict(options)
-    other = small_llama(**{key: value for key, value in options.items() if key != "dtype"})
-    other = other.to(options.get("dtype", torch.float32))
+    other = make_model(**options)
     with pytest.raises(ValueError, match=r"it is another model's cache\. Use a new QuestCache"):
         other(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
@@ -88,12 +77,12 @@ def test_cache_of_a_model_of_another_shape(model, prefilled, options):
 
 def test_cache_of_a_model_with_fewer_layers(model, prefilled):
     with pytest.raises(ValueError, match="The cache holds tokens of 4 layers and this model has more"):
-        small_llama(num_hidden_layers=5)(tokens(20), past_key_values=prefilled)
+        make_model(num_hidden_layers=5)(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
 
 
 def test_cache_of_a_model_with_more_layers(model, prefilled):
-    other = small_llama(num_hidden_layers=3)
+    other = make_model(num_hidden_layers=3)
     with torch.no_grad():
         other(tokens(20), past_key_values=prefilled)
         with pytest.raises(QuestError, match="The last forward filled 3 of this cache's 4 layers"):
@@ -157,7 +146,7 @@ def test_crop_beyond_what_is_stored(model, prefilled, removed):
 
 def test_model_loaded_with_another_attention(model):
     cache = QuestCache()
-    other = small_llama()
+    other = make_model()
     other.set_attn_implementation("sdpa")
     for _ in range(2):
         with pytest.raises(QuestError, match=r'Load the model with attn_implementation="quest"'):
@@ -174,7 +163,7 @@ def test_document_survives_a_model_loaded_with_another_attention(model, prefille
 
 
 def test_model_of_one_layer_loaded_with_another_attention():
-    cache, other = QuestCache(), small_llama(num_hidden_layers=1)
+    cache, other = QuestCache(), make_model(num_hidden_layers=1)
     other.set_attn_implementation("sdpa")
     other(tokens(20), past_key_values=cache)
     with pytest.raises(QuestError, match=r"filled 1 of this cache's 1 layers.*put back to the 0 tokens"):

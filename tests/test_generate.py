@@ -12,7 +12,6 @@ from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_mod
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
-    MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -129,22 +128,7 @@ class TestAssistedDecoding:
 
     def test_layers_with_a_window_that_the_prompt_does_not_fill(self, new_cache):
         """They are dense from the prompt on, and no draft selects pages in them."""
-        torch.manual_seed(0)
-        config = MistralConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            sliding_window=1024,
-            initializer_range=0.25,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="quest",
-        )
-        model = MistralForCausalLM(config).eval()
+        model = make_model(MistralForCausalLM, sliding_window=1024)
         for seed in range(3):
             prompt = tokens(PROMPT, seed=seed)
             expected = greedy(model, new_cache(), prompt)
