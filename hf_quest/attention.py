@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
-from .cache import QuestError
+from .cache import MaskLength, QuestError
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +36,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
+    if torch.compiler.is_compiling() and not layer.pending:
+        return captured_attention(layer, module, query, attention_mask, **kwargs)
     if layer.pending:
         # Further calls of this forward come from layers that share these keys and values, and may slice the mask.
         layer.pending = False
@@ -59,21 +61,37 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     by_pages = layer.is_sparse or (layer.is_plainly_masked and layer.kernels_attend(query))
     if not num_decoding or not by_pages:
         if num_queries == 1:
+            if attention_mask is None:
+                attention_mask = layer.padding_mask()
             return dense_decode(module, query, key, value, attention_mask, **kwargs)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
 
     num_prompt = num_queries - num_decoding
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = next((kwargs[name] for name in ("s_aux", "sinks") if kwargs.get(name) is not None), None)
-    output = layer.attend(query[:, :, num_prompt:], scaling, kwargs.get("softcap"), sinks).transpose(1, 2)
+    output = attend(layer, query[:, :, num_prompt:], **kwargs)
     if num_prompt:
         # Assisted decoding feeds the prompt and the first drafts in one forward.
         num_tokens = num_keys - num_decoding
         prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
         prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
         output = torch.cat([dense_attention(module, *prompt, **kwargs)[0], output], dim=1)
-    return output.contiguous(), None
+    return output, None
+
+
+def captured_attention(layer, module, query, attention_mask, **kwargs):
+    """`quest_attention` of one new token per row in a graph, which must not depend on how many tokens are stored."""
+    if attention_mask is None and all(kwargs.get(name) is None for name in NOT_SPARSE):
+        return attend(layer, query, **kwargs), None
+    local_size = getattr(attention_mask, "local_size", None)
+    if local_size is None:
+        raise QuestError("A compiled decode step takes no attention mask of one's own. Use QuestCache(compile=False).")
+    return dense_attention(module, query, *layer.newest(local_size), attention_mask, **kwargs)
+
+
+def attend(layer, query, scaling=None, softcap=None, s_aux=None, sinks=None, **kwargs):
+    """The newest tokens' attention [B, T, Hq, D] by the layer's pages, with what models call it."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = s_aux if sinks is None else sinks
+    return layer.attend(query, scaling, softcap, sinks).transpose(1, 2).contiguous()
 
 
 def dense_attention(module, query, key, value, attention_mask, **kwargs):
@@ -102,7 +120,7 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwar
     local_size = getattr(attention_mask, "local_size", None)
     if local_size is not None:
         key, value = key[:, :, -local_size:], value[:, :, -local_size:]
-        attention_mask = attention_mask[..., -local_size:]
+        attention_mask = attention_mask[..., -key.shape[2] :]
     is_per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if is_per_head or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -116,11 +134,13 @@ def quest_mask(
     *,
     q_length,
     kv_length,
+    kv_offset=0,
     mask_function=causal_mask_function,
     attention_mask=None,
     local_size=None,
     config=None,
     allow_is_causal_skip=True,
+    use_vmap=False,
     **kwargs,
 ):
     """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
@@ -129,10 +149,26 @@ def quest_mask(
     start of each row, as a tuple of B ints. One of local attention (a window, chunks) carries `local_size`, its reach
     in tokens, and `left_padding` only if no position of the model lies beyond that reach. How long the context is does
     not count: a row is longer in a batch than alone, and must have the same sparse layers.
+
+    With a QuestCache the mask of one new token does not grow with the context, since a captured graph could not have
+    that: there is none where it would only repeat the left padding that the cache has seen in the prompt, and that of
+    a local layer is [B, 1, 1, local_size], for the newest slots.
     """
     model_class = causal_lm_class(config)
     check_has_attention_interface(model_class, config)
     is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
+    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
+    is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
+    if is_plain and kv_length == 0:  # in a captured step of a QuestCache
+        return None
+    num_missing = 0
+    if cache is not None and q_length == 1 and not use_vmap:
+        if is_plain and (attention_mask is None or cache.knows_mask(kv_length)):
+            return None
+        if is_local:
+            num_missing = max(0, local_size - kv_length)
+            kv_offset += max(0, kv_length - local_size)
+            kv_length = min(kv_length, local_size)
     # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
     # without its mask could not be told from a full one.
     is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
@@ -140,23 +176,28 @@ def quest_mask(
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
+        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
         config=config,
         allow_is_causal_skip=allow_is_causal_skip and can_skip,
+        use_vmap=use_vmap,
         **kwargs,
     )
-    if mask is None or kwargs.get("use_vmap"):  # which Transformers sets where the caller brings a pattern
+    if use_vmap:  # which Transformers sets where the caller brings a pattern
         return mask
-    if local_size is None:
-        is_plain = mask_function is causal_mask_function
-    else:
-        mask.local_size = local_size
-        is_plain = not is_local and kv_length <= local_size
-    left_padding = count_left_padding(attention_mask, mask.shape[0]) if is_plain else None
-    if left_padding is not None:
+    if mask is not None:
+        if num_missing:
+            mask = F.pad(mask, (num_missing, 0), value=False)
+        if local_size is not None:
+            mask.local_size = local_size
+        left_padding = count_left_padding(attention_mask, mask.shape[0]) if is_plain else None
+        if left_padding is None:
+            return mask
         mask.left_padding = left_padding
+    if cache is not None and attention_mask is not None:
+        cache.settings.num_masked = int(kv_length)
     return mask
 
 

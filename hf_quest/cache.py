@@ -1,7 +1,7 @@
 """QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -9,10 +9,49 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import ops, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PREPARED, TAKEN = "prepared", "taken"
+
+
+outside_of_graphs = torch.compiler.disable(
+    reason="a graph can hold one decode step of a QuestCache, after its get_mask_sizes(1, 0) as `generate` calls it"
+)
 
 
 class QuestError(RuntimeError):
     """A model or a call that Quest cannot serve. The message says what, why, and what to do."""
+
+
+class Length:
+    """Slots filled, those of the forward under way included, on every device that has a layer, for kernels and graphs.
+
+    It is written outside of captured graphs and read inside, so that they stay right while the sequence grows.
+    """
+
+    def __init__(self):
+        self.tokens = 0
+        self.tensors = {}
+
+    def on(self, device):
+        """[1] int64, the same tensor every time."""
+        if device not in self.tensors or cannot_be_written(self.tensors[device]):
+            with torch.inference_mode(False):
+                self.tensors[device] = torch.full((1,), self.tokens, dtype=torch.int64, device=device)
+        return self.tensors[device]
+
+    def set(self, tokens):
+        if tokens != self.tokens:
+            self.tokens = tokens
+            for device in self.tensors:
+                self.on(device).fill_(tokens)
+
+
+class MaskLength(int):
+    """How many keys an attention mask is asked for, and by which cache: its own way to the mask function."""
+
+    def __new__(cls, num_keys, cache):
+        length = super().__new__(cls, num_keys)
+        length.cache = cache
+        return length
 
 
 @dataclass
@@ -24,6 +63,9 @@ class Settings:
     dense_layers: int
     max_cache_len: int | None  # tokens
     draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
+    length: Length = field(default_factory=Length)
+    step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
+    num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
 
     @property
     def num_selected(self):
@@ -47,7 +89,8 @@ class QuestLayer(CacheLayerMixin):
         self.is_dense = is_dense
         self.bounds = None
         self.length = 0
-        self.length_on_device = None  # the same, [1] int64, for the kernels
+        self.length_on_device = None  # settings.length on the device of this layer
+        self.has_kernels = False  # whether the CUDA kernels serve this layer; otherwise the reference does
         self.counters = None  # of the kernels, see ops.new_counters
         self.num_new = 0  # slots filled by the last update
         self.left_padding = ()  # slots per row, on the host
@@ -62,17 +105,14 @@ class QuestLayer(CacheLayerMixin):
     @property
     def is_sparse(self):
         """Whether a decode step on the tokens stored now reads less than all of them."""
-        return not self.is_dense and self.length > self.settings.num_selected * self.settings.page_size
+        # A captured step does not know the length, and serves all that the storage may come to hold.
+        num_tokens = self.capacity if torch.compiler.is_compiling() else self.length
+        return not self.is_dense and num_tokens > self.settings.num_selected * self.settings.page_size
 
     @property
     def selects_pages(self):
         """Whether the next decode step does, as far as the last forward's attention mask tells."""
         return self.is_sparse and self.is_plainly_masked
-
-    @property
-    def has_kernels(self):
-        """Whether the CUDA kernels serve this layer; otherwise the reference does."""
-        return ops.serves(self.keys, self.values, self.settings.page_size)
 
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
@@ -88,16 +128,9 @@ class QuestLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         elif self.length == 0 and any(self.left_padding):
             self._set_padding((0,) * key_states.shape[0])
-        if end > self.capacity:
-            self._reallocate(slice(None), self._with_headroom(end))
-        elif self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self._reallocate(slice(None), self.capacity)  # copied or loaded in inference mode, it could not be written
-        self.length_on_device.fill_(end)
-        stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
-        if self.has_kernels:
-            ops.append(*stored, *new, self.length_on_device, self.padding, self.settings.page_size)
-        else:
-            reference.append(*stored, *new, end, self.padding, self.settings.page_size)
+        self.make_room(end)
+        self.settings.length.set(end)
+        self._append(key_states, value_states, end)
         self.length = end
         self.num_new = key_states.shape[2]
         self.pending = True
@@ -105,6 +138,27 @@ class QuestLayer(CacheLayerMixin):
         # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
         keys.quest_layer = values.quest_layer = self
         return keys, values
+
+    def update_captured(self, key_states, value_states):
+        """`update` of one token per row in a graph, after `make_room`: the views are of all slots, filled or not."""
+        self._append(key_states.detach(), value_states.detach(), self.length_on_device)
+        keys, values = self.keys.view_as(self.keys), self.values.view_as(self.values)
+        keys.quest_layer = values.quest_layer = self
+        return keys, values
+
+    def _append(self, key_states, value_states, end):
+        stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
+        if self.has_kernels:
+            ops.append(*stored, *new, self.length_on_device, self.padding, self.settings.page_size)
+        else:
+            reference.append(*stored, *new, end, self.padding, self.settings.page_size)
+
+    def make_room(self, num_tokens):
+        """Have storage for `num_tokens` that can be written."""
+        if num_tokens > self.capacity:
+            self._reallocate(slice(None), self._with_headroom(num_tokens))
+        elif cannot_be_written(self.keys):
+            self._reallocate(slice(None), self.capacity)
 
     def check(self, key_states, value_states):
         """Raise for keys and values that cannot be appended. Nothing is changed."""
@@ -118,14 +172,7 @@ class QuestLayer(CacheLayerMixin):
                 f"QuestCache stores float32, float16 or bfloat16 keys, and this model's are {key_states.dtype}. Load "
                 "the model with one of these dtypes."
             )
-        max_cache_len = self.settings.max_cache_len
-        end = self.length + key_states.shape[2]
-        if max_cache_len is not None and end > max_cache_len:
-            raise ValueError(
-                f"max_cache_len={max_cache_len} tokens are not enough: {self.length} are stored and "
-                f"{key_states.shape[2]} more arrive. Make the cache with a larger max_cache_len, or without one to let "
-                "it grow. Its content is unchanged."
-            )
+        self.check_room(key_states.shape[2])
         if self.length == 0:
             return
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
@@ -141,12 +188,22 @@ class QuestLayer(CacheLayerMixin):
                     "Use a new QuestCache. The content of this one is unchanged."
                 )
 
+    def check_room(self, num_new):
+        """Raise if `num_new` more tokens are more than max_cache_len."""
+        max_cache_len = self.settings.max_cache_len
+        if max_cache_len is not None and self.length + num_new > max_cache_len:
+            raise ValueError(
+                f"max_cache_len={max_cache_len} tokens are not enough: {self.length} are stored and {num_new} more "
+                "arrive. Make the cache with a larger max_cache_len, or without one to let it grow. Its content is "
+                "unchanged."
+            )
+
     def set_left_padding(self, left_padding):
         """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
         if left_padding == self.left_padding:
             return
         self._set_padding(left_padding)
-        self._refresh_bounds(0)
+        self._refresh_bounds(self.length)
 
     def num_decoding(self, num_queries):
         """How many of the last `num_queries` queries are decode steps, each of which selects for itself."""
@@ -166,12 +223,31 @@ class QuestLayer(CacheLayerMixin):
         page_size = self.settings.page_size
         if self.kernels_attend(query):
             return self._attend_by_kernels(query.detach(), scaling, softcap, sinks)
-        bounds = self.bounds[:, :, : self._num_pages(self.length)]
-        scores = reference.estimate(query, bounds, scaling)
-        page_ids = reference.select(scores, self.length, self.padding, self.settings.num_selected, page_size)
+        length = self.length_on_device if torch.compiler.is_compiling() else self.length
+        page_ids = None  # which is all of them
+        if self.is_sparse:
+            num_pages = None if torch.compiler.is_compiling() else self._num_pages(self.length)
+            scores = reference.estimate(query, self.bounds[:, :, :num_pages], scaling)
+            page_ids = reference.select(scores, length, self.padding, self.settings.num_selected, page_size)
         return reference.attend(
-            query, self.keys, self.values, page_ids, self.length, self.padding, page_size, scaling, softcap, sinks
+            query, self.keys, self.values, page_ids, length, self.padding, page_size, scaling, softcap, sinks
         )
+
+    def newest(self, num_slots):
+        """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
+
+        The one view of the stored tokens that a captured graph, which does not know the length, can have.
+        """
+        slot = torch.arange(-num_slots, 0, device=self.keys.device) + self.length_on_device
+        slot = slot.clamp(min=0)
+        return self.keys.index_select(2, slot), self.values.index_select(2, slot)
+
+    def padding_mask(self):
+        """[B, 1, 1, N] bool, False in left padding, or None without any."""
+        if not any(self.left_padding):
+            return None
+        slot = torch.arange(self.length, device=self.padding.device)
+        return (slot >= self.padding[:, None])[:, None, None]
 
     def _attend_by_kernels(self, query, scaling, softcap, sinks):
         page_size = self.settings.page_size
@@ -181,9 +257,6 @@ class QuestLayer(CacheLayerMixin):
             scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
             page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
         sinks = None if sinks is None else sinks.detach().to(query.dtype)
-        if self.counters is None or len(self.counters) != query.shape[0] * query.shape[1]:
-            with torch.inference_mode(False):
-                self.counters = ops.new_counters(query)
         return ops.attend(
             query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
         )
@@ -200,6 +273,7 @@ class QuestLayer(CacheLayerMixin):
     def reset(self):
         """Forget every token; the storage is kept."""
         self.length = 0
+        self.settings.length.set(0)
         self.pending = False
         if self.is_initialized:
             self._set_padding((0,) * self.keys.shape[0])
@@ -213,8 +287,8 @@ class QuestLayer(CacheLayerMixin):
             )
         if tokens_to_remove < 0:
             self.length += tokens_to_remove
-            self.length_on_device.fill_(self.length)
-            self._refresh_bounds(max(self.length - 1, 0))
+            self.settings.length.set(self.length)
+            self._refresh_bounds(min(self.length, 1))
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
@@ -278,18 +352,32 @@ class QuestLayer(CacheLayerMixin):
             self.values = like_values.new_empty(*slots, like_values.shape[-1])
             if not self.is_dense:
                 self.bounds = like_keys.new_empty(batch_size, num_kv_heads, num_pages, 2, head_dim)
-            self.length_on_device = torch.full((1,), self.length, dtype=torch.int64, device=self.keys.device)
-            self.counters = None
+            self.has_kernels = ops.serves(self.keys, self.values, self.settings.page_size)
+            if self.has_kernels:
+                self.counters = ops.new_counters(self.keys)
+        self.length_on_device = self.settings.length.on(self.keys.device)
+        # One graph for every capacity, and one more recording of it where the storage moves.
+        for tensor in filter(torch.is_tensor, (self.keys, self.values, self.bounds)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        for tensor in filter(
+            torch.is_tensor, (self.keys, self.values, self.bounds, self.counters, self.length_on_device)
+        ):
+            torch._dynamo.mark_static_address(tensor)
 
     def _set_padding(self, left_padding):
+        is_new = self.padding is None or self.padding.device != self.keys.device
+        if is_new or len(left_padding) != len(self.padding) or cannot_be_written(self.padding):
+            with torch.inference_mode(False):
+                self.padding = torch.tensor(left_padding, dtype=torch.int64, device=self.keys.device)
+            torch._dynamo.mark_static_address(self.padding)
+        elif left_padding != self.left_padding:
+            self.padding.copy_(torch.tensor(left_padding))
         self.left_padding = left_padding
-        with torch.inference_mode(False):
-            self.padding = torch.tensor(left_padding, dtype=torch.int64, device=self.keys.device)
 
-    def _refresh_bounds(self, first):
+    def _refresh_bounds(self, num_newest):
         if self.bounds is not None:
             page_size = self.settings.page_size
-            reference.refresh_bounds(self.keys, self.bounds, first, self.length, self.padding, page_size)
+            reference.refresh_bounds(self.keys, self.bounds, num_newest, self.length, self.padding, page_size)
 
     def _num_pages(self, num_tokens):
         return -(-num_tokens // self.settings.page_size)
@@ -311,6 +399,8 @@ class QuestCache(Cache):
         page_size: tokens in a page, a power of two.
         dense_layers: how many of the first layers attend everything (Quest, section 3.4).
         max_cache_len: tokens per row to allocate at once. By default storage follows the prompt and grows.
+        compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache. Storage that
+            grows costs one more recording of the CUDA graph, no compilation.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -318,7 +408,7 @@ class QuestCache(Cache):
         QuestError: for a model that Quest cannot serve.
     """
 
-    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None):
+    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None, compile=True):
         if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
             raise ValueError(
                 f"page_size is a number of tokens and a power of two (16 in the paper), not {page_size!r}."
@@ -330,6 +420,7 @@ class QuestCache(Cache):
                 f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}."
             )
         self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len)
+        self.compile = compile
         super().__init__(layers=[])
 
     def __repr__(self):
@@ -362,6 +453,7 @@ class QuestCache(Cache):
     @property
     def tokens_attended(self):
         """Tokens that one decode step attends per KV head with what is stored now, for each layer."""
+        self._settle()
         return [
             self.settings.num_selected * self.page_size if layer.selects_pages else layer.length
             for layer in self.layers
@@ -370,6 +462,7 @@ class QuestCache(Cache):
     @property
     def read_share(self):
         """Bytes of keys, values and bounds that a decode step reads now, over the bytes of all keys and values."""
+        self._settle()
         stored = sum(layer.length for layer in self.layers)
         if stored == 0:
             return 1.0
@@ -378,6 +471,14 @@ class QuestCache(Cache):
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if torch.compiler.is_compiling() and self._takes_step(layer_idx, key_states.shape[2]):
+            return self.layers[layer_idx].update_captured(key_states, value_states)
+        return self._update(key_states, value_states, layer_idx)
+
+    @outside_of_graphs
+    def _update(self, key_states, value_states, layer_idx):
+        self._settle()
+        self.settings.step = None
         if layer_idx == 0:
             self._check_last_forward_was_whole()
         elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
@@ -426,24 +527,99 @@ class QuestCache(Cache):
             layer.crop(length - layer.length)
             layer.pending = False
 
+    def _prepare_step(self):
+        """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
+        for layer in self.layers:
+            layer.check_room(1)
+        for layer in self.layers:
+            layer.make_room(layer.length + 1)
+        self.settings.length.set(self.get_seq_length() + 1)
+        self.settings.step = PREPARED
+
+    def _takes_step(self, layer_idx, num_new):
+        """In a graph: whether this is the decode step that was prepared."""
+        if layer_idx == 0 and num_new == 1 and self.settings.step == PREPARED:
+            self.settings.step = TAKEN  # a mark, since a count would be compiled as a constant
+            return True
+        return layer_idx > 0 and self.settings.step == TAKEN
+
+    def _settle(self):
+        """Count the token of the captured step that has run since it was prepared."""
+        if self.settings.step == TAKEN:
+            self.settings.step = None
+            for layer in self.layers:
+                layer.length += 1
+                layer.num_new = 1
+
+    @property
+    def is_compileable(self):
+        # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
+        if not self.compile or torch.compiler.is_compiling():
+            return False
+        # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
+        # cannot know how many keys there are.
+        return inspect.currentframe().f_back.f_back.f_code.co_name != "_prefill"
+
+    def knows_mask(self, num_keys):
+        """Whether a mask [B, num_keys] of one new token need not be looked at: it continues one that was."""
+        known = self.settings.num_masked
+        if known is None or not known <= num_keys <= known + 1:
+            return False
+        self.settings.num_masked = num_keys
+        return True
+
     def get_seq_length(self, layer_idx=0):
+        if torch.compiler.is_compiling() and self.settings.step == PREPARED:
+            return self.layers[layer_idx].length_on_device - 1
+        self._settle()
         return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
 
     def get_mask_sizes(self, query_length, layer_idx):
+        if torch.compiler.is_compiling() and self.settings.step == PREPARED and query_length == 1:
+            return 0, 0  # there is no key that a mask would have to hide
+        return self._mask_sizes(query_length, layer_idx)
+
+    @outside_of_graphs
+    def _mask_sizes(self, query_length, layer_idx):
         if query_length == 0:
             raise ValueError(
                 f"The cache already holds {self.get_seq_length()} tokens, the whole input, so there is no new token to "
                 "continue from. Pass a longer input, cache.crop(-1), or cache.reset() for a new one."
             )
-        return self.get_seq_length(layer_idx) + query_length, 0
+        num_keys = self.get_seq_length(layer_idx) + query_length
+        if query_length == 1 and self.layers:
+            self._prepare_step()
+        return MaskLength(num_keys, self), 0
 
     def get_max_length(self, layer_idx=None):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def reset(self):
         """Forget every token; storage is kept for the next prompt, of whatever batch size."""
+        self._settle()
         super().reset()
-        self.settings.draft_start = None
+        self.settings.draft_start = self.settings.num_masked = None
+
+    def crop(self, tokens_to_remove):
+        """Drop the newest `-tokens_to_remove` tokens."""
+        self._settle()
+        super().crop(tokens_to_remove)
+        self.settings.num_masked = None
+
+    def reorder_cache(self, beam_idx):
+        """Rows take the tokens of the rows `beam_idx` [B], in place."""
+        self._settle()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self._settle()
+        super().batch_repeat_interleave(repeats)
+        self.settings.num_masked = None
+
+    def batch_select_indices(self, indices):
+        self._settle()
+        super().batch_select_indices(indices)
+        self.settings.num_masked = None
 
     def activate_past_recording(self):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
@@ -473,6 +649,11 @@ class QuestCache(Cache):
     get_conv_state = update_conv_state = _no_state
     get_recurrent_state = update_recurrent_state = _no_state
     update_indexer = _no_state
+
+
+def cannot_be_written(tensor):
+    """Whether it was made, copied or loaded in inference mode and is used outside."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _is_int(value):

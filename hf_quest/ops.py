@@ -132,16 +132,21 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     if sinks is not None:
         _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
     if counters is None:
-        counters = new_counters(query)
-    _check("counters", counters, keys.device, (torch.int32,), (batch_size * query.shape[1],))
+        counters = new_counters(keys)
+    _check("counters", counters, keys.device, (torch.int32,), (len(counters),))
+    if len(counters) < batch_size * query.shape[1]:
+        raise ValueError(f"counters must be {batch_size * query.shape[1]} or more, not {len(counters)}.")
     return torch.ops.hf_quest.attend(
         query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap, sinks
     )
 
 
-def new_counters(query):
-    """[B * Hq] int32 zeros, by which the thread blocks of `attend` know which is the last; zeros again afterwards."""
-    return torch.zeros(query.shape[0] * query.shape[1], dtype=torch.int32, device=query.device)
+def new_counters(keys):
+    """int32 zeros, by which the thread blocks of `attend` know which is the last; zeros again afterwards.
+
+    They are as many as the largest group of query heads may need for `keys`, [B, Hkv, capacity, D].
+    """
+    return torch.zeros(keys.shape[0] * keys.shape[1] * MAX_GROUP, dtype=torch.int32, device=keys.device)
 
 
 def _check_page_size(page_size):

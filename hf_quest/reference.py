@@ -27,34 +27,36 @@ def append(keys, values, bounds, new_keys, new_values, length, padding, page_siz
         bounds: [B, Hkv, capacity / S, 2, D], minimum and maximum over the page's tokens of every channel of the keys
             (Quest, section 3.3); mutated in the pages that the new tokens fall in. None in a layer that needs none.
         new_keys, new_values: [B, Hkv, T, D], keys after the rotary embedding.
-        length: int, slots filled, the new tokens' included.
+        length: slots filled, the new tokens' included: an int, or in a captured graph, which outlives it, [1] int64.
         padding: [B] int64, slots at the start of each row that hold no token.
     """
-    first = length - new_keys.shape[2]
-    keys[:, :, first:length] = new_keys
-    values[:, :, first:length] = new_values
+    num_new = new_keys.shape[2]
+    slot = torch.arange(num_new, device=keys.device) + (length - num_new)
+    keys.index_copy_(2, slot, new_keys)
+    values.index_copy_(2, slot, new_values)
     if bounds is not None:
-        refresh_bounds(keys, bounds, first, length, padding, page_size)
+        refresh_bounds(keys, bounds, num_new, length, padding, page_size)
 
 
-def refresh_bounds(keys, bounds, first, end, padding, page_size):
-    """Compute again, from the keys stored in the slots before `end`, the bounds of every page from slot `first` on.
+def refresh_bounds(keys, bounds, num_new, length, padding, page_size):
+    """Compute again, from the keys stored in the first `length` slots, the bounds of the pages of the newest `num_new`.
 
     A minimum cannot be un-merged, so what shortens a page (a crop, a rejected draft) calls this too. A page without a
     token gets no bounds. `bounds` is mutated; shapes as in `append`.
     """
-    if end <= first:
+    if num_new <= 0:
         return
     device = keys.device
     batch = torch.arange(keys.shape[0], device=device)[:, None]
-    num_touched = (end - first + page_size - 2) // page_size + 1
-    newest_page = ((end - 1 - padding) // page_size).clamp(min=0)[:, None]
+    num_touched = (num_new + page_size - 2) // page_size + 1
+    first, newest = length - num_new, length - 1
+    newest_page = ((newest - padding) // page_size).clamp(min=0)[:, None]
     # Rows are cut into pages at different slots. A row with fewer pages to do does its newest one several times.
     first_page = (first - padding).clamp(min=0)[:, None] // page_size
     page_idx = torch.minimum(first_page + torch.arange(num_touched, device=device), newest_page)
     slot = (padding[:, None] + page_idx * page_size)[..., None] + torch.arange(page_size, device=device)
-    is_token = slot < end
-    page_keys = keys[batch[..., None], :, slot.clamp(max=end - 1)]  # [B, pages, S, Hkv, D]
+    is_token = slot <= newest
+    page_keys = keys[batch[..., None], :, slot.clamp(max=newest)]  # [B, pages, S, Hkv, D]
     is_empty = ~is_token[..., None, None]
     lowest = page_keys.masked_fill(is_empty, torch.inf).amin(dim=2)
     highest = page_keys.masked_fill(is_empty, -torch.inf).amax(dim=2)
@@ -99,7 +101,7 @@ def select(scores, length, padding, num_selected, page_size):
 
     Args:
         scores: [B, Hkv, T, P] float32.
-        length: int, slots filled, the queries' own included.
+        length: slots filled, the queries' own included, as in `append`.
         padding: [B] int64.
         num_selected: K, pages to choose, the newest one included. Equal scores resolve to the lower page index.
 
@@ -128,7 +130,7 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     Args:
         query: [B, Hq, T, D].
         keys, values: [B, Hkv, capacity, D].
-        page_ids: [B, Hkv, T, K] int64, -1 for none.
+        page_ids: [B, Hkv, T, K] int64, -1 for none; None for every page, which is dense attention.
         length, padding: as in `select`.
         scaling: float, multiplies q·k.
         softcap: float, logits become softcap·tanh(logit / softcap) (Gemma 2).
@@ -139,6 +141,10 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     """
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, capacity = keys.shape[1:3]
+    if page_ids is None:
+        page_ids = torch.arange(capacity // page_size, device=keys.device).expand(
+            batch_size, num_kv_heads, num_queries, -1
+        )
     position = page_ids[..., None] * page_size + torch.arange(page_size, device=query.device)
     position = position.flatten(3)  # [B, Hkv, T, K * S]
     is_visible = (position >= 0) & (position < visible_tokens(num_queries, length, padding)[:, None, :, None])

@@ -166,7 +166,7 @@ class TestAppend:
     @pytest.mark.parametrize("end", [1, 15, 16, 17, 32])
     def test_bounds_of_a_cut_page_come_from_the_tokens_that_are_left(self, end):
         stored = store([0, 3], 40)
-        reference.refresh_bounds(stored.keys, stored.bounds, end - 1, end, stored.padding.clamp(max=end - 1), 16)
+        reference.refresh_bounds(stored.keys, stored.bounds, 1, end, stored.padding.clamp(max=end - 1), 16)
         page = (end - 1) // 16
         left = stored.keys[0, :, page * 16 : end]
         assert torch.equal(stored.bounds[0, :, page, 0], left.amin(dim=1))
@@ -295,7 +295,7 @@ class TestAttend:
         alone = store([0], 79)
         alone.keys[:, :, :79], alone.values[:, :, :79] = padded.row_keys(1), padded.row_values(1)
         alone.query = padded.query[1:]
-        reference.refresh_bounds(alone.keys, alone.bounds, 0, 79, alone.padding, 16)
+        reference.refresh_bounds(alone.keys, alone.bounds, 79, 79, alone.padding, 16)
         page_ids = padded.select(3)
         assert torch.equal(page_ids[1:], alone.select(3))
         assert torch.equal(padded.attend(page_ids)[1:], alone.attend(page_ids[1:]))
@@ -308,7 +308,7 @@ class TestAttend:
             alone = store([0, 21], 100)
             alone.query = together.query[:, :, query_idx : query_idx + 1]
             alone.length = 96 + query_idx
-            reference.refresh_bounds(alone.keys, alone.bounds, alone.length - 1, alone.length, alone.padding, 16)
+            reference.refresh_bounds(alone.keys, alone.bounds, 1, alone.length, alone.padding, 16)
             assert torch.equal(alone.select(3), page_ids[:, :, query_idx : query_idx + 1])
             # The same products in a matrix of another shape: float32 sums in another order.
             torch.testing.assert_close(alone.attend(alone.select(3))[:, :, 0], output[:, :, query_idx])
@@ -329,5 +329,5 @@ class TestAttend:
     def test_huge_and_tiny_keys_give_finite_output(self, scale):
         stored = store([0], 50)
         stored.keys *= scale
-        reference.refresh_bounds(stored.keys, stored.bounds, 0, 50, stored.padding, 16)
+        reference.refresh_bounds(stored.keys, stored.bounds, 50, 50, stored.padding, 16)
         assert stored.attend(stored.select(2)).isfinite().all()

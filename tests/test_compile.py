@@ -1,0 +1,163 @@
+"""`generate` compiles its decode step with a QuestCache: one graph, whatever follows, and the same answers.
+
+On a CPU `generate` compiles only where a private flag of its CompileConfig says so. Everything but the recording of
+CUDA graphs is then as on a GPU.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_llama import BUDGET, PROMPT, generate, greedy, make_model, tokens
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
+
+from hf_quest import QuestCache
+
+LAYERS = {"num_hidden_layers": 2}
+
+
+def new_cache(**options):
+    return QuestCache(BUDGET, dense_layers=1, **options)
+
+
+def on_any_device(**options):
+    config = CompileConfig(fullgraph=True, **options)
+    config._compile_all_devices = True
+    return config
+
+
+def num_graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def forget_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+class TestOneGraph:
+    """Inductor compiles once, at the first prompt of the first test, for all of them."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        torch._dynamo.reset()
+        counters.clear()
+        return make_model(**LAYERS)
+
+    @pytest.fixture
+    def compiled(self, model):
+        config = on_any_device(mode="default")
+
+        def generate_compiled(input_ids, cache, **options):
+            output = generate(model, input_ids, cache, compile_config=config, **options)
+            assert num_graphs() == 1
+            return output
+
+        return generate_compiled
+
+    @pytest.mark.parametrize("num_tokens", [20, PROMPT, PROMPT + 400])
+    @pytest.mark.parametrize("max_cache_len", [None, 1000])
+    def test_every_prompt_on_a_fresh_cache(self, model, compiled, num_tokens, max_cache_len):
+        prompt = tokens(num_tokens)
+        expected = greedy(model, new_cache(), prompt)
+        assert torch.equal(compiled(prompt, new_cache(max_cache_len=max_cache_len)), expected)
+
+    def test_storage_that_grows(self, model, compiled):
+        cache, prompt = new_cache(), tokens(PROMPT)
+        output = compiled(prompt, cache, max_new_tokens=300)
+        assert torch.equal(output, greedy(model, new_cache(), prompt, 300))
+        assert cache.get_seq_length() == PROMPT + 299
+
+    def test_reset(self, model, compiled):
+        cache = new_cache()
+        for seed in (1, 2):
+            prompt = tokens(PROMPT, seed=seed)
+            assert torch.equal(compiled(prompt, cache), greedy(model, new_cache(), prompt))
+            cache.reset()
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_copies_of_a_conversation(self, model, compiled, copied):
+        cache = new_cache()
+        first = compiled(tokens(PROMPT), cache)
+        prompt = torch.cat([first, tokens(9, seed=2)], dim=1)
+        expected = greedy(model, greedy_cache := new_cache(), tokens(PROMPT))
+        assert torch.equal(first, expected)
+        expected = torch.cat([first, greedy(model, greedy_cache, prompt[:, PROMPT + 23 :])[:, 1:]], dim=1)
+        for _ in range(2):
+            assert torch.equal(compiled(prompt, copied(cache)), expected)
+        assert torch.equal(compiled(prompt, cache), expected)
+
+    def test_prefill_chunks(self, model, compiled):
+        output = compiled(tokens(PROMPT), new_cache(), prefill_chunk_size=37)
+        assert torch.equal(output, greedy(model, new_cache(), tokens(PROMPT)))
+
+    def test_sampling(self, model, compiled):
+        outputs = []
+        for run in (compiled, lambda *inputs, **options: generate(model, *inputs, **options)):
+            torch.manual_seed(0)
+            outputs.append(run(tokens(PROMPT), new_cache(), do_sample=True))
+        assert torch.equal(*outputs)
+
+    def test_what_the_cache_says_of_itself_afterwards(self, compiled):
+        cache, eager_cache = new_cache(), new_cache()
+        compiled(tokens(PROMPT), cache)
+        generate(make_model(**LAYERS), tokens(PROMPT), eager_cache)
+        assert repr(cache) == repr(eager_cache)
+        assert (cache.tokens_attended, cache.read_share) == (eager_cache.tokens_attended, eager_cache.read_share)
+
+    def test_max_cache_len_that_runs_out(self, model, compiled):
+        cache = new_cache(max_cache_len=PROMPT + 5)
+        with pytest.raises(ValueError, match="max_cache_len=155 tokens are not enough: 155 are stored and 1 more"):
+            compiled(tokens(PROMPT), cache)
+        assert cache.get_seq_length() == PROMPT + 5
+        cache.crop(-10)
+        output = compiled(tokens(PROMPT), cache, max_new_tokens=5)
+        assert torch.equal(output, greedy(model, new_cache(), tokens(PROMPT), 5))
+
+
+def test_left_padded_rows_are_one_graph_and_the_rows_alone(forget_graphs):
+    model, config = make_model(**LAYERS), on_any_device(backend="aot_eager", mode=None)
+    for seed, padding in ((1, 37), (2, 101)):
+        input_ids = tokens(PROMPT, seed=seed, batch_size=2)
+        input_ids[1, :padding] = 0
+        mask = (input_ids > 0).long()
+        output = generate(model, input_ids, new_cache(), attention_mask=mask, compile_config=config)
+        assert torch.equal(output[:1], greedy(model, new_cache(), input_ids[:1]))
+        assert torch.equal(output[1:, padding:], greedy(model, new_cache(), input_ids[1:, padding:]))
+    assert num_graphs() == 1
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options"),
+    [
+        (MistralForCausalLM, {"sliding_window": 64}),
+        (Gemma3ForCausalLM, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        (GptOssForCausalLM, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        (LlamaForCausalLM, {"num_key_value_heads": 1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("num_tokens", [30, PROMPT])
+def test_families(forget_graphs, model_class, options, num_tokens):
+    model = make_model(model_class, **{"num_hidden_layers": 4, **options})
+    config = on_any_device(backend="aot_eager", mode=None)
+    prompt = tokens(num_tokens)
+    expected = generate(model, prompt, new_cache(compile=False))
+    assert torch.equal(generate(model, prompt, new_cache(), compile_config=config), expected)
+    assert num_graphs() == 1
+
+
+def test_a_switch_turns_it_off(forget_graphs):
+    model, config = make_model(**LAYERS), on_any_device(backend="aot_eager", mode=None)
+    generate(model, tokens(PROMPT), new_cache(compile=False), compile_config=config)
+    generate(model, tokens(PROMPT), new_cache(), compile_config=config, disable_compile=True)
+    assert num_graphs() == 0
+
+
+def test_a_forward_that_generate_did_not_prepare_is_right_outside_of_the_graph(forget_graphs):
+    model = make_model(**LAYERS)
+    expected = greedy(model, new_cache(), tokens(PROMPT), 6)
+    assert torch.equal(greedy(torch.compile(model, backend="eager"), new_cache(), tokens(PROMPT), 6), expected)
