@@ -43,6 +43,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         layer.pending = False
         left_padding = getattr(attention_mask, "left_padding", None)
         layer.is_plainly_masked = attention_mask is None or left_padding is not None
+        layer.has_foreign_mask = not layer.is_plainly_masked and not hasattr(attention_mask, "local_size")
         if left_padding is not None:
             layer.set_left_padding(left_padding)
 

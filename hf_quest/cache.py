@@ -97,6 +97,7 @@ class QuestLayer(CacheLayerMixin):
         self.padding = None  # the same on the device: [B] int64
         self.pending = False  # keys and values were handed to the model and have not reached its attention
         self.is_plainly_masked = True  # in the last forward: causally, with left padding at most
+        self.has_foreign_mask = False  # in the last forward: one that is not from this package's mask function
 
     @property
     def capacity(self):
@@ -564,6 +565,8 @@ class QuestCache(Cache):
         """Whether a mask [B, num_keys] of one new token need not be looked at: it continues one that was."""
         known = self.settings.num_masked
         if known is None or not known <= num_keys <= known + 1:
+            return False
+        if any(layer.has_foreign_mask for layer in self.layers):  # made by the model, of the mask that it is given
             return False
         self.settings.num_masked = num_keys
         return True

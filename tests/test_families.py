@@ -544,7 +544,7 @@ UNSUPPORTED = {
     "recurrent_gemma": ({"lru_width": 64, "attention_window_size": WINDOW}, "caches no keys and values"),
     "diffllama": (HEAD_DIM, CHANGED),
     "jetmoe": ({}, CHANGED),
-    "cpmant": ({"dim_head": 16, "dim_ff": 48}, CHANGED),
+    "cpmant": ({"dim_head": 16, "dim_ff": 48}, OWN_ATTENTION),
     "bloom": ({}, OWN_ATTENTION),
     "mpt": ({"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": POSITIONS}, OWN_ATTENTION),
     "codegen": ({"n_embd": 64, "n_head": 4, "n_layer": 3, "rotary_dim": 8}, OWN_ATTENTION),
