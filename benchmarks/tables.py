@@ -40,6 +40,19 @@ def stages_table(report):
     return table
 
 
+def generate_table(report):
+    """ms per token of every model shape and context, and for every way, with what its first call took."""
+    ways = list(dict.fromkeys(result["way"] for result in report["results"]))
+    table = Table("shape", "rows", "tokens", *ways)
+    cases = {}
+    for result in report["results"]:
+        cell = f"{result['ms_per_token']:.1f} ({result['start_s']:.0f} s)" if "ms_per_token" in result else "-"
+        cases.setdefault((result["shape"], result["batch_size"], result["context"]), {})[result["way"]] = cell
+    for (shape, batch_size, context), cells in cases.items():
+        table.add_row(shape, str(batch_size), f"{context:,}", *(cells.get(way, "-") for way in ways))
+    return table
+
+
 def markdown(table):
     """A rich table as Markdown."""
     header = [column.header for column in table.columns]
@@ -48,7 +61,8 @@ def markdown(table):
 
 
 def main():
-    for kind, as_table in (("decode", decode_table), ("recall", recall_table), ("stages", stages_table)):
+    kinds = {"decode": decode_table, "recall": recall_table, "stages": stages_table, "generate": generate_table}
+    for kind, as_table in kinds.items():
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             print(markdown(as_table(json.loads(path.read_text()))))
 

@@ -13,7 +13,8 @@ from small_llama import BUDGET, PROMPT, generate, greedy, make_model, tokens
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from hf_quest import QuestCache
+from hf_quest import QuestCache, tiny
+from hf_quest.evaluation.documents import Library, documents, heldout_text
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -161,3 +162,17 @@ def test_a_forward_that_generate_did_not_prepare_is_right_outside_of_the_graph(f
     model = make_model(**LAYERS)
     expected = greedy(model, new_cache(), tokens(PROMPT), 6)
     assert torch.equal(greedy(torch.compile(model, backend="eager"), new_cache(), tokens(PROMPT), 6), expected)
+
+
+@torch.no_grad()
+def test_the_tiny_model_writes_the_same_256_tokens_after_16k(forget_graphs):
+    model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.float32)
+    document = next(documents(Library(tokenizer, heldout_text()[:300_000]), "digest", 16384, 1, seed=3))
+    ids = torch.tensor([document.ids])
+    cache = QuestCache(budget=512)
+    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    options = {"max_new_tokens": 256, "min_new_tokens": 256}
+    expected = generate(model, ids, copy.deepcopy(cache), disable_compile=True, **options)
+    compiled = generate(model, ids, cache, compile_config=on_any_device(mode="default"), **options)
+    assert num_graphs() == 1
+    assert torch.equal(compiled, expected)

@@ -1,0 +1,212 @@
+"""Milliseconds per token of stock `generate` on a GPU, with QuestCache and with Transformers' own caches.
+
+    python benchmarks/bench_generate.py
+    python benchmarks/bench_generate.py --cases llama-3.1-8b:1:32768 --ways quest static
+
+Weights are random. A context is not computed but put into the cache layer by layer as random keys and values, which the
+cache stores as it would store a prompt's. Then `generate` goes on from there: a way's time per token is the difference
+of a long and a short answer over the difference of their tokens, so that what comes once per call is left out; the
+median over the rounds. `start` is the first call of `generate`, with whatever it compiles, and depends on what earlier
+ways have compiled: each way is measured in the order given.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from environment import describe
+from rich.console import Console
+from tables import RESULTS, generate_table, markdown
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from hf_quest import QuestCache
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+CASES = [
+    "llama-3.1-8b:1:1024",
+    "llama-3.1-8b:1:32768",
+    "llama-3.1-8b:1:131072",
+    "llama-3.1-8b:4:131072",
+    "llama-2-7b:1:32768",
+    "llama-2-7b:1:131072",
+]
+HEADROOM = 1024  # tokens that all rounds together may write
+SHORT = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode: a cache, the attention that goes with it, and how `generate` may compile its step."""
+
+    title: str
+    attn_implementation: str
+    make_cache: object  # from the model's config, the length of the context and the budget
+    options: dict
+
+
+def quest(title, budget=None, options=None, **cache_options):
+    def make_cache(config, context, default_budget):
+        return QuestCache(default_budget if budget is None else budget, **cache_options)
+
+    return Way(title, "quest", make_cache, options or {})
+
+
+BEYOND = 2**22  # a budget beyond every context
+WAYS = {
+    "dynamic": Way("DynamicCache, sdpa", "sdpa", lambda config, context, budget: DynamicCache(), {}),
+    "static": Way(
+        "StaticCache, sdpa, compiled",
+        "sdpa",
+        lambda config, context, budget: StaticCache(config, max_cache_len=context + HEADROOM),
+        {},
+    ),
+    "quest": quest("QuestCache"),
+    "quest-dense": quest("QuestCache, everything", BEYOND),
+    "quest-cudagraphs": quest(
+        "QuestCache, cudagraphs", options={"compile_config": CompileConfig(backend="cudagraphs", mode=None)}
+    ),
+    "quest-eager": quest("QuestCache, eager", compile=False),
+}
+
+
+def make_model(shape, max_positions):
+    """A model with random bfloat16 weights, made on the GPU."""
+    config = LlamaConfig(
+        **SHAPES[shape],
+        head_dim=128,
+        max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="quest",
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def fill(cache, config, batch_size, num_tokens):
+    """Put `num_tokens` random keys and values into every layer."""
+    shape = (batch_size, config.num_key_value_heads, num_tokens, config.head_dim)
+    for layer_idx in range(config.num_hidden_layers):
+        keys, values = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+        handed_over, _ = cache.update(keys, values, layer_idx)
+        if isinstance(cache, QuestCache):
+            handed_over.quest_layer.pending = False  # no attention follows
+
+
+def answer(model, cache, input_ids, num_tokens, options):
+    """`generate` on the GPU to its end: the tokens with the answer's, and seconds."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    torch.cuda.synchronize()
+    return output, time.perf_counter() - start
+
+
+def measure(model, way, batch_size, context, budget, num_steps, num_rounds):
+    """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
+    model.set_attn_implementation(way.attn_implementation)
+    cache = way.make_cache(model.config, context, budget)
+    fill(cache, model.config, batch_size, context - 1)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
+    ids, start_s = answer(model, cache, ids, SHORT, way.options)
+    ids, _ = answer(model, cache, ids, SHORT, way.options)
+    round_ms = []
+    for _ in range(num_rounds):
+        ids, short_s = answer(model, cache, ids, SHORT, way.options)
+        ids, long_s = answer(model, cache, ids, SHORT + num_steps, way.options)
+        round_ms.append((long_s - short_s) / num_steps * 1e3)
+    return {
+        "ms_per_token": round(statistics.median(round_ms), 2),
+        "round_ms": [round(ms, 2) for ms in round_ms],
+        "start_s": round(start_s, 1),
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=CASES, help="model shape:rows:tokens of context")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--steps", type=int, default=32, help="tokens timed per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "generate_gpu.json")
+    return parser.parse_args()
+
+
+def write(report, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
+    path.with_suffix(".md").write_text(
+        f"# Decoding through `generate`: ms per token\n\n{markdown(generate_table(report))}\n{conditions}"
+    )
+
+
+def main():
+    arguments = parse_arguments()
+    report = {"environment": describe("cuda"), "budget": arguments.budget, "results": []}
+    model, shape_of_model = None, None
+    for case in arguments.cases:
+        shape, batch_size, context = case.split(":")
+        batch_size, context = int(batch_size), int(context)
+        if shape != shape_of_model:
+            model = None
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            model, shape_of_model = make_model(shape, 2**18), shape
+        for name in arguments.ways:
+            way = WAYS[name]
+            result = {"shape": shape, "batch_size": batch_size, "context": context, "way": way.title}
+            try:
+                steps = (arguments.steps, arguments.rounds)
+                result |= measure(model, way, batch_size, context, arguments.budget, *steps)
+            except torch.OutOfMemoryError as error:
+                result["error"] = str(error).splitlines()[0]
+            report["results"].append(result)
+            print(json.dumps(result), flush=True)
+            write(report, arguments.output)
+            gc.collect()
+            torch.cuda.empty_cache()
+    Console(width=160).print(generate_table(report))
+
+
+if __name__ == "__main__":
+    main()
