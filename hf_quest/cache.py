@@ -530,11 +530,11 @@ class QuestCache(Cache):
 
     def _prepare_step(self):
         """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
+        num_tokens = self.get_seq_length() + 1
+        self.layers[0].check_room(1)
         for layer in self.layers:
-            layer.check_room(1)
-        for layer in self.layers:
-            layer.make_room(layer.length + 1)
-        self.settings.length.set(self.get_seq_length() + 1)
+            layer.make_room(num_tokens)
+        self.settings.length.set(num_tokens)
         self.settings.step = PREPARED
 
     def _takes_step(self, layer_idx, num_new):

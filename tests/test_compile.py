@@ -39,14 +39,15 @@ def forget_graphs():
     counters.clear()
 
 
+@pytest.fixture(scope="class")
+def model():
+    torch._dynamo.reset()
+    counters.clear()
+    return make_model(**LAYERS)
+
+
 class TestOneGraph:
     """Inductor compiles once, at the first prompt of the first test, for all of them."""
-
-    @pytest.fixture(scope="class")
-    def model(self):
-        torch._dynamo.reset()
-        counters.clear()
-        return make_model(**LAYERS)
 
     @pytest.fixture
     def compiled(self, model):

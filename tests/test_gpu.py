@@ -1,4 +1,7 @@
-"""On a GPU `generate` with a QuestCache answers as on the CPU."""
+"""On a GPU `generate` with a QuestCache answers as on the CPU.
+
+A compilation takes longer than all else here, so only TestCapturedDecode compiles.
+"""
 
 import copy
 
@@ -22,10 +25,14 @@ def model():
     return make_model().cuda()
 
 
+def eager_cache(**options):
+    return QuestCache(compile=False, **options)
+
+
 @pytest.mark.parametrize("budget", [BUDGET, 2048])
 @pytest.mark.parametrize("max_cache_len", [None, 512])
 def test_greedy(model, budget, max_cache_len):
-    cache = QuestCache(budget=budget, max_cache_len=max_cache_len)
+    cache = eager_cache(budget=budget, max_cache_len=max_cache_len)
     output = generate(model, tokens(PROMPT).cuda(), cache)
     assert torch.equal(output.cpu(), generate(make_model(), tokens(PROMPT), QuestCache(budget=budget)))
     assert all(layer.keys.is_cuda for layer in cache.layers)
@@ -36,9 +43,9 @@ def test_left_padded_row_is_the_row_alone(model):
     input_ids = tokens(PROMPT, batch_size=2).cuda()
     input_ids[1, : PROMPT - short] = 0
     attention_mask = (input_ids > 0).long()
-    output = generate(model, input_ids, QuestCache(budget=BUDGET), attention_mask=attention_mask)
+    output = generate(model, input_ids, eager_cache(budget=BUDGET), attention_mask=attention_mask)
     for row, start in ((0, 0), (1, PROMPT - short)):
-        alone = generate(model, input_ids[row : row + 1, start:], QuestCache(budget=BUDGET))
+        alone = generate(model, input_ids[row : row + 1, start:], eager_cache(budget=BUDGET))
         assert torch.equal(output[row, -ANSWER:], alone[0, -ANSWER:])
 
 
@@ -47,14 +54,14 @@ def test_left_padded_row_is_the_row_alone(model):
 )
 def test_modes(model, options):
     prompt = tokens(PROMPT // 2).repeat(1, 2)
-    output = generate(model, prompt.cuda(), QuestCache(budget=BUDGET), **options)
+    output = generate(model, prompt.cuda(), eager_cache(budget=BUDGET), **options)
     assert torch.equal(output.cpu(), generate(make_model(), prompt, QuestCache(budget=BUDGET), **options))
 
 
 def test_copies_of_one_prefilled_document(model):
     document = tokens(PROMPT).cuda()
     prompt = torch.cat([document, tokens(5).cuda()], dim=1)
-    prefilled = QuestCache(budget=BUDGET)
+    prefilled = eager_cache(budget=BUDGET)
     with torch.no_grad():
         model(document, past_key_values=prefilled)
     first, second = (generate(model, prompt, copy.deepcopy(prefilled)) for _ in range(2))
@@ -63,7 +70,7 @@ def test_copies_of_one_prefilled_document(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs_in_its_dtype(dtype):
-    cache = QuestCache(budget=BUDGET)
+    cache = eager_cache(budget=BUDGET)
     output = generate(make_model(dtype=dtype).cuda(), tokens(PROMPT).cuda(), cache)
     assert output.shape == (1, PROMPT + ANSWER)
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
@@ -123,7 +130,7 @@ class TestKernels:
         model, library = tiny_model
         for paper in documents(library, job, 8192, 3, seed=6):
             ids = torch.tensor([paper.ids]).cuda()
-            output = generate(model, ids, QuestCache(budget=256), max_new_tokens=8)
+            output = generate(model, ids, eager_cache(budget=256), max_new_tokens=8)
             answer = library.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             assert answer.startswith(paper.answer)
         assert count_selections() > 0
