@@ -472,11 +472,12 @@ class QuestCache(Cache):
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if torch.compiler.is_compiling() and self._takes_step(layer_idx, key_states.shape[2]):
+        if not torch.compiler.is_compiling():
+            return self._update(key_states, value_states, layer_idx)
+        if self._takes_step(layer_idx, key_states.shape[2]):
             return self.layers[layer_idx].update_captured(key_states, value_states)
-        return self._update(key_states, value_states, layer_idx)
+        return self._update_outside_of_graph(key_states, value_states, layer_idx)
 
-    @outside_of_graphs
     def _update(self, key_states, value_states, layer_idx):
         self._settle()
         self.settings.step = None
@@ -493,6 +494,8 @@ class QuestCache(Cache):
         if layer_idx >= len(self.layers):
             self._add_layer(layer_idx, key_states.shape[2])
         return self.layers[layer_idx].update(key_states, value_states)
+
+    _update_outside_of_graph = outside_of_graphs(_update)
 
     def _check_last_forward_was_whole(self):
         length = min((layer.length for layer in self.layers), default=0)
