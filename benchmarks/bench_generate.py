@@ -7,7 +7,8 @@ Weights are random. A context is not computed but put into the cache layer by la
 cache stores as it would store a prompt's. Then `generate` goes on from there: a way's time per token is the difference
 of a long and a short answer over the difference of their tokens, so that what comes once per call is left out; the
 median over the rounds. `start` is the first call of `generate`, with whatever it compiles, and depends on what earlier
-ways have compiled: each way is measured in the order given.
+ways have compiled: each way is measured in the order given. `verify` is one forward of five drafted tokens and their
+removal, as assisted decoding does it, which `generate` never compiles.
 """
 
 import argparse
@@ -54,6 +55,7 @@ CASES = [
 ]
 HEADROOM = 1024  # tokens that all rounds together may write
 SHORT = 8  # tokens
+NUM_DRAFTS = 5
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,12 @@ WAYS = {
         "QuestCache, cudagraphs", options={"compile_config": CompileConfig(backend="cudagraphs", mode=None)}
     ),
     "quest-eager": quest("QuestCache, eager", compile=False),
+    "dynamic-beams": Way(
+        "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
+    ),
+    "quest-beams": quest("QuestCache, 4 beams", options={"num_beams": 4}),
 }
+VERIFYING = ("dynamic", "quest-eager")  # also measured at drafts
 
 
 def make_model(shape, max_positions):
@@ -136,11 +143,29 @@ def answer(model, cache, input_ids, num_tokens, options):
     return output, time.perf_counter() - start
 
 
-def measure(model, way, batch_size, context, budget, num_steps, num_rounds):
+@torch.no_grad()
+def verify_ms(model, cache, num_rounds):
+    """Milliseconds of a forward of drafted tokens, and of their removal."""
+    if isinstance(cache, QuestCache):
+        cache.settings.draft_start = cache.get_seq_length()
+    drafts = torch.randint(1, model.config.vocab_size, (cache.layers[0].keys.shape[0], NUM_DRAFTS), device="cuda")
+    times = []
+    for _ in range(2 + 3 * num_rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(drafts, past_key_values=cache)
+        cache.crop(-NUM_DRAFTS)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(times[2:]), 2)
+
+
+def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
     """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
+    way = WAYS[name]
     model.set_attn_implementation(way.attn_implementation)
     cache = way.make_cache(model.config, context, budget)
-    fill(cache, model.config, batch_size, context - 1)
+    fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
@@ -151,12 +176,15 @@ def measure(model, way, batch_size, context, budget, num_steps, num_rounds):
         ids, short_s = answer(model, cache, ids, SHORT, way.options)
         ids, long_s = answer(model, cache, ids, SHORT + num_steps, way.options)
         round_ms.append((long_s - short_s) / num_steps * 1e3)
-    return {
+    result = {
         "ms_per_token": round(statistics.median(round_ms), 2),
         "round_ms": [round(ms, 2) for ms in round_ms],
         "start_s": round(start_s, 1),
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }
+    if name in VERIFYING:
+        result["verify_ms"] = verify_ms(model, cache, num_rounds)
+    return result
 
 
 def parse_arguments():
@@ -193,11 +221,10 @@ def main():
             torch.cuda.empty_cache()
             model, shape_of_model = make_model(shape, 2**18), shape
         for name in arguments.ways:
-            way = WAYS[name]
-            result = {"shape": shape, "batch_size": batch_size, "context": context, "way": way.title}
+            result = {"shape": shape, "batch_size": batch_size, "context": context, "way": WAYS[name].title}
             try:
                 steps = (arguments.steps, arguments.rounds)
-                result |= measure(model, way, batch_size, context, arguments.budget, *steps)
+                result |= measure(model, name, batch_size, context, arguments.budget, *steps)
             except torch.OutOfMemoryError as error:
                 result["error"] = str(error).splitlines()[0]
             report["results"].append(result)
