@@ -26,6 +26,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams params) {
     wait_for_previous_kernel();
     let_next_kernel_begin();
+    const Storage storage = find(params.storage);
     const int num_vectors = params.head_dim / kVector;
     const int pages_per_block = blockDim.x / num_vectors;
     const int vector_idx = threadIdx.x % num_vectors;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
     const int64_t page_idx = ((first - padding) >> page_shift) + touched_idx;
     const int64_t page_start = padding + (page_idx << page_shift);
     const int64_t slot_begin = max(max(first, page_start), int64_t(0));
-    const int64_t slot_end = min(min(end, params.capacity), page_start + params.page_size);
+    const int64_t slot_end = min(min(end, storage.capacity), page_start + params.page_size);
     if (slot_begin >= slot_end) return;
 
     const int64_t head_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
@@ -49,18 +50,19 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
     };
     const T* new_keys = new_vector(params.new_keys, params.key_strides);
     const T* new_values = new_vector(params.new_values, params.value_strides);
-    const int64_t stored = head_idx * params.capacity * num_vectors + vector_idx;
-    uint4* keys = static_cast<uint4*>(params.keys) + stored;
-    uint4* values = static_cast<uint4*>(params.values) + stored;
+    const int64_t stored = head_idx * storage.capacity * num_vectors + vector_idx;
+    uint4* keys = static_cast<uint4*>(storage.keys) + stored;
+    uint4* values = static_cast<uint4*>(storage.values) + stored;
 
-    const bool has_bounds = params.bounds != nullptr && page_idx >= 0 && page_idx < params.num_pages;
+    const int64_t num_pages = count_pages(storage, params.page_size);
+    const bool has_bounds = storage.bounds != nullptr && page_idx >= 0 && page_idx < num_pages;
     uint4* bounds = nullptr;
     constexpr uint32_t kInfinity = std::is_same_v<T, __half> ? 0x7c007c00u : 0x7f807f80u;
     constexpr uint32_t kMinusInfinity = kInfinity | 0x80008000u;
     uint4 lowest = {kInfinity, kInfinity, kInfinity, kInfinity};
     uint4 highest = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
     if (has_bounds) {
-        bounds = static_cast<uint4*>(params.bounds) + (head_idx * params.num_pages + page_idx) * 2 * num_vectors;
+        bounds = static_cast<uint4*>(storage.bounds) + (head_idx * num_pages + page_idx) * 2 * num_vectors;
         bounds += vector_idx;
         if (page_start < first) {
             lowest = bounds[0];

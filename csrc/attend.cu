@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const AttendParams 
     const int num_heads = min(params.group_size - tile_of_group * kHeadTile, kHeadTile);
     const int first_head = kv_head_idx * params.group_size + tile_of_group * kHeadTile;
 
+    const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
-    const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, params.capacity));
+    const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     const int num_chosen = kIsDense ? num_tokens : params.num_selected * params.page_size;
     const int num_tiles = max(ceil_div(num_chosen, kTile), 1);
     const int tiles_per_split = ceil_div(num_tiles, int(gridDim.x));
@@ -91,9 +92,9 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const AttendParams 
     }
 
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
-    const int64_t row_start = (kv_idx * params.capacity + padding) * kHeadDim;
-    const T* keys = static_cast<const T*>(params.keys) + row_start + quad_idx * 8;
-    const T* values = static_cast<const T*>(params.values) + row_start + group_idx * L::kVector;
+    const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
+    const T* keys = static_cast<const T*>(storage.keys) + row_start + quad_idx * 8;
+    const T* values = static_cast<const T*>(storage.values) + row_start + group_idx * L::kVector;
     const int64_t* page_ids = params.page_ids + kv_idx * params.num_selected;
     const int page_shift = __ffs(params.page_size) - 1;
     // The first of the 8 tokens that begin at a multiple of 8 among the chosen ones.
@@ -331,7 +332,7 @@ int count_splits(const AttendParams& params) {
     const int64_t num_heads = int64_t(params.num_rows) * params.num_kv_heads * ceil_div(params.group_size, kHeadTile);
     const int64_t num_blocks = int64_t(blocks_per_sm(params.head_dim)) * params.launch.num_sms;
     const int64_t num_chosen =
-        params.page_ids == nullptr ? params.capacity : int64_t(params.num_selected) * params.page_size;
+        params.page_ids == nullptr ? params.storage.capacity : int64_t(params.num_selected) * params.page_size;
     const int64_t most = ceil_div(num_chosen, int64_t(kTilesPerWarp * kWarps * kTile));
     return int(max(min(num_blocks / num_heads, most), int64_t(1)));
 }

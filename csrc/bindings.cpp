@@ -2,6 +2,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -32,18 +33,18 @@ void* address_of(const Tensor& tensor) {
     return address;
 }
 
-void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds, const Tensor& new_keys,
-            const Tensor& new_values, const Tensor& length, const Tensor& padding, int64_t page_size) {
-    const c10::cuda::CUDAGuard guard(keys.device());
+// What a launch with storage of unknown capacity must be ready for.
+constexpr int64_t kAnyCapacity = int64_t(1) << 40;
+
+void append_to(const Storage& storage, const Tensor& new_keys, const Tensor& new_values, const Tensor& length,
+               const Tensor& padding, int64_t page_size) {
     AppendParams params = {};
     params.launch = launch_on_current_stream();
-    params.data_type = data_type_of(keys);
-    params.num_rows = keys.size(0);
-    params.num_kv_heads = keys.size(1);
-    params.head_dim = keys.size(3);
+    params.data_type = data_type_of(new_keys);
+    params.num_rows = new_keys.size(0);
+    params.num_kv_heads = new_keys.size(1);
+    params.head_dim = new_keys.size(3);
     params.page_size = page_size;
-    params.capacity = keys.size(2);
-    params.num_pages = bounds ? bounds->size(2) : 0;
     params.num_new = new_keys.size(2);
     params.new_keys = address_of(new_keys);
     params.new_values = address_of(new_values);
@@ -53,80 +54,67 @@ void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor
     }
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
-    params.keys = address_of(keys);
-    params.values = address_of(values);
-    params.bounds = bounds ? address_of(*bounds) : nullptr;
+    params.storage = storage;
     C10_CUDA_CHECK(launch_append(params));
 }
 
-Tensor estimate(const Tensor& query, const Tensor& bounds, const Tensor& length, const Tensor& padding,
-                int64_t page_size, double scaling) {
-    const c10::cuda::CUDAGuard guard(query.device());
-    const Tensor scores =
-        at::empty({bounds.size(0), bounds.size(1), 1, bounds.size(2)}, query.options().dtype(at::kFloat));
+void estimate_pages(const Storage& storage, const Tensor& query, int64_t num_kv_heads, const Tensor& length,
+                    const Tensor& padding, int64_t page_size, double scaling) {
     EstimateParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
-    params.num_rows = bounds.size(0);
-    params.num_kv_heads = bounds.size(1);
-    params.group_size = query.size(1) / bounds.size(1);
+    params.num_rows = query.size(0);
+    params.num_kv_heads = num_kv_heads;
+    params.group_size = query.size(1) / num_kv_heads;
     params.head_dim = query.size(3);
     params.page_size = page_size;
-    params.num_pages = bounds.size(2);
     params.scaling = scaling;
     params.query = address_of(query);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
-    params.bounds = address_of(bounds);
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
-    params.scores = scores.data_ptr<float>();
+    params.storage = storage;
     C10_CUDA_CHECK(launch_estimate(params));
-    return scores;
 }
 
-Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding, int64_t num_selected,
-              int64_t page_size) {
-    const c10::cuda::CUDAGuard guard(scores.device());
-    const Tensor page_ids =
-        at::empty({scores.size(0), scores.size(1), 1, num_selected}, scores.options().dtype(at::kLong));
+Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& length, const Tensor& padding,
+                    int64_t num_selected, int64_t page_size) {
+    const Tensor page_ids = at::empty({padding.size(0), num_kv_heads, 1, num_selected}, padding.options());
     SelectParams params = {};
     params.launch = launch_on_current_stream();
-    params.num_rows = scores.size(0);
-    params.num_kv_heads = scores.size(1);
+    params.num_rows = padding.size(0);
+    params.num_kv_heads = num_kv_heads;
     params.page_size = page_size;
     params.num_selected = num_selected;
-    params.num_pages = scores.size(3);
-    params.scores = scores.data_ptr<float>();
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
+    params.storage = storage;
     params.page_ids = page_ids.data_ptr<int64_t>();
     C10_CUDA_CHECK(launch_select(params));
     return page_ids;
 }
 
-Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& page_ids,
-              const Tensor& length, const Tensor& padding, const Tensor& counters, int64_t page_size, double scaling,
-              std::optional<double> softcap, const std::optional<Tensor>& sinks) {
-    const c10::cuda::CUDAGuard guard(query.device());
+Tensor attend_pages(const Storage& storage, const Tensor& query, int64_t num_kv_heads,
+                    const std::optional<Tensor>& page_ids, const Tensor& length, const Tensor& padding,
+                    const Tensor& counters, int64_t page_size, double scaling, std::optional<double> softcap,
+                    const std::optional<Tensor>& sinks) {
     const Tensor output = at::empty(query.sizes(), query.options());
     AttendParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
-    params.num_rows = keys.size(0);
-    params.num_kv_heads = keys.size(1);
-    params.group_size = query.size(1) / keys.size(1);
-    params.head_dim = keys.size(3);
+    params.num_rows = query.size(0);
+    params.num_kv_heads = num_kv_heads;
+    params.group_size = query.size(1) / num_kv_heads;
+    params.head_dim = query.size(3);
     params.page_size = page_size;
     params.num_selected = page_ids ? page_ids->size(3) : 0;
-    params.capacity = keys.size(2);
     params.scaling = scaling;
     params.softcap = softcap.value_or(0.0);
     params.query = address_of(query);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
-    params.keys = address_of(keys);
-    params.values = address_of(values);
+    params.storage = storage;
     params.page_ids = page_ids ? page_ids->data_ptr<int64_t>() : nullptr;
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
@@ -137,7 +125,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 
     Tensor partial_output, partial_softmax;  // freed on return; the allocator keeps to the stream's order
     if (params.num_splits > 1) {
-        const int64_t num_partials = keys.size(0) * keys.size(1) * params.num_splits * padded_group(params.group_size);
+        const int64_t num_partials = query.size(0) * num_kv_heads * params.num_splits * padded_group(params.group_size);
         partial_output = at::empty({num_partials, params.head_dim}, query.options().dtype(at::kFloat));
         partial_softmax = at::empty({num_partials, 2}, query.options().dtype(at::kFloat));
         params.partial_output = partial_output.data_ptr<float>();
@@ -147,6 +135,71 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     return output;
 }
 
+void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds, const Tensor& new_keys,
+            const Tensor& new_values, const Tensor& length, const Tensor& padding, int64_t page_size) {
+    const c10::cuda::CUDAGuard guard(keys.device());
+    Storage storage = {};
+    storage.keys = address_of(keys);
+    storage.values = address_of(values);
+    storage.bounds = bounds ? address_of(*bounds) : nullptr;
+    storage.capacity = keys.size(2);
+    append_to(storage, new_keys, new_values, length, padding, page_size);
+}
+
+Tensor estimate(const Tensor& query, const Tensor& bounds, const Tensor& length, const Tensor& padding,
+                int64_t page_size, double scaling) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    const Tensor scores =
+        at::empty({bounds.size(0), bounds.size(1), 1, bounds.size(2)}, query.options().dtype(at::kFloat));
+    Storage storage = {};
+    storage.bounds = address_of(bounds);
+    storage.scores = scores.data_ptr<float>();
+    storage.capacity = bounds.size(2) * page_size;
+    estimate_pages(storage, query, bounds.size(1), length, padding, page_size, scaling);
+    return scores;
+}
+
+Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding, int64_t num_selected,
+              int64_t page_size) {
+    const c10::cuda::CUDAGuard guard(scores.device());
+    Storage storage = {};
+    storage.scores = scores.data_ptr<float>();
+    storage.capacity = scores.size(3) * page_size;
+    return select_pages(storage, scores.size(1), length, padding, num_selected, page_size);
+}
+
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& page_ids,
+              const Tensor& length, const Tensor& padding, const Tensor& counters, int64_t page_size, double scaling,
+              std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    Storage storage = {};
+    storage.keys = address_of(keys);
+    storage.values = address_of(values);
+    storage.capacity = keys.size(2);
+    return attend_pages(storage, query, keys.size(1), page_ids, length, padding, counters, page_size, scaling, softcap,
+                        sinks);
+}
+
+// A whole decode step of one layer, whose storage the device finds in its row of `addresses`.
+Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const std::optional<Tensor>& new_values,
+              const Tensor& addresses, const Tensor& length, const Tensor& padding, int64_t layer_idx,
+              int64_t num_kv_heads, int64_t num_selected, int64_t page_size, double scaling,
+              std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    Storage storage = {};
+    storage.capacity = kAnyCapacity;
+    storage.addresses = addresses.data_ptr<int64_t>() + layer_idx * addresses.size(1);
+    if (new_keys) append_to(storage, *new_keys, *new_values, length, padding, page_size);
+    std::optional<Tensor> page_ids;
+    if (num_selected > 0) {
+        estimate_pages(storage, query, num_kv_heads, length, padding, page_size, scaling);
+        page_ids = select_pages(storage, num_kv_heads, length, padding, num_selected, page_size);
+    }
+    const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
+    return attend_pages(storage, query, num_kv_heads, page_ids, length, padding, counters, page_size, scaling, softcap,
+                        sinks);
+}
+
 }  // namespace hf_quest::operators
 
 TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
@@ -154,4 +207,5 @@ TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
     library.impl("estimate", &hf_quest::operators::estimate);
     library.impl("select", &hf_quest::operators::select);
     library.impl("attend", &hf_quest::operators::attend);
+    library.impl("decode", &hf_quest::operators::decode);
 }

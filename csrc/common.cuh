@@ -98,6 +98,17 @@ __device__ inline void let_next_kernel_begin() {
 #endif
 }
 
+__device__ inline Storage find(const Storage& storage) {
+    const int64_t* addresses = storage.addresses;
+    if (addresses == nullptr) return storage;
+    return {reinterpret_cast<void*>(addresses[0]), reinterpret_cast<void*>(addresses[1]),
+            reinterpret_cast<void*>(addresses[2]), reinterpret_cast<float*>(addresses[3]), addresses[4], addresses};
+}
+
+__device__ inline int64_t count_pages(const Storage& storage, int page_size) {
+    return (storage.capacity + page_size - 1) >> (__ffs(page_size) - 1);
+}
+
 // Tokens of a row, its padding left out.
 __device__ inline int64_t count_tokens(const int64_t* length, const int64_t* padding, int row_idx, int64_t capacity) {
     const int64_t len = *length;

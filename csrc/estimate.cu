@@ -18,20 +18,32 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPagesPerWarp = 16;
 constexpr int kChunk = 32;  // channels that the four lanes of a quad load together
 
-constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 3 : head_dim > 64 ? 4 : 5; }
+constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 5; }
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_kernel(const EstimateParams params) {
     constexpr int kNumChunks = 2 * kHeadDim / kChunk;
     extern __shared__ uint4 signed_query[];  // [head tiles, chunks, lanes]
+    __shared__ struct {
+        const T* bounds;
+        float* scores;
+        int num_pages;
+    } own;  // of this row and head: registers are short
     wait_for_previous_kernel();
     let_next_kernel_begin();
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z;
     const int num_head_tiles = ceil_div(params.group_size, kHeadTile);
-    const int64_t capacity = params.num_pages * params.page_size;
-    const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, capacity);
+    if (threadIdx.x == 0) {
+        const Storage storage = find(params.storage);
+        const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
+        const int64_t head_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
+        const int64_t first_page = head_idx * count_pages(storage, params.page_size);
+        own.bounds = static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim;
+        own.scores = storage.scores + first_page;
+        own.num_pages = int(max(num_tokens + params.page_size - 1, int64_t(0)) / params.page_size);
+    }
 
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     for (int idx = threadIdx.x; idx < num_head_tiles * kNumChunks * kWarpSize; idx += kThreads) {
@@ -48,9 +60,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
                              signed_part(vector.w)};
     }
 
-    const int num_pages = int(max(num_tokens + params.page_size - 1, int64_t(0)) / params.page_size);
-    const int64_t head_start = (int64_t(row_idx) * params.num_kv_heads + kv_head_idx) * params.num_pages;
-    const T* bounds = static_cast<const T*>(params.bounds) + head_start * 2 * kHeadDim + quad_idx * 8;
+    __syncthreads();
+    const int num_pages = own.num_pages;
+    const T* bounds = own.bounds + quad_idx * 8;
     uint4 low[kNumChunks], high[kNumChunks];  // pages group_idx and group_idx + 8 of the 16
     const auto load_pages = [&](int first_page) {
         // Past the last page the last one is read again; its scores are not stored twice.
@@ -65,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
 
     int first_page = (blockIdx.x * kWarps + warp_idx) * kPagesPerWarp;
     if (first_page < num_pages) load_pages(first_page);
-    __syncthreads();
     while (first_page < num_pages) {
         float low_score = -INFINITY, high_score = -INFINITY;
         for (int tile_idx = 0; tile_idx < num_head_tiles; ++tile_idx) {
@@ -89,8 +100,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
             high_score = fmaxf(high_score, __shfl_xor_sync(kWholeWarp, high_score, distance));
         }
         if (quad_idx == 0) {
-            if (low_page < num_pages) params.scores[head_start + low_page] = low_score * params.scaling;
-            if (high_page < num_pages) params.scores[head_start + high_page] = high_score * params.scaling;
+            if (low_page < num_pages) own.scores[low_page] = low_score * params.scaling;
+            if (high_page < num_pages) own.scores[high_page] = high_score * params.scaling;
         }
     }
 }
@@ -100,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
 cudaError_t launch_estimate(const EstimateParams& params) {
     const int num_heads = params.num_rows * params.num_kv_heads;
     const int most = max(blocks_per_sm(params.head_dim) * params.launch.num_sms / num_heads, 1);
-    const int num_blocks = int(min(ceil_div<int64_t>(params.num_pages, kWarps * kPagesPerWarp), int64_t(most)));
+    const int64_t num_pages = ceil_div<int64_t>(params.storage.capacity, params.page_size);
+    const int num_blocks = int(min(ceil_div<int64_t>(num_pages, kWarps * kPagesPerWarp), int64_t(most)));
     const dim3 grid(num_blocks, params.num_kv_heads, params.num_rows);
     const size_t num_vectors = ceil_div(params.group_size, kHeadTile) * 2 * params.head_dim / kChunk * kWarpSize;
     return for_head_dim(params.data_type, params.head_dim, [&](auto element, auto head_dim) {

@@ -17,42 +17,48 @@ struct Launch {
     bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
 };
 
+// The storage of one layer: given here, or found on the device. A captured graph must not know where storage lies, which
+// may be other storage by the time it runs.
+struct Storage {
+    void* keys;                // [B, Hkv, capacity, D]
+    void* values;              // [B, Hkv, capacity, D]
+    void* bounds;              // [B, Hkv, pages, 2, D] or null; pages = capacity / S, rounded up
+    float* scores;             // [B, Hkv, 1, pages]
+    int64_t capacity;          // slots
+    const int64_t* addresses;  // [5] on the device, or null: the five members above, which count instead of them
+};
+
 struct AppendParams {
     Launch launch;
     DataType data_type;
     int num_rows, num_kv_heads, head_dim, page_size;
-    int64_t capacity, num_pages, num_new;
+    int64_t num_new;
     const void* new_keys;    // [B, Hkv, T, D]
     const void* new_values;  // [B, Hkv, T, D]
     int64_t key_strides[3], value_strides[3];  // of B, Hkv, T, in elements
     const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
-    void* keys;              // [B, Hkv, capacity, D]
-    void* values;            // [B, Hkv, capacity, D]
-    void* bounds;            // [B, Hkv, num_pages, 2, D] or null
+    Storage storage;
 };
 
 struct EstimateParams {
     Launch launch;
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size;
-    int64_t num_pages;
     float scaling;
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
-    const void* bounds;        // [B, Hkv, num_pages, 2, D]
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
-    float* scores;             // [B, Hkv, 1, num_pages]
+    Storage storage;
 };
 
 struct SelectParams {
     Launch launch;
     int num_rows, num_kv_heads, page_size, num_selected;
-    int64_t num_pages;
-    const float* scores;     // [B, Hkv, 1, num_pages]
     const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
+    Storage storage;
     int64_t* page_ids;       // [B, Hkv, 1, num_selected]
 };
 
@@ -60,12 +66,10 @@ struct AttendParams {
     Launch launch;
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size, num_selected, num_splits;
-    int64_t capacity;
     float scaling, softcap;    // softcap 0 for none
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
-    const void* keys;          // [B, Hkv, capacity, D]
-    const void* values;        // [B, Hkv, capacity, D]
+    Storage storage;
     const int64_t* page_ids;   // [B, Hkv, 1, num_selected], or null for every page
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]

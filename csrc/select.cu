@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectParams par
     let_next_kernel_begin();
 
     const int64_t head_idx = blockIdx.x;
-    const float* scores = params.scores + head_idx * params.num_pages;
+    const Storage storage = find(params.storage);
+    const float* scores = storage.scores + head_idx * count_pages(storage, params.page_size);
     int64_t* page_ids = params.page_ids + head_idx * params.num_selected;
-    const int64_t capacity = params.num_pages * params.page_size;
     const int row_idx = blockIdx.x / params.num_kv_heads;
-    const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, capacity);
+    const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
     const int page_shift = __ffs(params.page_size) - 1;
     const int newest_page = num_tokens > 0 ? int((num_tokens - 1) >> page_shift) : -1;
     int num_wanted = params.num_selected - 1;  // of the pages before the newest

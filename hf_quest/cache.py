@@ -21,28 +21,16 @@ class QuestError(RuntimeError):
     """A model or a call that Quest cannot serve. The message says what, why, and what to do."""
 
 
-class Length:
-    """Slots filled, those of the forward under way included, on every device that has a layer, for kernels and graphs.
+@dataclass
+class OnDevice:
+    """What the kernels and captured graphs read of a cache, on one device, in tensors that stay the same.
 
-    It is written outside of captured graphs and read inside, so that they stay right while the sequence grows.
+    It is written outside of captured graphs, so that they stay right while the sequence grows and its storage moves.
     """
 
-    def __init__(self):
-        self.tokens = 0
-        self.tensors = {}
-
-    def on(self, device):
-        """[1] int64, the same tensor every time."""
-        if device not in self.tensors or cannot_be_written(self.tensors[device]):
-            with torch.inference_mode(False):
-                self.tensors[device] = torch.full((1,), self.tokens, dtype=torch.int64, device=device)
-        return self.tensors[device]
-
-    def set(self, tokens):
-        if tokens != self.tokens:
-            self.tokens = tokens
-            for device in self.tensors:
-                self.on(device).fill_(tokens)
+    length: torch.Tensor = None  # [1] int64, slots filled, those of the forward under way included
+    padding: torch.Tensor = None  # [B] int64, slots at the start of each row that hold no token
+    addresses: torch.Tensor = None  # [layers, 5] int64, see ops.decode
 
 
 class MaskLength(int):
@@ -63,7 +51,10 @@ class Settings:
     dense_layers: int
     max_cache_len: int | None  # tokens
     draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
-    length: Length = field(default_factory=Length)
+    length: int = 0  # slots filled, those of the forward under way included
+    left_padding: tuple = ()  # slots at the start of each row that hold no token
+    addresses: list = field(default_factory=list)  # a row for each layer, see ops.decode
+    devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
 
@@ -71,6 +62,49 @@ class Settings:
     def num_selected(self):
         """Pages that a decode step attends per KV head: the budget in whole pages."""
         return -(-self.budget // self.page_size)
+
+    def on(self, device):
+        """The OnDevice of a device: the same one every time."""
+        if device not in self.devices:
+            self.devices[device] = OnDevice()
+        on_device = self.devices[device]
+        if on_device.length is None or cannot_be_written(on_device.length):
+            with torch.inference_mode(False):
+                on_device.length = torch.tensor([self.length], dtype=torch.int64, device=device)
+                on_device.padding = torch.tensor(self.left_padding, dtype=torch.int64, device=device)
+                on_device.addresses = None
+        return on_device
+
+    def set_length(self, length):
+        if length != self.length:
+            self.length = length
+            for device in self.devices:
+                self.on(device).length.fill_(length)
+
+    def set_left_padding(self, left_padding):
+        """Take over a tuple of B ints."""
+        if left_padding != self.left_padding:
+            self.left_padding = left_padding
+            for device in self.devices:
+                on_device = self.on(device)
+                on_device.padding = written_to(on_device.padding, left_padding, device)
+
+    def set_addresses(self, rows):
+        """Take over a list with one row for each layer, see ops.decode."""
+        if rows != self.addresses:
+            self.addresses = rows
+            for device in self.devices:
+                on_device = self.on(device)
+                on_device.addresses = written_to(on_device.addresses, rows, device)
+
+
+def written_to(tensor, numbers, device):
+    """`tensor` with `numbers` in it, or a new int64 tensor on `device` where it is None or of another shape."""
+    numbers = torch.tensor(numbers, dtype=torch.int64)
+    if tensor is None or tensor.shape != numbers.shape:
+        with torch.inference_mode(False):
+            return numbers.to(device)
+    return tensor.copy_(numbers)
 
 
 class QuestLayer(CacheLayerMixin):
@@ -83,18 +117,21 @@ class QuestLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, settings, is_dense):
+    def __init__(self, settings, layer_idx, is_dense):
         super().__init__()
         self.settings = settings
+        self.layer_idx = layer_idx
         self.is_dense = is_dense
+        self.num_kv_heads = 0
         self.bounds = None
         self.length = 0
-        self.length_on_device = None  # settings.length on the device of this layer
+        self.on_device = None  # settings.on the device of this layer
         self.has_kernels = False  # whether the CUDA kernels serve this layer; otherwise the reference does
+        self.scores = None  # [B, Hkv, 1, P] float32, which the kernels of a captured step work in
         self.counters = None  # of the kernels, see ops.new_counters
+        self.not_stored = None  # the new key and value of a captured step, until its attention stores them
         self.num_new = 0  # slots filled by the last update
-        self.left_padding = ()  # slots per row, on the host
-        self.padding = None  # the same on the device: [B] int64
+        self.left_padding = ()  # slots per row that the bounds leave out
         self.pending = False  # keys and values were handed to the model and have not reached its attention
         self.is_plainly_masked = True  # in the last forward: causally, with left padding at most
         self.has_foreign_mask = False  # in the last forward: one that is not from this package's mask function
@@ -111,13 +148,17 @@ class QuestLayer(CacheLayerMixin):
         return not self.is_dense and num_tokens > self.settings.num_selected * self.settings.page_size
 
     @property
+    def padding(self):
+        """[B] int64, slots at the start of each row that hold no token."""
+        return self.on_device.padding
+
+    @property
     def selects_pages(self):
         """Whether the next decode step does, as far as the last forward's attention mask tells."""
         return self.is_sparse and self.is_plainly_masked
 
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
-        self._set_padding((0,) * key_states.shape[0])
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -127,10 +168,11 @@ class QuestLayer(CacheLayerMixin):
         end = self.length + key_states.shape[2]
         if self.length == 0 and not self._fits(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
-        elif self.length == 0 and any(self.left_padding):
-            self._set_padding((0,) * key_states.shape[0])
+        if self.length == 0:  # earlier layers may have seen the padding of this prompt
+            known = self.settings.left_padding
+            self._set_padding(known if len(known) == key_states.shape[0] else (0,) * key_states.shape[0])
         self.make_room(end)
-        self.settings.length.set(end)
+        self.settings.set_length(end)
         self._append(key_states, value_states, end)
         self.length = end
         self.num_new = key_states.shape[2]
@@ -141,16 +183,30 @@ class QuestLayer(CacheLayerMixin):
         return keys, values
 
     def update_captured(self, key_states, value_states):
-        """`update` of one token per row in a graph, after `make_room`: the views are of all slots, filled or not."""
-        self._append(key_states.detach(), value_states.detach(), self.length_on_device)
-        keys, values = self.keys.view_as(self.keys), self.values.view_as(self.values)
+        """`update` of one token per row in a graph, after `make_room`.
+
+        What is returned carries this layer and stands for the stored tokens: all slots, filled or not, or with the
+        kernels the new token alone, which `attend` or `newest` stores.
+        """
+        keys, values = key_states.detach(), value_states.detach()
+        if self.has_kernels:
+            self.not_stored = (keys, values)
+        else:
+            self._append(keys, values, self.on_device.length)
+            keys, values = self.keys, self.values
+        keys, values = keys.view_as(keys), values.view_as(values)
         keys.quest_layer = values.quest_layer = self
         return keys, values
+
+    def _store_captured(self):
+        if self.not_stored is not None:
+            self._append(*self.not_stored, self.on_device.length)
+            self.not_stored = None
 
     def _append(self, key_states, value_states, end):
         stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
         if self.has_kernels:
-            ops.append(*stored, *new, self.length_on_device, self.padding, self.settings.page_size)
+            ops.append(*stored, *new, self.on_device.length, self.padding, self.settings.page_size)
         else:
             reference.append(*stored, *new, end, self.padding, self.settings.page_size)
 
@@ -217,17 +273,20 @@ class QuestLayer(CacheLayerMixin):
 
     def kernels_attend(self, query):
         """Whether the kernels do the attention of these queries, [B, Hq, T, D], over selected pages and over all."""
-        return query.shape[2] == 1 and query.shape[1] <= ops.MAX_GROUP * self.keys.shape[1] and self.has_kernels
+        return query.shape[2] == 1 and query.shape[1] <= ops.MAX_GROUP * self.num_kv_heads and self.has_kernels
 
     def attend(self, query, scaling, softcap=None, sinks=None):
         """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
         page_size = self.settings.page_size
+        is_captured = torch.compiler.is_compiling()
         if self.kernels_attend(query):
-            return self._attend_by_kernels(query.detach(), scaling, softcap, sinks)
-        length = self.length_on_device if torch.compiler.is_compiling() else self.length
+            by_kernels = self._attend_captured if is_captured else self._attend_by_kernels
+            return by_kernels(query.detach(), scaling, softcap, None if sinks is None else sinks.detach())
+        self._store_captured()
+        length = self.on_device.length if is_captured else self.length
         page_ids = None  # which is all of them
         if self.is_sparse:
-            num_pages = None if torch.compiler.is_compiling() else self._num_pages(self.length)
+            num_pages = None if is_captured else self._num_pages(self.length)
             scores = reference.estimate(query, self.bounds[:, :, :num_pages], scaling)
             page_ids = reference.select(scores, length, self.padding, self.settings.num_selected, page_size)
         return reference.attend(
@@ -239,7 +298,8 @@ class QuestLayer(CacheLayerMixin):
 
         The one view of the stored tokens that a captured graph, which does not know the length, can have.
         """
-        slot = torch.arange(-num_slots, 0, device=self.keys.device) + self.length_on_device
+        self._store_captured()
+        slot = torch.arange(-num_slots, 0, device=self.keys.device) + self.on_device.length
         slot = slot.clamp(min=0)
         return self.keys.index_select(2, slot), self.values.index_select(2, slot)
 
@@ -252,15 +312,42 @@ class QuestLayer(CacheLayerMixin):
 
     def _attend_by_kernels(self, query, scaling, softcap, sinks):
         page_size = self.settings.page_size
-        where = (self.length_on_device, self.padding)
+        where = (self.on_device.length, self.padding)
         page_ids = None  # which is all of them
         if self.is_sparse:
             scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
             page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
-        sinks = None if sinks is None else sinks.detach().to(query.dtype)
+        sinks = None if sinks is None else sinks.to(query.dtype)
         return ops.attend(
             query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
         )
+
+    def _attend_captured(self, query, scaling, softcap, sinks):
+        new_keys, new_values = self.not_stored or (None, None)
+        self.not_stored = None
+        on_device, settings = self.on_device, self.settings
+        return ops.decode(
+            query,
+            new_keys,
+            new_values,
+            on_device.addresses,
+            on_device.length,
+            on_device.padding,
+            self.layer_idx,
+            self.num_kv_heads,
+            0 if self.is_dense else settings.num_selected,
+            settings.page_size,
+            scaling,
+            softcap,
+            None if sinks is None else sinks.to(query.dtype),
+        )
+
+    def find_addresses(self):
+        """The row of this layer in `ops.decode`'s addresses."""
+        if not self.has_kernels:
+            return [0] * 5
+        of_pages = (0, 0) if self.is_dense else (self.bounds.data_ptr(), self.scores.data_ptr())
+        return [self.keys.data_ptr(), self.values.data_ptr(), *of_pages, self.capacity]
 
     def get_seq_length(self):
         return self.length
@@ -274,7 +361,7 @@ class QuestLayer(CacheLayerMixin):
     def reset(self):
         """Forget every token; the storage is kept."""
         self.length = 0
-        self.settings.length.set(0)
+        self.settings.set_length(0)
         self.pending = False
         if self.is_initialized:
             self._set_padding((0,) * self.keys.shape[0])
@@ -288,8 +375,10 @@ class QuestLayer(CacheLayerMixin):
             )
         if tokens_to_remove < 0:
             self.length += tokens_to_remove
-            self.settings.length.set(self.length)
+            self.settings.set_length(self.length)
             self._refresh_bounds(min(self.length, 1))
+            if self.length == 0:
+                self._set_padding((0,) * self.keys.shape[0])
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
@@ -336,7 +425,6 @@ class QuestLayer(CacheLayerMixin):
         values = self.values[rows, :, : self.length]
         bounds = None if self.is_dense else self.bounds[rows, :, : self._num_pages(self.length)]
         self._allocate(keys, values, keys.shape[0], num_slots)
-        self._set_padding(self.left_padding)
         self.keys[:, :, : self.length] = keys
         self.values[:, :, : self.length] = values
         if bounds is not None:
@@ -356,24 +444,17 @@ class QuestLayer(CacheLayerMixin):
             self.has_kernels = ops.serves(self.keys, self.values, self.settings.page_size)
             if self.has_kernels:
                 self.counters = ops.new_counters(self.keys)
-        self.length_on_device = self.settings.length.on(self.keys.device)
-        # One graph for every capacity, and one more recording of it where the storage moves.
+                self.scores = self.keys.new_empty(batch_size, num_kv_heads, 1, num_pages, dtype=torch.float32)
+        self.num_kv_heads = num_kv_heads
+        self.on_device = self.settings.on(self.keys.device)
+        # Without the kernels: one graph for every capacity, and one more recording of it where the storage moves.
         for tensor in filter(torch.is_tensor, (self.keys, self.values, self.bounds)):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        for tensor in filter(
-            torch.is_tensor, (self.keys, self.values, self.bounds, self.counters, self.length_on_device)
-        ):
             torch._dynamo.mark_static_address(tensor)
 
     def _set_padding(self, left_padding):
-        is_new = self.padding is None or self.padding.device != self.keys.device
-        if is_new or len(left_padding) != len(self.padding) or cannot_be_written(self.padding):
-            with torch.inference_mode(False):
-                self.padding = torch.tensor(left_padding, dtype=torch.int64, device=self.keys.device)
-            torch._dynamo.mark_static_address(self.padding)
-        elif left_padding != self.left_padding:
-            self.padding.copy_(torch.tensor(left_padding))
         self.left_padding = left_padding
+        self.settings.set_left_padding(left_padding)
 
     def _refresh_bounds(self, num_newest):
         if self.bounds is not None:
@@ -524,7 +605,7 @@ class QuestCache(Cache):
                 f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
                 "or its first forward was interrupted. Use a new QuestCache. The content of this one is unchanged."
             )
-        self.layers.append(QuestLayer(self.settings, is_dense=layer_idx < self.dense_layers))
+        self.layers.append(QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
 
     def _crop_to(self, length):
         for layer in self.layers:
@@ -537,7 +618,8 @@ class QuestCache(Cache):
         self.layers[0].check_room(1)
         for layer in self.layers:
             layer.make_room(num_tokens)
-        self.settings.length.set(num_tokens)
+        self.settings.set_length(num_tokens)
+        self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
         self.settings.step = PREPARED
 
     def _takes_step(self, layer_idx, num_new):
@@ -576,7 +658,7 @@ class QuestCache(Cache):
 
     def get_seq_length(self, layer_idx=0):
         if torch.compiler.is_compiling() and self.settings.step == PREPARED:
-            return self.layers[layer_idx].length_on_device - 1
+            return self.layers[layer_idx].on_device.length - 1
         self._settle()
         return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
 

@@ -31,6 +31,11 @@ library.define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor? page_ids, Tensor length, Tensor padding, "
     "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
 )
+library.define(
+    "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
+    "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
+    "Tensor? sinks=None) -> Tensor"
+)
 
 
 def serves(keys, values, page_size):
@@ -86,7 +91,7 @@ def estimate(query, bounds, length, padding, page_size, scaling):
     batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
     _check_page_size(page_size)
     _check("bounds", bounds, bounds.device, DTYPES, (batch_size, num_kv_heads, num_pages, 2, head_dim))
-    _check_query(query, bounds)
+    _check_query(query, num_kv_heads, head_dim, bounds)
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
     return torch.ops.hf_quest.estimate(query, bounds, length, padding, page_size, scaling)
@@ -124,7 +129,7 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     _check_page_size(page_size)
     _check("keys", keys, keys.device, DTYPES, (batch_size, num_kv_heads, capacity, head_dim))
     _check("values", values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, capacity, head_dim))
-    _check_query(query, keys)
+    _check_query(query, num_kv_heads, head_dim, keys)
     if page_ids is not None:
         _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, page_ids.shape[-1]))
     _check("length", length, keys.device, (torch.int64,), (1,))
@@ -141,6 +146,64 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     )
 
 
+def decode(
+    query,
+    new_keys,
+    new_values,
+    addresses,
+    length,
+    padding,
+    layer_idx,
+    num_kv_heads,
+    num_selected,
+    page_size,
+    scaling,
+    softcap=None,
+    sinks=None,
+):
+    """A decode step of one layer, all four stages: append, estimate and select unless it is dense, attend.
+
+    Made for captured graphs. The storage is no argument but found on the device, so that a graph does not depend on
+    where storage lies and how large it is, and it may move between two replays. What is written there (the new token's
+    key, value and bounds) is therefore invisible to the schema; nothing else in a graph may read it.
+
+    Args:
+        query: [B, Hq, 1, D].
+        new_keys, new_values: [B, Hkv, 1, D], or None where they are stored already.
+        addresses: [layers, 5] int64, a row for every layer: the addresses of its keys, values, bounds and scores
+            ([B, Hkv, 1, P] float32, to work in; bounds and scores 0 in a dense layer), and its capacity in slots.
+        length: [1] int64. padding: [B] int64.
+        num_selected: K, or 0 for every page, which is dense attention.
+
+    Returns:
+        [B, Hq, 1, D].
+    """
+    batch_size, _, _, head_dim = query.shape
+    _check_page_size(page_size)
+    for name, tensor in (("new_keys", new_keys), ("new_values", new_values)):
+        if tensor is not None:
+            _check_rows(name, tensor, query.device, (query.dtype,), (batch_size, num_kv_heads, 1, head_dim))
+    _check_query(query, num_kv_heads, head_dim, query)
+    _check("addresses", addresses, query.device, (torch.int64,), (len(addresses), 5))
+    _check("length", length, query.device, (torch.int64,), (1,))
+    _check("padding", padding, query.device, (torch.int64,), (batch_size,))
+    return torch.ops.hf_quest.decode(
+        query,
+        new_keys,
+        new_values,
+        addresses,
+        length,
+        padding,
+        layer_idx,
+        num_kv_heads,
+        num_selected,
+        page_size,
+        scaling,
+        softcap,
+        sinks,
+    )
+
+
 def new_counters(keys):
     """int32 zeros, by which the thread blocks of `attend` know which is the last; zeros again afterwards.
 
@@ -154,13 +217,12 @@ def _check_page_size(page_size):
         raise ValueError(f"The CUDA kernels serve a page_size of {PAGE_SIZES}, not {page_size}.")
 
 
-def _check_query(query, stored):
-    batch_size, num_kv_heads, head_dim = stored.shape[0], stored.shape[1], stored.shape[-1]
+def _check_query(query, num_kv_heads, head_dim, like):
     if query.dim() == 4 and query.shape[2] != 1:
         raise ValueError(
             f"The CUDA kernels take one query per row, not {query.shape[2]}; hf_quest.reference takes more."
         )
-    _check_rows("query", query, stored.device, (stored.dtype,), (batch_size, query.shape[1], 1, head_dim))
+    _check_rows("query", query, like.device, (like.dtype,), (like.shape[0], query.shape[1], 1, head_dim))
     if query.shape[1] % num_kv_heads or not 1 <= query.shape[1] // num_kv_heads <= MAX_GROUP:
         raise ValueError(
             f"query must have 1 to {MAX_GROUP} heads for each of {num_kv_heads} KV heads, not {query.shape[1]} in all."
@@ -214,4 +276,9 @@ def _(scores, length, padding, num_selected, page_size):
 
 @torch.library.register_fake("hf_quest::attend", lib=library)
 def _(query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap=None, sinks=None):
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("hf_quest::decode", lib=library)
+def _(query, new_keys, new_values, addresses, length, padding, layer_idx, num_kv_heads, *settings):
     return query.new_empty(query.shape)

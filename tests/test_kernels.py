@@ -459,6 +459,72 @@ class TestChain:
         torch.testing.assert_close(stored.attend(page_ids).float(), expected, rtol=2**-7, atol=2**-7)
 
 
+class TestDecode:
+    """All four stages of a captured step, whose graph finds the storage on the device."""
+
+    LAYER_IDX, NUM_SELECTED = 1, 8
+
+    @staticmethod
+    def place(stored, buffers, capacity):
+        """Storage of `capacity` slots with the tokens of `buffers`, and its row of addresses."""
+        moved = [
+            poisoned(*tensor.shape[:2], size, *tensor.shape[3:], dtype=tensor.dtype)
+            for tensor, size in zip(buffers, (capacity, capacity, capacity // 16), strict=True)
+        ]
+        for tensor, source in zip(moved, buffers, strict=True):
+            size = min(tensor.shape[2], source.shape[2])
+            tensor[:, :, :size] = source[:, :, :size]
+        scores = poisoned(*moved[2].shape[:2], 1, capacity // 16, dtype=torch.float32)
+        row = [tensor.data_ptr() for tensor in (*moved, scores)]
+        return [*moved, scores], torch.tensor([*row, capacity], device=DEVICE)
+
+    @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
+    def test_a_captured_graph_follows_the_storage(self, is_dense):
+        num_prompt, num_steps = 100, 60
+        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9))
+        buffers = [poisoned(*t.shape, dtype=t.dtype) for t in (stored.keys, stored.values, stored.bounds)]
+        prompt = (stored.new_keys[:, :, :num_prompt], stored.new_values[:, :, :num_prompt])
+        stored.length.fill_(num_prompt)
+        ops.append(*buffers, *prompt, *stored.where, 16)
+        eager_buffers = [buffer.clone() for buffer in buffers]
+        addresses = torch.zeros(3, 5, dtype=torch.int64, device=DEVICE)
+        placed, addresses[self.LAYER_IDX] = self.place(stored, buffers, 112)
+        queries = torch.randn(num_steps, 2, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+        query, key, value = queries[0].clone(), prompt[0][:, :, :1].clone(), prompt[1][:, :, :1].clone()
+
+        def decode(key, value):
+            num_selected = 0 if is_dense else self.NUM_SELECTED
+            layer = (self.LAYER_IDX, 2, num_selected, 16, stored.scaling)
+            return ops.decode(query, key, value, addresses, *stored.where, *layer)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = decode(key, value)
+        for step_idx in range(num_steps):
+            stored.length.add_(1)
+            if stored.length.item() > placed[0].shape[2]:
+                placed, addresses[self.LAYER_IDX] = self.place(stored, placed[:3], placed[0].shape[2] + 16)
+            new = slice(num_prompt + step_idx, num_prompt + step_idx + 1)
+            query.copy_(queries[step_idx])
+            key.copy_(stored.new_keys[:, :, new])
+            value.copy_(stored.new_values[:, :, new])
+            graph.replay()
+
+            keys, values, bounds = eager_buffers
+            ops.append(keys, values, bounds, key, value, *stored.where, 16)
+            page_ids = None
+            if not is_dense:
+                scores = ops.estimate(query, bounds, *stored.where, 16, stored.scaling)
+                page_ids = ops.select(scores, *stored.where, self.NUM_SELECTED, 16)
+            expected = ops.attend(query, keys, values, page_ids, *stored.where, 16, stored.scaling)
+            assert (output - expected).norm() <= 2**-8 * expected.norm()  # sums in another order, rounded to bfloat16
+            assert torch.equal(decode(None, None), output)
+        for buffer, tensor in zip(placed, (stored.keys, stored.values, stored.bounds), strict=False):
+            size = min(buffer.shape[2], tensor.shape[2])
+            assert torch.equal(bits(buffer[:, :, :size]), bits(tensor[:, :, :size]))
+            assert guards_are_intact(buffer)
+
+
 @pytest.mark.parametrize("op", ["append", "estimate", "select", "attend"])
 def test_the_operators_are_what_their_schemas_say(op):
     stored = store((2, 4, 128, 16), 500, (0, 3), spare_pages=0)  # so that every score is defined
