@@ -36,7 +36,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    if torch.compiler.is_compiling() and not layer.pending:
+    if layer.settings.is_captured and not layer.pending:
         return captured_attention(layer, module, query, attention_mask, **kwargs)
     if layer.pending:
         # Further calls of this forward come from layers that share these keys and values, and may slice the mask.

@@ -56,12 +56,18 @@ class Settings:
     addresses: list = field(default_factory=list)  # a row for each layer, see ops.decode
     devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
+    is_recording: bool = False  # of a step in a CUDA graph, without compilation
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
 
     @property
     def num_selected(self):
         """Pages that a decode step attends per KV head: the budget in whole pages."""
         return -(-self.budget // self.page_size)
+
+    @property
+    def is_captured(self):
+        """Whether the forward under way goes into a graph, which must not depend on what is stored."""
+        return self.is_recording or torch.compiler.is_compiling()
 
     def on(self, device):
         """The OnDevice of a device: the same one every time."""
@@ -144,7 +150,7 @@ class QuestLayer(CacheLayerMixin):
     def is_sparse(self):
         """Whether a decode step on the tokens stored now reads less than all of them."""
         # A captured step does not know the length, and serves all that the storage may come to hold.
-        num_tokens = self.capacity if torch.compiler.is_compiling() else self.length
+        num_tokens = self.capacity if self.settings.is_captured else self.length
         return not self.is_dense and num_tokens > self.settings.num_selected * self.settings.page_size
 
     @property
@@ -278,7 +284,7 @@ class QuestLayer(CacheLayerMixin):
     def attend(self, query, scaling, softcap=None, sinks=None):
         """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
         page_size = self.settings.page_size
-        is_captured = torch.compiler.is_compiling()
+        is_captured = self.settings.is_captured
         if self.kernels_attend(query):
             by_kernels = self._attend_captured if is_captured else self._attend_by_kernels
             return by_kernels(query.detach(), scaling, softcap, None if sinks is None else sinks.detach())
@@ -553,7 +559,7 @@ class QuestCache(Cache):
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if not torch.compiler.is_compiling():
+        if not self.settings.is_captured:
             return self._update(key_states, value_states, layer_idx)
         if self._takes_step(layer_idx, key_states.shape[2]):
             return self.layers[layer_idx].update_captured(key_states, value_states)
@@ -640,7 +646,7 @@ class QuestCache(Cache):
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
-        if not self.compile or torch.compiler.is_compiling():
+        if not self.compile or self.settings.is_captured:
             return False
         # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
         # cannot know how many keys there are.
@@ -657,13 +663,13 @@ class QuestCache(Cache):
         return True
 
     def get_seq_length(self, layer_idx=0):
-        if torch.compiler.is_compiling() and self.settings.step == PREPARED:
+        if self.settings.is_captured and self.settings.step == PREPARED:
             return self.layers[layer_idx].on_device.length - 1
         self._settle()
         return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
 
     def get_mask_sizes(self, query_length, layer_idx):
-        if torch.compiler.is_compiling() and self.settings.step == PREPARED and query_length == 1:
+        if self.settings.is_captured and self.settings.step == PREPARED and query_length == 1:
             return 0, 0  # there is no key that a mask would have to hide
         return self._mask_sizes(query_length, layer_idx)
 

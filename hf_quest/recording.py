@@ -1,0 +1,111 @@
+"""The decode step of `generate`, recorded as one CUDA graph as it stands: no compilation, so it begins in a second."""
+
+import weakref
+
+import torch
+
+from .attention import say_once
+from .cache import PREPARED, TAKEN, QuestCache
+
+
+def capture(model):
+    """Let `model.generate` record its decode step as a CUDA graph instead of compiling it.
+
+    Compiling takes up to a minute and fuses the small operations between the matrix products; recording takes a second
+    and replays the model's own. A recording serves one QuestCache and is made again for another; it stays right while
+    the cache grows. A forward that cannot be recorded (a prompt, another cache, layers that the CUDA kernels do not
+    serve or that attend a window) runs as it would without, and says so once. A `compile_config` given to `generate`
+    takes precedence.
+
+    Args:
+        model: a model on one GPU, loaded with `attn_implementation="quest"`. Mutated.
+
+    Returns:
+        The model.
+    """
+    # What `generate` looks for before it compiles, with the configuration that it was compiled for.
+    model._compiled_call = RecordedStep(model)
+    model.__dict__.pop("_last_compile_config", None)
+    return model
+
+
+class RecordedStep:
+    """Calls the model, by a recording where there can be one."""
+
+    def __init__(self, model):
+        self.model = model
+        self.recording = None
+
+    def __call__(self, *, past_key_values=None, **inputs):
+        if not can_be_recorded(past_key_values, inputs):
+            say_once("hf_quest.capture does not record a step that the CUDA kernels do not serve alone, on one GPU.")
+            return self.model(past_key_values=past_key_values, **inputs)
+        if self.recording is None or not self.recording.serves(past_key_values, inputs):
+            self.recording = None  # frees its memory before the next one takes its own
+            self.recording = Recording(self.model, past_key_values, inputs)
+        return self.recording.replay(past_key_values, inputs)
+
+
+def can_be_recorded(cache, inputs):
+    """Whether these are the inputs of a decode step that no layer does otherwise than by the kernels."""
+    if not isinstance(cache, QuestCache) or cache.settings.step != PREPARED:
+        return False
+    devices = {layer.keys.device for layer in cache.layers}
+    is_flat = all(
+        torch.is_tensor(value) or value is None or isinstance(value, (bool, int)) for value in inputs.values()
+    )
+    return len(devices) == 1 and all(layer.has_kernels for layer in cache.layers) and is_flat
+
+
+class Recording:
+    """One decode step of a model in a CUDA graph: what it reads and what it returns."""
+
+    def __init__(self, model, cache, inputs):
+        self.cache = weakref.ref(cache)
+        self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+        self.budget, self.state = cache.budget, read_by_kernels(cache)
+        self.graph = torch.cuda.CUDAGraph()
+        cache.settings.is_recording = True
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # Loads what is loaded at its first use. The graph stores the same token in the same slot again.
+                model(past_key_values=cache, **self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            cache.settings.step = PREPARED
+            with torch.cuda.graph(self.graph):
+                output = model(past_key_values=cache, **self.inputs)
+        finally:
+            cache.settings.is_recording = False
+            cache.settings.step = PREPARED
+        self.output_class = type(output)
+        self.output = {name: value for name, value in output.items() if name != "past_key_values"}
+
+    def serves(self, cache, inputs):
+        """Whether the graph does what the model would."""
+        if self.cache() is not cache or self.budget != cache.budget or self.inputs.keys() != inputs.keys():
+            return False
+        if any(mine is not given for mine, given in zip(self.state, read_by_kernels(cache), strict=True)):
+            return False
+        return all(is_alike(mine, inputs[name]) for name, mine in self.inputs.items())
+
+    def replay(self, cache, inputs):
+        for name, mine in self.inputs.items():
+            if torch.is_tensor(mine):
+                mine.copy_(inputs[name])
+        self.graph.replay()
+        cache.settings.step = TAKEN
+        return self.output_class(past_key_values=cache, **self.output)
+
+
+def read_by_kernels(cache):
+    on_device = cache.layers[0].on_device
+    return on_device.length, on_device.padding, on_device.addresses
+
+
+def is_alike(mine, given):
+    """Whether one value can stand for the other, a tensor for others of its kind."""
+    if torch.is_tensor(mine) and torch.is_tensor(given):
+        return (mine.shape, mine.dtype, mine.device) == (given.shape, given.dtype, given.device)
+    return not torch.is_tensor(mine) and not torch.is_tensor(given) and mine == given
