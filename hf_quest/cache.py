@@ -278,16 +278,24 @@ class QuestLayer(CacheLayerMixin):
         return min(num_queries, max(0, self.length - self.settings.draft_start))
 
     def kernels_attend(self, query):
-        """Whether the kernels do the attention of these queries, [B, Hq, T, D], over selected pages and over all."""
-        return query.shape[2] == 1 and query.shape[1] <= ops.MAX_GROUP * self.num_kv_heads and self.has_kernels
+        """Whether the kernels do the attention of these queries, [B, Hq, T, D]."""
+        # They take one query at a time, which is too slow where each of several would read everything.
+        is_one_by_one = query.shape[2] == 1 or self.is_sparse
+        return self.has_kernels and is_one_by_one and query.shape[1] <= ops.MAX_GROUP * self.num_kv_heads
 
     def attend(self, query, scaling, softcap=None, sinks=None):
         """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
         page_size = self.settings.page_size
         is_captured = self.settings.is_captured
         if self.kernels_attend(query):
-            by_kernels = self._attend_captured if is_captured else self._attend_by_kernels
-            return by_kernels(query.detach(), scaling, softcap, None if sinks is None else sinks.detach())
+            query, sinks = query.detach(), None if sinks is None else sinks.detach().to(query.dtype)
+            if is_captured:
+                return self._attend_captured(query, scaling, softcap, sinks)
+            outputs = [
+                self._attend_by_kernels(query[:, :, idx : idx + 1], idx + 1 - query.shape[2], scaling, softcap, sinks)
+                for idx in range(query.shape[2])
+            ]
+            return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         self._store_captured()
         length = self.on_device.length if is_captured else self.length
         page_ids = None  # which is all of them
@@ -316,14 +324,15 @@ class QuestLayer(CacheLayerMixin):
         slot = torch.arange(self.length, device=self.padding.device)
         return (slot >= self.padding[:, None])[:, None, None]
 
-    def _attend_by_kernels(self, query, scaling, softcap, sinks):
+    def _attend_by_kernels(self, query, offset, scaling, softcap, sinks):
+        """Attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
         page_size = self.settings.page_size
-        where = (self.on_device.length, self.padding)
+        length = self.on_device.length
+        where = (length + offset if offset else length, self.padding)
         page_ids = None  # which is all of them
         if self.is_sparse:
             scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
             page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
-        sinks = None if sinks is None else sinks.to(query.dtype)
         return ops.attend(
             query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
         )
@@ -345,7 +354,7 @@ class QuestLayer(CacheLayerMixin):
             settings.page_size,
             scaling,
             softcap,
-            None if sinks is None else sinks.to(query.dtype),
+            sinks,
         )
 
     def find_addresses(self):

@@ -126,6 +126,15 @@ class TestKernels:
         assert (by_kernels - by_reference).abs().mean() < 2**-6 * by_reference.abs().mean()
         assert (by_kernels.argmax(-1) == by_reference.argmax(-1)).float().mean() > 0.97
 
+    def test_drafts_select_one_by_one(self, tiny_model, count_selections):
+        model, library = tiny_model
+        ids = torch.tensor([next(documents(library, "digest", 4096, 1, seed=5)).ids]).cuda()
+        expected = generate(model, ids, eager_cache(budget=256), max_new_tokens=48)
+        num_steps = count_selections() / 4
+        output = generate(model, ids, eager_cache(budget=256), max_new_tokens=48, prompt_lookup_num_tokens=4)
+        assert torch.equal(output, expected)
+        assert count_selections() / 4 > 2 * num_steps  # for rejected drafts too
+
     @pytest.mark.parametrize("job", ["passkey", "facts"])
     def test_answers_are_right(self, tiny_model, count_selections, job):
         model, library = tiny_model
