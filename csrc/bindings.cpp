@@ -33,11 +33,21 @@ void* address_of(const Tensor& tensor) {
     return address;
 }
 
+// The same of [B, H, T, D] tokens from a model, in whatever layout it made them.
+void* rows_of(const Tensor& tokens, at::ScalarType type) {
+    TORCH_CHECK_TYPE(tokens.scalar_type() == type, "tokens must be ", type, ", not ", tokens.scalar_type());
+    bool is_aligned = tokens.dim() == 4 && tokens.stride(3) == 1;
+    for (int dim = 0; is_aligned && dim < 3; ++dim) is_aligned = tokens.size(dim) == 1 || tokens.stride(dim) % 8 == 0;
+    TORCH_CHECK_VALUE(is_aligned, "tokens must have rows of neighbouring elements at multiples of 16 bytes; strides are ",
+                      tokens.strides());
+    return address_of(tokens);
+}
+
 // What a launch with storage of unknown capacity must be ready for.
 constexpr int64_t kAnyCapacity = int64_t(1) << 40;
 
-void append_to(const Storage& storage, const Tensor& new_keys, const Tensor& new_values, const Tensor& length,
-               const Tensor& padding, int64_t page_size) {
+void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_keys, const Tensor& new_values,
+               const Tensor& length, const Tensor& padding, int64_t page_size) {
     AppendParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(new_keys);
@@ -46,8 +56,8 @@ void append_to(const Storage& storage, const Tensor& new_keys, const Tensor& new
     params.head_dim = new_keys.size(3);
     params.page_size = page_size;
     params.num_new = new_keys.size(2);
-    params.new_keys = address_of(new_keys);
-    params.new_values = address_of(new_values);
+    params.new_keys = rows_of(new_keys, type);
+    params.new_values = rows_of(new_values, type);
     for (int dim = 0; dim < 3; ++dim) {
         params.key_strides[dim] = new_keys.stride(dim);
         params.value_strides[dim] = new_values.stride(dim);
@@ -58,7 +68,7 @@ void append_to(const Storage& storage, const Tensor& new_keys, const Tensor& new
     C10_CUDA_CHECK(launch_append(params));
 }
 
-void estimate_pages(const Storage& storage, const Tensor& query, int64_t num_kv_heads, const Tensor& length,
+void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads, const Tensor& length,
                     const Tensor& padding, int64_t page_size, double scaling) {
     EstimateParams params = {};
     params.launch = launch_on_current_stream();
@@ -69,7 +79,7 @@ void estimate_pages(const Storage& storage, const Tensor& query, int64_t num_kv_
     params.head_dim = query.size(3);
     params.page_size = page_size;
     params.scaling = scaling;
-    params.query = address_of(query);
+    params.query = rows_of(query, type);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
     params.length = length.data_ptr<int64_t>();
@@ -95,7 +105,7 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
     return page_ids;
 }
 
-Tensor attend_pages(const Storage& storage, const Tensor& query, int64_t num_kv_heads,
+Tensor attend_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
                     const std::optional<Tensor>& page_ids, const Tensor& length, const Tensor& padding,
                     const Tensor& counters, int64_t page_size, double scaling, std::optional<double> softcap,
                     const std::optional<Tensor>& sinks) {
@@ -111,7 +121,7 @@ Tensor attend_pages(const Storage& storage, const Tensor& query, int64_t num_kv_
     params.num_selected = page_ids ? page_ids->size(3) : 0;
     params.scaling = scaling;
     params.softcap = softcap.value_or(0.0);
-    params.query = address_of(query);
+    params.query = rows_of(query, type);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
     params.storage = storage;
@@ -143,7 +153,7 @@ void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor
     storage.values = address_of(values);
     storage.bounds = bounds ? address_of(*bounds) : nullptr;
     storage.capacity = keys.size(2);
-    append_to(storage, new_keys, new_values, length, padding, page_size);
+    append_to(storage, keys.scalar_type(), new_keys, new_values, length, padding, page_size);
 }
 
 Tensor estimate(const Tensor& query, const Tensor& bounds, const Tensor& length, const Tensor& padding,
@@ -155,7 +165,7 @@ Tensor estimate(const Tensor& query, const Tensor& bounds, const Tensor& length,
     storage.bounds = address_of(bounds);
     storage.scores = scores.data_ptr<float>();
     storage.capacity = bounds.size(2) * page_size;
-    estimate_pages(storage, query, bounds.size(1), length, padding, page_size, scaling);
+    estimate_pages(storage, bounds.scalar_type(), query, bounds.size(1), length, padding, page_size, scaling);
     return scores;
 }
 
@@ -176,7 +186,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     storage.keys = address_of(keys);
     storage.values = address_of(values);
     storage.capacity = keys.size(2);
-    return attend_pages(storage, query, keys.size(1), page_ids, length, padding, counters, page_size, scaling, softcap,
+    return attend_pages(storage, keys.scalar_type(), query, keys.size(1), page_ids, length, padding, counters, page_size, scaling, softcap,
                         sinks);
 }
 
@@ -189,14 +199,14 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     Storage storage = {};
     storage.capacity = kAnyCapacity;
     storage.addresses = addresses.data_ptr<int64_t>() + layer_idx * addresses.size(1);
-    if (new_keys) append_to(storage, *new_keys, *new_values, length, padding, page_size);
+    if (new_keys) append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size);
     std::optional<Tensor> page_ids;
     if (num_selected > 0) {
-        estimate_pages(storage, query, num_kv_heads, length, padding, page_size, scaling);
+        estimate_pages(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size, scaling);
         page_ids = select_pages(storage, num_kv_heads, length, padding, num_selected, page_size);
     }
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
-    return attend_pages(storage, query, num_kv_heads, page_ids, length, padding, counters, page_size, scaling, softcap,
+    return attend_pages(storage, query.scalar_type(), query, num_kv_heads, page_ids, length, padding, counters, page_size, scaling, softcap,
                         sinks);
 }
 

@@ -212,7 +212,8 @@ class QuestLayer(CacheLayerMixin):
     def _append(self, key_states, value_states, end):
         stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
         if self.has_kernels:
-            ops.append(*stored, *new, self.on_device.length, self.padding, self.settings.page_size)
+            where = (self.on_device.length, self.padding, self.settings.page_size)
+            torch.ops.hf_quest.append(*stored, *new, *where)
         else:
             reference.append(*stored, *new, end, self.padding, self.settings.page_size)
 
@@ -326,16 +327,16 @@ class QuestLayer(CacheLayerMixin):
 
     def _attend_by_kernels(self, query, offset, scaling, softcap, sinks):
         """Attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
+        by_kernel = torch.ops.hf_quest  # not `ops`, whose checks would tell of this layer's own tensors at every step
         page_size = self.settings.page_size
         length = self.on_device.length
         where = (length + offset if offset else length, self.padding)
         page_ids = None  # which is all of them
         if self.is_sparse:
-            scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
-            page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
-        return ops.attend(
-            query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
-        )
+            scores = by_kernel.estimate(query, self.bounds, *where, page_size, scaling)
+            page_ids = by_kernel.select(scores, *where, self.settings.num_selected, page_size)
+        options = (page_size, scaling, softcap, sinks)
+        return by_kernel.attend(query, self.keys, self.values, page_ids, *where, self.counters, *options)
 
     def _attend_captured(self, query, scaling, softcap, sinks):
         new_keys, new_values = self.not_stored or (None, None)

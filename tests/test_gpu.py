@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from hf_quest import QuestCache, capture, ops, tiny
@@ -86,11 +87,17 @@ class TestKernels:
         return model.cuda().eval(), Library(tokenizer, heldout_text())
 
     @pytest.fixture
-    def count_selections(self, monkeypatch):
+    def count_selections(self):
         calls = []
-        select = ops.select
-        monkeypatch.setattr(ops, "select", lambda *arguments: calls.append(1) or select(*arguments))
-        return lambda: len(calls)
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                if operator is torch.ops.hf_quest.select.default:
+                    calls.append(operator)
+                return operator(*args, **(kwargs or {}))
+
+        with Count():
+            yield lambda: len(calls)
 
     @staticmethod
     def logits(model, cache, ids, num_prompt, padding=0):
