@@ -4,8 +4,9 @@
 
 A measurement is one CUDA graph of up to 32 layers, each on buffers of its own, so that nothing is warm in L2 and the
 start of a graph is shared as in a real decode step. Its time is the median over the replays, divided by the layers.
-Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend, the
-self-attention of the paper; `append`, which a dense cache needs too, stands beside it.
+Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
+decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
+too, stands beside it.
 """
 
 import argparse
@@ -63,9 +64,8 @@ class Layer:
         self._attend(None)
 
     def chain(self):
-        self.estimate()
-        self.select()
-        self.attend()
+        where = (*self.where, self.num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
+        ops.chain(self.query, self.keys, self.values, self.bounds, *where)
 
     def chain_with_append(self):
         self.append()
@@ -92,8 +92,9 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
     where = (length, torch.zeros(batch_size, dtype=torch.int64, device="cuda"))
     ops.append(keys, values, bounds, keys, values, *where, PAGE_SIZE)
     num_selected = budget // PAGE_SIZE
-    layer = Layer(keys, values, bounds, query, new_key, new_value, ops.new_counters(query), where, num_selected)
-    layer.chain()
+    layer = Layer(keys, values, bounds, query, new_key, new_value, ops.new_counters(keys), where, num_selected)
+    layer.estimate()
+    layer.select()
     return layer
 
 

@@ -7,7 +7,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <optional>
 
 #include "params.h"
@@ -19,7 +22,7 @@ using at::Tensor;
 Launch launch_on_current_stream() {
     static const bool is_allowed = std::getenv("HF_QUEST_NO_OVERLAP") == nullptr;
     const cudaDeviceProp* gpu = at::cuda::getCurrentDeviceProperties();
-    return {at::cuda::getCurrentCUDAStream(), gpu->multiProcessorCount, is_allowed && gpu->major >= 9};
+    return {at::cuda::getCurrentCUDAStream(), gpu->multiProcessorCount, gpu->major >= 9, is_allowed && gpu->major >= 9};
 }
 
 DataType data_type_of(const Tensor& tensor) {
@@ -105,11 +108,10 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
     return page_ids;
 }
 
-Tensor attend_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
-                    const std::optional<Tensor>& page_ids, const Tensor& length, const Tensor& padding,
-                    const Tensor& counters, int64_t page_size, double scaling, std::optional<double> softcap,
-                    const std::optional<Tensor>& sinks) {
-    const Tensor output = at::empty(query.sizes(), query.options());
+// What `attend` and the chain are told, but for the pages.
+AttendParams describe(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
+                      const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+                      std::optional<double> softcap, const std::optional<Tensor>& sinks, const Tensor& output) {
     AttendParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
@@ -118,31 +120,72 @@ Tensor attend_pages(const Storage& storage, at::ScalarType type, const Tensor& q
     params.group_size = query.size(1) / num_kv_heads;
     params.head_dim = query.size(3);
     params.page_size = page_size;
-    params.num_selected = page_ids ? page_ids->size(3) : 0;
     params.scaling = scaling;
     params.softcap = softcap.value_or(0.0);
     params.query = rows_of(query, type);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
     params.storage = storage;
-    params.page_ids = page_ids ? page_ids->data_ptr<int64_t>() : nullptr;
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
     params.sinks = sinks ? sinks->data_ptr() : nullptr;
-    params.counters = counters.data_ptr<int>();
     params.output = output.data_ptr();
-    params.num_splits = count_splits(params);
+    return params;
+}
 
+void attend_pages(AttendParams params, const std::optional<Tensor>& page_ids, const Tensor& counters) {
+    params.num_selected = page_ids ? page_ids->size(3) : 0;
+    params.page_ids = page_ids ? page_ids->data_ptr<int64_t>() : nullptr;
+    params.counters = counters.data_ptr<int>();
+    params.num_splits = count_splits(params);
     Tensor partial_output, partial_softmax;  // freed on return; the allocator keeps to the stream's order
     if (params.num_splits > 1) {
-        const int64_t num_partials = query.size(0) * num_kv_heads * params.num_splits * padded_group(params.group_size);
-        partial_output = at::empty({num_partials, params.head_dim}, query.options().dtype(at::kFloat));
-        partial_softmax = at::empty({num_partials, 2}, query.options().dtype(at::kFloat));
+        const int64_t num_partials =
+            int64_t(params.num_rows) * params.num_kv_heads * params.num_splits * padded_group(params.group_size);
+        partial_output = at::empty({num_partials, params.head_dim}, counters.options().dtype(at::kFloat));
+        partial_softmax = at::empty({num_partials, 2}, counters.options().dtype(at::kFloat));
         params.partial_output = partial_output.data_ptr<float>();
         params.partial_softmax = reinterpret_cast<float2*>(partial_softmax.data_ptr<float>());
     }
     C10_CUDA_CHECK(launch_attend(params));
-    return output;
+}
+
+int cluster_size_of(const AttendParams& params) {
+    using Shape = std::array<int, 7>;
+    static std::map<Shape, int> known;
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
+    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim, params.group_size,
+                         params.num_kv_heads, params.num_rows, params.num_selected};
+    const auto found = known.find(shape);
+    return found != known.end() ? found->second : known[shape] = find_cluster_size(params);
+}
+
+// Estimate, select and attend: fused where clusters serve, one by one otherwise.
+void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
+                   int64_t num_selected, const std::optional<Tensor>& told_ids) {
+    params.num_selected = num_selected;
+    Storage& storage = params.storage;
+    const int cluster_size = cluster_size_of(params);
+    Tensor scores;
+    if (storage.scores == nullptr && storage.addresses == nullptr &&
+        (cluster_size == 0 || needs_scores(params, cluster_size))) {
+        const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
+        scores = at::empty({query.size(0), params.num_kv_heads, 1, num_pages}, query.options().dtype(at::kFloat));
+        storage.scores = scores.data_ptr<float>();
+    }
+    if (cluster_size > 0) {
+        params.told_ids = told_ids ? told_ids->data_ptr<int64_t>() : nullptr;
+        C10_CUDA_CHECK(launch_chain(params, cluster_size));
+        return;
+    }
+    estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
+                   params.scaling);
+    const Tensor page_ids =
+        select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size);
+    if (told_ids) told_ids->copy_(page_ids);
+    const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
+    attend_pages(params, page_ids, counters);
 }
 
 void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds, const Tensor& new_keys,
@@ -186,8 +229,28 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     storage.keys = address_of(keys);
     storage.values = address_of(values);
     storage.capacity = keys.size(2);
-    return attend_pages(storage, keys.scalar_type(), query, keys.size(1), page_ids, length, padding, counters, page_size, scaling, softcap,
-                        sinks);
+    const Tensor output = at::empty(query.sizes(), query.options());
+    attend_pages(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling, softcap,
+                          sinks, output),
+                 page_ids, counters);
+    return output;
+}
+
+Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bounds, const Tensor& length,
+             const Tensor& padding, int64_t num_selected, int64_t page_size, double scaling,
+             std::optional<double> softcap, const std::optional<Tensor>& sinks,
+             const std::optional<Tensor>& page_ids) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    Storage storage = {};
+    storage.keys = address_of(keys);
+    storage.values = address_of(values);
+    storage.bounds = address_of(bounds);
+    storage.capacity = keys.size(2);
+    const Tensor output = at::empty(query.sizes(), query.options());
+    attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling, softcap,
+                           sinks, output),
+                  query, length, padding, num_selected, page_ids);
+    return output;
 }
 
 // A whole decode step of one layer, whose storage the device finds in its row of `addresses`.
@@ -200,14 +263,15 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     storage.capacity = kAnyCapacity;
     storage.addresses = addresses.data_ptr<int64_t>() + layer_idx * addresses.size(1);
     if (new_keys) append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size);
-    std::optional<Tensor> page_ids;
+    const Tensor output = at::empty(query.sizes(), query.options());
+    const AttendParams params = describe(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size,
+                                         scaling, softcap, sinks, output);
     if (num_selected > 0) {
-        estimate_pages(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size, scaling);
-        page_ids = select_pages(storage, num_kv_heads, length, padding, num_selected, page_size);
+        attend_chosen(params, query, length, padding, num_selected, std::nullopt);
+    } else {
+        attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
     }
-    const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
-    return attend_pages(storage, query.scalar_type(), query, num_kv_heads, page_ids, length, padding, counters, page_size, scaling, softcap,
-                        sinks);
+    return output;
 }
 
 }  // namespace hf_quest::operators
@@ -217,5 +281,6 @@ TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
     library.impl("estimate", &hf_quest::operators::estimate);
     library.impl("select", &hf_quest::operators::select);
     library.impl("attend", &hf_quest::operators::attend);
+    library.impl("chain", &hf_quest::operators::chain);
     library.impl("decode", &hf_quest::operators::decode);
 }

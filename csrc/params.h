@@ -14,6 +14,7 @@ enum class DataType { kHalf, kBFloat16 };
 struct Launch {
     cudaStream_t stream;
     int num_sms;
+    bool has_clusters;  // of thread blocks (sm_90 and later)
     bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
 };
 
@@ -71,6 +72,7 @@ struct AttendParams {
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
     const int64_t* page_ids;   // [B, Hkv, 1, num_selected], or null for every page
+    int64_t* told_ids;         // the same, where launch_chain tells what it chose, or null
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
     const void* sinks;         // [Hq] or null
@@ -92,6 +94,12 @@ cudaError_t launch_append(const AppendParams& params);
 cudaError_t launch_estimate(const EstimateParams& params);
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
+
+// launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
+// GPU or these shapes have none that run all at once. Where needs_scores(), the storage must have scores.
+int find_cluster_size(const AttendParams& params);
+bool needs_scores(const AttendParams& params, int cluster_size);
+cudaError_t launch_chain(const AttendParams& params, int cluster_size);
 
 // Into how many parts, each of one thread block, a launch with these shapes cuts the pages of a KV head.
 int count_splits(const AttendParams& params);

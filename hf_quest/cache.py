@@ -327,16 +327,15 @@ class QuestLayer(CacheLayerMixin):
 
     def _attend_by_kernels(self, query, offset, scaling, softcap, sinks):
         """Attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
-        by_kernel = torch.ops.hf_quest  # not `ops`, whose checks would tell of this layer's own tensors at every step
-        page_size = self.settings.page_size
+        # Not by `ops`, whose checks would tell of this layer's own tensors at every step.
+        by_kernel, settings = torch.ops.hf_quest, self.settings
         length = self.on_device.length
         where = (length + offset if offset else length, self.padding)
-        page_ids = None  # which is all of them
+        options = (settings.page_size, scaling, softcap, sinks)
         if self.is_sparse:
-            scores = by_kernel.estimate(query, self.bounds, *where, page_size, scaling)
-            page_ids = by_kernel.select(scores, *where, self.settings.num_selected, page_size)
-        options = (page_size, scaling, softcap, sinks)
-        return by_kernel.attend(query, self.keys, self.values, page_ids, *where, self.counters, *options)
+            stored = (self.keys, self.values, self.bounds)
+            return by_kernel.chain(query, *stored, *where, settings.num_selected, *options)
+        return by_kernel.attend(query, self.keys, self.values, None, *where, self.counters, *options)
 
     def _attend_captured(self, query, scaling, softcap, sinks):
         new_keys, new_values = self.not_stored or (None, None)

@@ -32,6 +32,10 @@ library.define(
     "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
 )
 library.define(
+    "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor length, Tensor padding, int num_selected, "
+    "int page_size, float scaling, float? softcap=None, Tensor? sinks=None, Tensor(a!)? page_ids=None) -> Tensor"
+)
+library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
     "Tensor? sinks=None) -> Tensor"
@@ -109,8 +113,7 @@ def select(scores, length, padding, num_selected, page_size):
     _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
     _check("length", length, scores.device, (torch.int64,), (1,))
     _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
-    if num_selected < 1:
-        raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
+    _check_num_selected(num_selected)
     return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size)
 
 
@@ -143,6 +146,47 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
         raise ValueError(f"counters must be {batch_size * query.shape[1]} or more, not {len(counters)}.")
     return torch.ops.hf_quest.attend(
         query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap, sinks
+    )
+
+
+def chain(
+    query,
+    keys,
+    values,
+    bounds,
+    length,
+    padding,
+    num_selected,
+    page_size,
+    scaling,
+    softcap=None,
+    sinks=None,
+    page_ids=None,
+):
+    """`estimate`, `select` and `attend`, in one kernel where the GPU has thread block clusters (sm_90 and later).
+
+    Args:
+        num_selected: K. `page_ids`: [B, Hkv, 1, K] int64, mutated to what was selected, or None. The others as there.
+
+    Returns:
+        [B, Hq, 1, D].
+    """
+    batch_size, num_kv_heads, capacity, head_dim = keys.shape
+    _check_page_size(page_size)
+    _check("keys", keys, keys.device, DTYPES, (batch_size, num_kv_heads, capacity, head_dim))
+    _check("values", values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, capacity, head_dim))
+    num_pages = -(-capacity // page_size)
+    _check("bounds", bounds, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_pages, 2, head_dim))
+    _check_query(query, num_kv_heads, head_dim, keys)
+    _check("length", length, keys.device, (torch.int64,), (1,))
+    _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
+    _check_num_selected(num_selected)
+    if sinks is not None:
+        _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
+    if page_ids is not None:
+        _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, num_selected))
+    return torch.ops.hf_quest.chain(
+        query, keys, values, bounds, length, padding, num_selected, page_size, scaling, softcap, sinks, page_ids
     )
 
 
@@ -217,6 +261,11 @@ def _check_page_size(page_size):
         raise ValueError(f"The CUDA kernels serve a page_size of {PAGE_SIZES}, not {page_size}.")
 
 
+def _check_num_selected(num_selected):
+    if num_selected < 1:
+        raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
+
+
 def _check_query(query, num_kv_heads, head_dim, like):
     if query.dim() == 4 and query.shape[2] != 1:
         raise ValueError(
@@ -276,6 +325,11 @@ def _(scores, length, padding, num_selected, page_size):
 
 @torch.library.register_fake("hf_quest::attend", lib=library)
 def _(query, keys, values, page_ids, length, padding, counters, page_size, scaling, softcap=None, sinks=None):
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("hf_quest::chain", lib=library)
+def _(query, keys, *rest, **options):
     return query.new_empty(query.shape)
 
 

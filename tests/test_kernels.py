@@ -459,6 +459,61 @@ class TestChain:
         torch.testing.assert_close(stored.attend(page_ids).float(), expected, rtol=2**-7, atol=2**-7)
 
 
+class TestFusedChain:
+    """`ops.chain` selects the pages that `estimate` and `select` select, bit for bit, and attends them."""
+
+    def check(self, stored, num_selected, softcap=None, sinks=None):
+        page_ids = torch.full((*stored.keys.shape[:2], 1, num_selected), -7, device=DEVICE)
+
+        def chain(keys, values, **options):
+            where = (*stored.where, num_selected, stored.page_size, stored.scaling, softcap, sinks)
+            return ops.chain(stored.query, keys, values, stored.bounds, *where, **options)
+
+        output = chain(stored.keys, stored.values, page_ids=page_ids)
+        assert torch.equal(page_ids, stored.select(stored.estimate(), num_selected))
+        truth = stored.reference_attend(page_ids, softcap, sinks)
+        assert_within_twice(output, truth, stored.attend(page_ids, softcap=softcap, sinks=sinks))
+        assert torch.equal(chain(*poison_unselected(stored, page_ids)), output)
+
+    @pytest.mark.parametrize("num_selected", [1, 2, 7, 64, 128])
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    def test_every_length(self, num_tokens, num_selected):
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)), num_selected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("num_selected", [2, 9, 100])
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_every_shape(self, shape, num_selected, dtype):
+        self.check(store(shape, 1000, paddings(1000), dtype), num_selected)
+
+    @pytest.mark.parametrize("shape", [(8, 4, 128, 16), (32, 1, 128, 16), (64, 2, 128, 16), (150, 1, 64, 16)], ids=str)
+    @pytest.mark.parametrize("num_tokens", [2000, 20000])
+    def test_clusters_of_every_size_and_none(self, shape, num_tokens):
+        self.check(store(shape, num_tokens), 128)
+
+    @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sinks": True}], ids=str)
+    def test_softcap_and_sinks(self, options):
+        stored = store((2, 4, 128, 16), 1000, (0, 100))
+        sinks = torch.randn(8, device=DEVICE, dtype=torch.bfloat16) if "sinks" in options else None
+        self.check(stored, 9, options.get("softcap"), sinks)
+
+    @pytest.mark.parametrize("num_values", [1, 2, 3, 100])
+    @pytest.mark.parametrize("num_selected", [2, 30, 200, 400])
+    def test_equal_scores(self, num_values, num_selected):
+        stored = store((2, 4, 128, 16), 10_000, (0, 333))
+        value = torch.randint(num_values, stored.bounds.shape[:3], device=DEVICE) - num_values // 2
+        stored.bounds[:] = value[..., None, None]
+        self.check(stored, num_selected)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e4])
+    def test_huge_and_tiny_keys(self, scale):
+        self.check(store((2, 4, 128, 16), 5000, (0, 333), scale=scale), 40)
+
+    def test_more_scores_than_shared_memory_holds(self):
+        stored = store((64, 1, 64, 8), 8 * 2 * 25_000)
+        self.check(stored, 64)
+
+
 class TestDecode:
     """All four stages of a captured step, whose graph finds the storage on the device."""
 
@@ -525,7 +580,7 @@ class TestDecode:
             assert guards_are_intact(buffer)
 
 
-@pytest.mark.parametrize("op", ["append", "estimate", "select", "attend"])
+@pytest.mark.parametrize("op", ["append", "estimate", "select", "attend", "chain"])
 def test_the_operators_are_what_their_schemas_say(op):
     stored = store((2, 4, 128, 16), 500, (0, 3), spare_pages=0)  # so that every score is defined
     tokens = (stored.new_keys, stored.new_values)
@@ -538,6 +593,7 @@ def test_the_operators_are_what_their_schemas_say(op):
             *(stored.query, stored.keys, stored.values, random_pages(stored, 4)),
             *(*stored.where, counters, 16, 0.1, None, None),
         ),
+        "chain": (stored.query, stored.keys, stored.values, stored.bounds, *stored.where, 4, 16, 0.1),
     }
     torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
 

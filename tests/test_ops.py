@@ -40,9 +40,16 @@ ARGUMENTS = {
     "append": ["keys", "values", "bounds", "new_keys", "new_values", "length", "padding", "page_size"],
     "estimate": ["query", "bounds", "length", "padding", "page_size"],
     "select": ["scores", "length", "padding", "page_size"],
+    "chain": ["query", "keys", "values", "bounds", "length", "padding", "page_size"],
     "attend": ["query", "keys", "values", "page_ids", "length", "padding", "page_size"],
 }
-OPTIONS = {"append": {}, "estimate": {"scaling": 0.1}, "select": {"num_selected": K}, "attend": {"scaling": 0.1}}
+OPTIONS = {
+    "append": {},
+    "estimate": {"scaling": 0.1},
+    "select": {"num_selected": K},
+    "attend": {"scaling": 0.1},
+    "chain": {"num_selected": K, "scaling": 0.1, "page_ids": None},
+}
 
 
 def call(op, tensors, **changes):
@@ -56,12 +63,13 @@ def call(op, tensors, **changes):
         ("estimate", (B, Hkv, 1, P), torch.float32),
         ("select", (B, Hkv, 1, K), torch.int64),
         ("attend", (B, Hkv * G, 1, D), torch.bfloat16),
+        ("chain", (B, Hkv * G, 1, D), torch.bfloat16),
     ],
 )
 def test_fakes_have_the_shape_of_the_results(fake, op, shape, dtype):
     result = call(op, fake)
     assert (tuple(result.shape), result.dtype, result.device.type) == (shape, dtype, "cuda")
-    assert op == "attend" or result.is_contiguous()
+    assert op in ("attend", "chain") or result.is_contiguous()
 
 
 def test_append_returns_nothing_and_takes_no_bounds(fake):
@@ -82,7 +90,13 @@ def test_schemas_declare_what_is_mutated():
         ]
         for op in ARGUMENTS
     }
-    assert mutated == {"append": ["keys", "values", "bounds"], "estimate": [], "select": [], "attend": ["counters"]}
+    assert mutated == {
+        "append": ["keys", "values", "bounds"],
+        "estimate": [],
+        "select": [],
+        "attend": ["counters"],
+        "chain": ["page_ids"],
+    }
 
 
 def is_written(argument):
@@ -212,7 +226,7 @@ class TestBuild:
             "-gencode=arch=compute_90,code=sm_90"
         ]
         sources = {Path(source).name for source in options["sources"]}
-        assert sources == {"append.cu", "attend.cu", "bindings.cpp", "estimate.cu", "select.cu"}
+        assert sources == {"append.cu", "attend.cu", "bindings.cpp", "chain.cu", "estimate.cu", "select.cu"}
         assert re.fullmatch(
             r"hf_quest builds its CUDA kernels for sm_90 in \S+, once ... done in \d+ s\n", capsys.readouterr().err
         )

@@ -1,0 +1,234 @@
+// How the warps of a block attend tokens: what attend.cu and decode.cu share.
+#pragma once
+
+#include <cmath>
+
+#include "common.cuh"
+
+namespace hf_quest {
+
+constexpr int kTile = 16;  // tokens
+constexpr int kHalf = 8;   // tokens that lie together, whatever the page size
+constexpr int kNoToken = 1 << 30;
+constexpr float kLog2E = 1.44269504f;
+constexpr int kChannels = 32;  // of a key that the four lanes of a quad load together
+
+// 2^(value - maximum), and 0 where nothing was seen, whatever the maximum.
+__device__ float weight_of(float value, float maximum) { return value == -INFINITY ? 0.0f : exp2f(value - maximum); }
+
+__device__ void add_scaled(float4& sum, float4 term, float factor) {
+    sum.x += term.x * factor;
+    sum.y += term.y * factor;
+    sum.z += term.z * factor;
+    sum.w += term.w * factor;
+}
+
+// Where the values of a head lie in registers and in partial sums: a lane holds kVector neighbouring channels of every
+// block of 8 * kVector, in pairs. Partial sums are stored pair by pair of all lanes: [blocks, kPairs, group_idx, 2].
+template <int kHeadDim>
+struct Layout {
+    static constexpr int kVector = kHeadDim % 64 == 0 ? 8 : 4;  // channels that a lane loads of a value
+    static constexpr int kPairs = kVector / 2;
+    static constexpr int kBlocks = kHeadDim / (8 * kVector);
+    using Vector = std::conditional_t<kVector == 8, uint4, uint2>;
+
+    static __device__ uint32_t word(const Vector& vector, int idx) { return (&vector.x)[idx]; }
+
+    static __device__ int channel_of(int pair_idx) {
+        const int group_idx = pair_idx % 8, pair_of_lane = pair_idx / 8 % kPairs, block_idx = pair_idx / 8 / kPairs;
+        return (block_idx * 8 + group_idx) * kVector + 2 * pair_of_lane;
+    }
+};
+
+// The logit, times log2 e, that a head's softmax counts beside its tokens.
+template <typename T>
+__device__ float sink_of(const AttendParams& params, int head_idx) {
+    if (params.sinks == nullptr) return -INFINITY;
+    return to_float(static_cast<const T*>(params.sinks)[head_idx]) * kLog2E;
+}
+
+template <typename T, int kHeadDim>
+__device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sums) {
+    T* head = output + head_idx * kHeadDim;
+    using L = Layout<kHeadDim>;
+    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head)) = round_to_pair<T>(sums.x, sums.y);
+    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head + 1)) = round_to_pair<T>(sums.z, sums.w);
+}
+
+// What each warp of a block has summed up for up to 8 query heads: values weighted by 2^(logit - maximum), in the order
+// of Layout, and the maximum of the logits (times log2 e) and the sum of the weights.
+template <int kHeadDim, int kWarps>
+struct WarpSums {
+    alignas(16) float output[kWarps][kHeadTile][kHeadDim + 4];  // padded against bank conflicts
+    float2 softmax[kWarps][kHeadTile];
+
+    // One quad of channels of one head over all warps, and its maximum and sum, which may begin with a sink's.
+    __device__ float4 merge(int head_idx, int quad_of_head, float& maximum, float& sum) const {
+        const float first = maximum;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) maximum = fmaxf(maximum, softmax[i][head_idx].x);
+        sum *= weight_of(first, maximum);
+        float4 sums = {};
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) {
+            const float factor = weight_of(softmax[i][head_idx].x, maximum);
+            sum += softmax[i][head_idx].y * factor;
+            add_scaled(sums, *reinterpret_cast<const float4*>(&output[i][head_idx][4 * quad_of_head]), factor);
+        }
+        return sums;
+    }
+};
+
+// Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
+// first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of the first
+// of `num_heads` heads; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
+template <typename T, int kHeadDim, int kWarps, typename FindToken>
+__device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* query, int64_t head_stride, int num_heads,
+                             const T* keys, const T* values, int num_tokens, int first_tile, int end_tile,
+                             int page_size, float scaling, float softcap, FindToken find_token) {
+    using L = Layout<kHeadDim>;
+    constexpr int kNumChunks = kHeadDim / kChannels;
+    constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
+    const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
+    const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
+    query += group_idx * head_stride + quad_idx * 8;
+    keys += quad_idx * 8;
+    values += group_idx * L::kVector;
+    uint4 q[kNumChunks];
+#pragma unroll
+    for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
+        q[chunk_idx] = load_once(reinterpret_cast<const uint4*>(query + chunk_idx * kChannels), group_idx < num_heads);
+    }
+
+    float output[L::kBlocks][L::kPairs][4] = {};  // channels x heads
+    float maximum = -INFINITY, sum = 0.0f;        // of head group_idx; the sum is of this lane's tokens alone
+    int half_starts[2] = {kNoToken, kNoToken};    // lane i has those of the warp's i-th tile from here
+    first_tile += warp_idx;
+    int start[2];
+    uint4 key[2][kNumChunks];
+    const auto load_keys = [&](int tile_idx) {
+        const int round_idx = (tile_idx - first_tile) / kWarps;
+        if (round_idx % kWarpSize == 0) {
+            const int chosen = (tile_idx + lane_idx * kWarps) * kTile;
+            half_starts[0] = find_token(chosen);
+            half_starts[1] = page_size < kTile ? find_token(chosen + kHalf) : half_starts[0] + kHalf;
+        }
+#pragma unroll
+        for (int half_idx = 0; half_idx < 2; ++half_idx) {
+            start[half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
+            const int token_idx = start[half_idx] + group_idx;
+            const T* token = keys + int64_t(token_idx) * kHeadDim;
+#pragma unroll
+            for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
+                const auto* chunk = reinterpret_cast<const uint4*>(token + chunk_idx * kChannels);
+                key[half_idx][chunk_idx] = load_once(chunk, token_idx < num_tokens);
+            }
+        }
+    };
+    typename L::Vector value[L::kBlocks][4];
+    const auto load_values = [&](bool has_weight) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token_idx = start[i / 2] + 2 * quad_idx + i % 2;
+            const T* token = values + int64_t(token_idx) * kHeadDim;
+#pragma unroll
+            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+                const auto* vector = token + block_idx * 8 * L::kVector;
+                const bool is_token = token_idx < num_tokens && has_weight;
+                value[block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector), is_token);
+            }
+        }
+    };
+
+    if (kLoadsAhead && first_tile < end_tile) {
+        load_keys(first_tile);
+        load_values(true);
+    }
+    for (int tile_idx = first_tile; tile_idx < end_tile; tile_idx += kWarps) {
+        if constexpr (!kLoadsAhead) load_keys(tile_idx);
+        float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
+#pragma unroll
+        for (int half_idx = 0; half_idx < 2; ++half_idx) {
+            float sums[4] = {};
+#pragma unroll
+            for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
+                const uint4 a = q[chunk_idx], b = key[half_idx][chunk_idx];
+                multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
+                multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
+            }
+            logit[2 * half_idx] = sums[0];
+            logit[2 * half_idx + 1] = sums[1];
+        }
+        float new_maximum = maximum;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            logit[i] *= scaling;
+            if (softcap > 0.0f) logit[i] = softcap * tanhf(logit[i] / softcap);
+            const bool is_visible = start[i / 2] + 2 * quad_idx + i % 2 < num_tokens;
+            logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
+            new_maximum = fmaxf(new_maximum, logit[i]);
+        }
+        const bool has_next = tile_idx + kWarps < end_tile;
+        if (kLoadsAhead && has_next) load_keys(tile_idx + kWarps);
+        new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
+        new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
+        // The condition keeps the compiler from loading values before the keys have left their registers.
+        if constexpr (!kLoadsAhead) load_values(new_maximum > -INFINITY);
+        const float correction = weight_of(maximum, new_maximum);
+        maximum = new_maximum;
+        sum *= correction;
+        float weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            weight[i] = weight_of(logit[i], maximum);
+            sum += weight[i];
+        }
+        const uint32_t low_weights = as_bits(round_to_pair<T>(weight[0], weight[1]));
+        const uint32_t high_weights = as_bits(round_to_pair<T>(weight[2], weight[3]));
+
+        // As columns of the output, heads lie in other lanes than as rows of the logits.
+        const float even_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx);
+        const float odd_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx + 4);
+#pragma unroll
+        for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+#pragma unroll
+            for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
+                float(&sums)[4] = output[block_idx][pair_idx];
+                sums[0] *= even_correction;
+                sums[1] *= odd_correction;
+                sums[2] *= even_correction;
+                sums[3] *= odd_correction;
+                uint32_t pair[4];  // the same two channels of four tokens
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pair[i] = L::word(value[block_idx][i], pair_idx);
+                multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
+                                __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632),
+                                low_weights, high_weights);
+            }
+        }
+        if (kLoadsAhead && has_next) load_values(true);
+    }
+
+    // The block's sum over its warps.
+    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+    sum += __shfl_xor_sync(kWholeWarp, sum, 2);
+    if (quad_idx == 0) warp_sums.softmax[warp_idx][group_idx] = {maximum, sum};
+#pragma unroll
+    for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+#pragma unroll
+        for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
+            const float(&sums)[4] = output[block_idx][pair_idx];
+            const int offset = ((block_idx * L::kPairs + pair_idx) * 8 + group_idx) * 2;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int head_idx = 2 * quad_idx + i;
+                if (head_idx < num_heads) {
+                    *reinterpret_cast<float2*>(&warp_sums.output[warp_idx][head_idx][offset]) = {sums[i], sums[i + 2]};
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+}  // namespace hf_quest
