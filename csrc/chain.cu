@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     const int num_pages = (max(num_tokens, 0) + page_size - 1) >> page_shift;
-    const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(params.num_selected, cluster_size);
+    const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
     const int num_own = max(min(num_chosen - rank * share, share), 0);
     // After the query, this block's list of pages, and then its scores.
     int* page_ids = reinterpret_cast<int*>(signed_query + count_query_vectors(params.group_size, kHeadDim));
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         const int num_each = ceil_div(newest_page, cluster_size * kPagesPerWarp) * kPagesPerWarp;
         const int begin = min(rank * num_each, newest_page), end = min(begin + num_each, newest_page);
         const int64_t head_start = kv_idx * count_pages(storage, page_size);
-        float* scores = reinterpret_cast<float*>(page_ids + share);
+        float* scores = reinterpret_cast<float*>(page_ids + ceil_div(params.num_selected, cluster_size));
         if (num_each > kMaxScores) scores = storage.scores + head_start + begin;
         sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
         const T* bounds = static_cast<const T*>(storage.bounds) + head_start * 2 * kHeadDim;
@@ -203,11 +203,10 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         select_pages(cluster, shared, scores, end - begin, begin, newest_page, params.num_selected, share, page_ids,
                      told_ids);
     } else {
-        for (int idx = threadIdx.x; idx < share; idx += kThreads) {
-            const int page_idx = rank * share + idx;
-            page_ids[idx] = page_idx;
-            if (told_ids != nullptr && page_idx < params.num_selected) {
-                told_ids[page_idx] = page_idx < num_pages ? page_idx : -1;
+        for (int idx = threadIdx.x; idx < share; idx += kThreads) page_ids[idx] = rank * share + idx;
+        if (told_ids != nullptr) {
+            for (int idx = rank * kThreads + threadIdx.x; idx < params.num_selected; idx += cluster_size * kThreads) {
+                told_ids[idx] = idx < num_pages ? idx : -1;
             }
         }
         __syncthreads();
