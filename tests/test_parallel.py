@@ -40,7 +40,11 @@ class TestTensorParallel:
         make_model(**THREE_KV_HEADS).save_pretrained(tmp_path / "odd")
         script = ROOT / "tests" / "tensor_parallel_ranks.py"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        }
         result = subprocess.run([*command, tmp_path], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.strip().startswith("48213")
