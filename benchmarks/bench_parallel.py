@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 2 benchmarks/bench_parallel.py load FOLDER
     python benchmarks/bench_parallel.py layers                  # the 70B shape, its layers over all GPUs
 
-`load` also compares the logits after a prompt that is really read: those of several GPUs and those that one GPU has left
-in FOLDER; in bfloat16 sums over GPUs round otherwise. `layers` makes the weights where they stay, in bfloat16 if the GPUs
-hold them beside the cache and otherwise in int4 (torchao). Contexts are filled and times taken as in `bench_generate.py`.
+`load` also compares the logits after a prompt that is really read: those of several GPUs and those that one GPU has
+left in FOLDER; in bfloat16 sums over GPUs round otherwise. `layers` makes the weights where they stay, in bfloat16 if
+the GPUs hold them beside the cache and otherwise in int4 (torchao). Contexts are filled and times taken as in
+`bench_generate.py`.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def parse_arguments():
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--context", type=int, default=131072, help="tokens")
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
-    parser.add_argument("--ways", nargs="+", default=["quest-recorded", "quest-eager"])
+    parser.add_argument("--ways", nargs="+", default=["quest-eager", "quest-recorded"])
     parser.add_argument("--steps", type=int, default=32, help="tokens timed per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -166,8 +167,10 @@ def main():
     for way in arguments.ways:
         result = {"way": bench_generate.WAYS[way].title}
         for kind, budget in (("dense", BEYOND), ("quest", arguments.budget)):
-            result[kind] = measure(model, way, 1, arguments.context, budget, arguments.steps, arguments.rounds)
             gpus = range(torch.cuda.device_count()) if num_ranks == 1 else [torch.cuda.current_device()]
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            result[kind] = measure(model, way, 1, arguments.context, budget, arguments.steps, arguments.rounds)
             result[kind]["peak_gb_per_gpu"] = [round(torch.cuda.max_memory_allocated(gpu) / 1e9, 1) for gpu in gpus]
             gc.collect()
             torch.cuda.empty_cache()
