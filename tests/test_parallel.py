@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
-from transformers import Gemma3ForCausalLM, LlamaForCausalLM
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, Gemma3ForCausalLM, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_quest import QuestCache, QuestError
@@ -110,6 +111,17 @@ class TestDevices:
         assert cache.tokens_attended == expected_cache.tokens_attended
         for layer in cache.layers:
             assert layer.left_padding == ((0, 37) if layer.selects_pages else layer.left_padding)
+
+    @pytest.mark.parametrize("num_devices", [1, 2])
+    def test_a_step_on_several_devices_is_not_compiled(self, num_devices):
+        model = make_model(num_hidden_layers=2)
+        model.hf_device_map = {"model": 0, "lm_head": num_devices - 1}
+        config = CompileConfig(backend="eager", mode=None)
+        config._compile_all_devices = True
+        torch._dynamo.reset()
+        counters.clear()
+        generate(model, tokens(PROMPT), QuestCache(BUDGET), max_new_tokens=3, compile_config=config)
+        assert counters["stats"]["unique_graphs"] == (num_devices == 1)
 
     def test_offloaded_weights(self, tmp_path):
         accelerate = pytest.importorskip("accelerate")
