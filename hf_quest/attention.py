@@ -20,6 +20,17 @@ EAGER_ONLY = ("softcap", "s_aux", "sinks")
 NOT_SPARSE = ("position_bias", "indices", "block_indices")
 
 
+class Mask(torch.Tensor):
+    """An attention mask whose attributes go with it to another device, where a later layer of the model may be."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # else a plain tensor
+
+    def to(self, *args, **kwargs):
+        mask = super().to(*args, **kwargs).as_subclass(Mask)
+        mask.__dict__.update(self.__dict__)
+        return mask
+
+
 def quest_attention(module, query, key, value, attention_mask, **kwargs):
     """The attention function behind `attn_implementation="quest"`.
 
@@ -157,6 +168,7 @@ def quest_mask(
     """
     model_class = causal_lm_class(config)
     check_has_attention_interface(model_class, config)
+    check_heads_split(config)
     is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
     cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
     is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
@@ -191,6 +203,9 @@ def quest_mask(
     if mask is not None:
         if num_missing:
             mask = F.pad(mask, (num_missing, 0), value=False)
+        # On one device a mask goes nowhere, and what may be the input of a compiled step must be a plain tensor.
+        if not torch.compiler.is_compiling() and (q_length > 1 or (cache is not None and cache.is_on_several_devices)):
+            mask = mask.as_subclass(Mask)
         if local_size is not None:
             mask.local_size = local_size
         left_padding = count_left_padding(attention_mask, mask.shape[0]) if is_plain else None
@@ -227,6 +242,20 @@ def check_has_attention_interface(model_class, config):
         raise QuestError(
             f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
             "with another attn_implementation and without QuestCache."
+        )
+
+
+def check_heads_split(config):
+    """Raise for tensor parallelism over a number of processes that the KV heads cannot be split among."""
+    num_ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    is_split = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
+    if is_split and isinstance(num_kv_heads, int) and num_kv_heads % num_ranks:
+        counts = [count for count in range(1, num_kv_heads + 1) if num_kv_heads % count == 0]
+        raise QuestError(
+            f"Tensor parallelism gives every process whole KV heads, and the {num_kv_heads} of this model do not split "
+            f"evenly over {num_ranks} processes. Start torchrun with one of {counts} as --nproc-per-node."
         )
 
 

@@ -658,8 +658,14 @@ class QuestCache(Cache):
         if not self.compile or self.settings.is_captured:
             return False
         # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
-        # cannot know how many keys there are.
-        return inspect.currentframe().f_back.f_back.f_code.co_name != "_prefill"
+        # cannot know how many keys there are. A model on several devices is not one graph.
+        caller = inspect.currentframe().f_back
+        devices = getattr(caller.f_locals.get("self"), "hf_device_map", {}).values()
+        return caller.f_back.f_code.co_name != "_prefill" and len(set(devices)) < 2
+
+    @property
+    def is_on_several_devices(self):
+        return len(self.settings.devices) > 1
 
     def knows_mask(self, num_keys):
         """Whether a mask [B, num_keys] of one new token need not be looked at: it continues one that was."""
