@@ -1,6 +1,7 @@
 """QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +58,7 @@ class Settings:
     devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
+    recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
     @property
     def num_selected(self):
@@ -289,9 +291,14 @@ class QuestLayer(CacheLayerMixin):
             num_pages = None if is_captured else self._num_pages(self.length)
             scores = reference.estimate(query, self.bounds[:, :, :num_pages], scaling)
             page_ids = reference.select(scores, length, self.padding, self.settings.num_selected, page_size)
+            self._record(query, page_ids, scaling, softcap, sinks)
         return reference.attend(
             query, self.keys, self.values, page_ids, length, self.padding, page_size, scaling, softcap, sinks
         )
+
+    def _record(self, query, page_ids, scaling, softcap, sinks):
+        if self.settings.recorder is not None:
+            self.settings.recorder(self, query.detach(), page_ids, scaling, softcap, sinks)
 
     def newest(self, num_slots):
         """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
@@ -317,6 +324,7 @@ class QuestLayer(CacheLayerMixin):
         if self.is_sparse:
             scores = ops.estimate(query, self.bounds, *where, page_size, scaling)
             page_ids = ops.select(scores, *where, self.settings.num_selected, page_size)
+            self._record(query, page_ids, scaling, softcap, sinks)
         sinks = None if sinks is None else sinks.to(query.dtype)
         return ops.attend(
             query, self.keys, self.values, page_ids, *where, page_size, scaling, softcap, sinks, self.counters
@@ -521,6 +529,21 @@ class QuestCache(Cache):
         self.settings.budget = _checked_budget(budget, self.page_size)
 
     @property
+    def recorder(self):
+        """None, or what every layer that selects pages calls with (layer, query, page_ids, scaling, softcap, sinks).
+
+        `page_ids` [B, Hkv, T, K] int64 are those of the layer's newest T tokens, whose queries [B, Hq, T, D] are
+        `query`, as `reference.select` returns them; the others are those of `reference.attend`. A layer that reads
+        everything does not call it. With a recorder `generate` does not compile its decode step.
+        `hf_quest.pages.PageReads` is a recorder.
+        """
+        return self.settings.recorder
+
+    @recorder.setter
+    def recorder(self, recorder):
+        self.settings.recorder = recorder
+
+    @property
     def page_size(self):
         return self.settings.page_size
 
@@ -640,7 +663,7 @@ class QuestCache(Cache):
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
-        if not self.compile or torch.compiler.is_compiling():
+        if not self.compile or self.recorder is not None or torch.compiler.is_compiling():
             return False
         # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
         # cannot know how many keys there are.
