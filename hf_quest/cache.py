@@ -676,7 +676,7 @@ class QuestCache(Cache):
             return False
         if any(layer.has_foreign_mask for layer in self.layers):  # made by the model, of the mask that it is given
             return False
-        self.settings.num_masked = num_keys
+        self.settings.num_masked = int(num_keys)
         return True
 
     def get_seq_length(self, layer_idx=0):

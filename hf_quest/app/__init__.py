@@ -35,6 +35,11 @@ THEME = gr.themes.Base(
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],  # the pages load nothing from elsewhere
     font_mono=["ui-monospace", "monospace"],
+).set(
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
 )
 
 
@@ -78,6 +83,7 @@ def build(engine, samples=SAMPLES):
                 view.race(),
                 view.strip([]),
                 EMPTY_PAGE,
+                view.sources(),
                 keep,
                 None,
                 keep,
@@ -95,20 +101,20 @@ def build(engine, samples=SAMPLES):
                 if run.phase == "answering" and now - strip_shown > STRIP_SECONDS:
                     strip = view.strip(run.reads.share(run.num_pages).tolist(), page_size=run.page_size)
                     strip_shown = now
-                yield view.status(run), view.race(run), strip, keep, keep, keep, keep, keep
+                yield view.status(run), view.race(run), strip, keep, keep, keep, keep, keep, keep
                 shown = time.monotonic()
             if run.quest is None:
-                yield view.status(run), view.race(run), keep, keep, keep, keep, *idle
+                yield view.status(run), view.race(run), keep, keep, keep, keep, keep, *idle
                 return
             seen = look(run, engine.tokenizer)
             layers = gr.update(choices=[ALL_LAYERS, *(f"Layer {each}" for each in run.reads.layers)], value=ALL_LAYERS)
-            strip = view.strip(seen.shares[None], seen.sentences, run.page_size)
-            yield view.status(run), view.race(run), strip, keep, layers, seen, *idle
+            strip, sources = view.strip(seen.shares[None], run.page_size), view.sources(seen.sentences)
+            yield view.status(run), view.race(run), strip, keep, sources, layers, seen, *idle
         except (demo.DemoError, QuestError) as error:
-            yield view.error(str(error)), keep, keep, keep, keep, keep, *idle
+            yield view.error(str(error)), keep, keep, keep, keep, keep, keep, *idle
         except Exception as error:
             logger.exception("A run failed")
-            yield view.error(f"The run failed: {demo.first_line(error)}"), keep, keep, keep, keep, keep, *idle
+            yield view.error(f"The run failed: {demo.first_line(error)}"), keep, keep, keep, keep, keep, keep, *idle
         finally:
             visitors.leave(session)
 
@@ -118,7 +124,7 @@ def build(engine, samples=SAMPLES):
     def show_layer(seen, layer):
         if seen is None:
             return gr.skip()
-        return view.strip(seen.shares[layer_of(layer)], seen.sentences)
+        return view.strip(seen.shares[layer_of(layer)])
 
     def show_page(seen, layer, event: gr.EventData):
         if seen is None or not isinstance(event.page, int) or not 0 <= event.page < len(seen.page_texts):
@@ -141,10 +147,10 @@ def build(engine, samples=SAMPLES):
             with gr.Column(scale=1, min_width=300):
                 sample = gr.Dropdown(titles, value=titles[0], label="Document", elem_id="document")
                 upload = gr.File(
-                    label=f"or your own: {', '.join(FILE_TYPES)}, at most {MAX_BYTES // 2**20} MiB",
+                    label=f"or your own ({' '.join(FILE_TYPES)})",
                     file_types=list(FILE_TYPES),
                     type="filepath",
-                    height=110,
+                    height=120,
                     elem_id="upload",
                 )
                 task = gr.Radio(TASKS, value=samples[0].task, label="Task", elem_id="task")
@@ -165,7 +171,7 @@ def build(engine, samples=SAMPLES):
                     info="Tokens that each KV head may attend for one new token.",
                     elem_id="budget",
                 )
-                with gr.Accordion("Model", open=False):
+                with gr.Accordion("Model and length", open=False):
                     model_name = gr.Textbox(
                         engine.name,
                         label="Any causal model of the hub, or a folder",
@@ -196,13 +202,10 @@ def build(engine, samples=SAMPLES):
                     js_on_load=None,
                 )
                 layer = gr.Radio([ALL_LAYERS], value=ALL_LAYERS, show_label=False, container=False, elem_id="layer")
-                strip = gr.HTML(
-                    view.strip([]),
-                    js_on_load=(HERE / "strip.js").read_text(),
-                    elem_id="strip",
-                    elem_classes="hq-look",
-                )
+                looks = {"js_on_load": (HERE / "look.js").read_text(), "elem_classes": "hq-look"}
+                strip = gr.HTML(view.strip([]), elem_id="strip", **looks)
                 page_text = gr.HTML(EMPTY_PAGE, js_on_load=None, elem_id="page")
+                sources = gr.HTML(view.sources(), elem_id="sources", **looks)
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         sample.change(choose_sample, sample, [task, question], **quick)
@@ -210,14 +213,14 @@ def build(engine, samples=SAMPLES):
         run.click(enter, None, [status, run, stop], **quick).then(
             answer,
             [sample, upload, task, question, budget, model_name, max_new_tokens],
-            [status, race, strip, page_text, layer, seen, run, stop],
+            [status, race, strip, page_text, sources, layer, seen, run, stop],
             concurrency_limit=1,
             show_progress="hidden",
             api_visibility="private",
         )
         stop.click(leave, **quick)
         layer.change(show_layer, [seen, layer], strip, **quick)
-        strip.select(show_page, [seen, layer], page_text, **quick)
+        gr.on([strip.select, sources.select], show_page, [seen, layer], page_text, **quick)
         page.unload(leave)
     page.visitors = visitors
     return page.queue(max_size=MAX_WAITING)

@@ -36,10 +36,10 @@ class Sample:
 
 
 SAMPLES = (
-    Sample("Software manual, 12,000 tokens, seven key points marked", "digest", 12_000),
-    Sample("Longer manual, 24,000 tokens, seven key points marked", "digest", 24_000),
-    Sample("Manual with eight secret codes hidden in it, 16,000 tokens", "facts", 16_000, seed=1),
-    Sample("The paper's pass key in a haystack, 8,000 tokens", "passkey", 8_000),
+    Sample("Manual, 12,000 tokens, key points", "digest", 12_000),
+    Sample("Manual, 24,000 tokens, key points", "digest", 24_000),
+    Sample("Manual, 16,000 tokens, secret codes", "facts", 16_000, seed=1),
+    Sample("Haystack, 8,000 tokens, a pass key", "passkey", 8_000),
 )
 
 

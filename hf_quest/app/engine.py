@@ -139,34 +139,29 @@ class Engine:
             run.document_ids, run.page_size, run.phase = document_ids[0].tolist(), cache.page_size, "reading"
             yield run
             for chunk in demo.chunks(document_ids):
+                if stopped.is_set():
+                    break
                 began = time.perf_counter()
                 demo.read(model, cache, chunk.to(self.device))
                 self.wait()
                 run.prefill_seconds += time.perf_counter() - began
                 run.num_read += chunk.shape[1]
                 yield run
-                if stopped.is_set():
-                    run.phase = "stopped"
-                    return
-            question_ids = question_ids.to(self.device)
-            stock = demo.stock_copy(cache, model.config)
-            run.dense = Contestant(dense_model, stock, [question_ids], tokenizer)
-            # Token by token, so that finding what the question is about is Quest's work too.
-            run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
-            cache.recorder = run.reads
-            del stock
-            run.phase = "answering"
-            while racing := [
-                each for each in (run.quest, run.dense) if not each.has_ended and len(each.token_ids) < max_new_tokens
-            ]:
-                if stopped.is_set():
-                    break
-                # They share the machine and not a stopwatch: the one whose own is behind goes next, so both texts
-                # appear in proportion to what their own forwards take.
-                min(racing, key=lambda contestant: contestant.seconds).step()
-                run.read_share = cache.read_share
-                yield run
-            run.phase = "stopped" if racing else "finished"
+            else:
+                question_ids = question_ids.to(self.device)
+                stock = demo.stock_copy(cache, model.config)
+                run.dense = Contestant(dense_model, stock, [question_ids], tokenizer)
+                # Token by token, so that finding what the question is about is Quest's work too.
+                run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
+                del stock
+                cache.recorder = run.reads
+                run.phase = "answering"
+                for _ in race((run.quest, run.dense), max_new_tokens):
+                    run.read_share = cache.read_share
+                    yield run
+                    if stopped.is_set():
+                        break
+            run.phase = "stopped" if stopped.is_set() else "finished"
             yield run
             run.reads.weigh(cache)
         finally:
@@ -178,6 +173,17 @@ class Engine:
     def wait(self):
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def race(contestants, max_new_tokens):
+    """Yield after every forward, until all have ended.
+
+    They share the machine and not a stopwatch: the one whose own is behind goes next, so that both texts appear in
+    proportion to what their own forwards take.
+    """
+    while racing := [each for each in contestants if not each.has_ended and len(each.token_ids) < max_new_tokens]:
+        min(racing, key=lambda contestant: contestant.seconds).step()
+        yield
 
 
 def dense_twin(model):

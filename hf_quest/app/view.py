@@ -26,7 +26,7 @@ def status(run=None, message="Choose a document and press Run."):
         "reading": f"Reading the document: {read:,} of {total:,} tokens{rate}",
         "answering": f"Read {total:,} tokens in {run.prefill_seconds:.1f} s. Answering, each on its own stopwatch.",
         "finished": f"Finished. {total:,} tokens were read in {run.prefill_seconds:.1f} s and their caches are freed.",
-        "stopped": f"Stopped after {read:,} of {total:,} tokens were read. The caches are freed.",
+        "stopped": f"Stopped, with {read:,} of {total:,} tokens of the document read. The caches are freed.",
     }[run.phase]
     percent = 100 * read / max(total, 1)
     return (
@@ -56,7 +56,7 @@ def race(run=None):
     return (
         '<div class="hq-race">'
         + answer("Dense attention", "reads everything", "dense", dense, prefill, 1.0 if dense else None, is_going)
-        + f'<div class="hq-speedup"><b>{number}</b><span>faster per token</span><em>{agree}</em></div>'
+        + f'<div class="hq-speedup"><b>{number}</b><span>speedup per token</span><em>{agree}</em></div>'
         + answer("Quest", budget, "quest", quest, prefill, share, is_going)
         + "</div>"
     )
@@ -84,8 +84,8 @@ def answer(title, subtitle, kind, contestant, prefill, share, is_going):
     )
 
 
-def strip(shares, sentences=(), page_size=16):
-    """The document as a strip of pages, coloured by the share of reads that each was part of, and the sources."""
+def strip(shares, page_size=16):
+    """The document as a strip of pages, coloured by the share of reads that each was part of."""
     if not shares:
         return '<div class="hq-strip hq-empty">The pages of the document, coloured by how often Quest read them.</div>'
     highest = max(max(shares), 1e-9)
@@ -99,11 +99,12 @@ def strip(shares, sentences=(), page_size=16):
         f'<div class="hq-strip {size}" role="img" tabindex="0" aria-label="{len(shares)} pages of {page_size} tokens. '
         f'Arrow keys move, Enter reads a page.">{cells}</div>'
         f'<div class="hq-legend"><span>never read</span><b></b><span>read by {100 * highest:.0f} % of the steps</span>'
-        f"<span>{len(shares):,} pages of {page_size} tokens</span></div>" + sources(sentences)
+        f"<span>{len(shares):,} pages of {page_size} tokens</span></div>"
     )
 
 
-def sources(sentences):
+def sources(sentences=()):
+    """Each sentence of Quest's answer with buttons for the pages that it drew on."""
     if not sentences:
         return ""
     rows = "".join(

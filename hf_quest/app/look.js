@@ -1,10 +1,12 @@
-// Runs once in the strip's element: clicks and arrow keys choose a page, a sentence lights the pages that it drew on.
-let chosen = null;
-const pages = () => element.querySelectorAll('.hq-strip [data-page]');
+// Runs once in the strip and once in the sources: a click or the arrow keys choose a page, and a sentence lights the
+// pages that it drew on.
+const root = element.closest('.gradio-container');
+const pages = () => root.querySelectorAll('.hq-strip [data-page]');
+const chosen = () => (root.dataset.hqPage === undefined ? null : Number(root.dataset.hqPage));
 
 function mark(page) {
-  chosen = page;
-  for (const each of element.querySelectorAll('[data-page]')) {
+  root.dataset.hqPage = page;
+  for (const each of root.querySelectorAll('.hq-look [data-page]')) {
     each.classList.toggle('on', Number(each.dataset.page) === page);
   }
 }
@@ -22,14 +24,15 @@ element.addEventListener('click', (event) => {
 element.addEventListener('keydown', (event) => {
   if (!event.target.classList.contains('hq-strip')) return;
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (step) mark(Math.min(Math.max((chosen ?? -1) + step, 0), pages().length - 1));
-  else if (event.key === 'Enter') choose(chosen ?? 0);
+  if (step) mark(Math.min(Math.max((chosen() ?? -1) + step, 0), pages().length - 1));
+  else if (event.key === 'Enter') choose(chosen() ?? 0);
   else return;
   event.preventDefault();
 });
 
 watch('value', () => {
-  if (chosen !== null) mark(chosen);
+  if (!pages().length) delete root.dataset.hqPage;
+  if (chosen() !== null) mark(chosen());
 });
 
 element.addEventListener('mouseover', (event) => {
