@@ -1,4 +1,4 @@
-"""Run the notebooks from top to bottom, as `make notebooks` does, and fail where a cell does. `--save` keeps outputs."""
+"""Run the notebooks from top to bottom, as `make notebooks` does, and fail where a cell fails."""
 
 import argparse
 import time

@@ -128,6 +128,8 @@ def test_the_default_document_is_summarized_with_its_sources(tab, tmp_path):
 def take_pictures(tab, folder):
     """The README's pictures, and the same page on a telephone, where nothing may stand out sideways."""
     tab.mouse.move(0, 0)
+    tab.evaluate("scrollTo(0, 0)")
+    tab.add_style_tag(content="* { transition: none !important; }")
     tab.screenshot(path=folder / "app.png")
     tab.evaluate("document.body.classList.add('dark')")
     tab.screenshot(path=folder / "app-dark.png")

@@ -36,6 +36,8 @@ THEME = gr.themes.Base(
     font=["system-ui", "sans-serif"],  # the pages load nothing from elsewhere
     font_mono=["ui-monospace", "monospace"],
 ).set(
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
