@@ -3,13 +3,23 @@ PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS:%=-transformers-%)
 
-.PHONY: demo test lint format clean
+.PHONY: demo app test notebooks pictures lint format clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(VENV)/bin/hf-quest demo
+
+app: $(VENV)/app
+	$(VENV)/bin/hf-quest app
 
 test: lint
 	$(VENV)/bin/pytest -n 2
+
+notebooks: $(VENV)/installed $(VENV)/notebooks
+	$(VENV)/bin/python notebooks/execute.py
+
+# With Chromium on the PATH.
+pictures: $(VENV)/installed
+	HF_QUEST_PICTURES=docs $(VENV)/bin/pytest -n 0 tests/test_browser.py -k default
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -18,6 +28,16 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/app $(VENV)/notebooks: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[$(@F)]'
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,7 @@ class Settings:
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
     is_recording: bool = False  # of a step in a CUDA graph, without compilation
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
+    recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
     @property
     def num_selected(self):
@@ -304,9 +306,14 @@ class QuestLayer(CacheLayerMixin):
             num_pages = None if is_captured else self._num_pages(self.length)
             scores = reference.estimate(query, self.bounds[:, :, :num_pages], scaling)
             page_ids = reference.select(scores, length, self.padding, self.settings.num_selected, page_size)
+            self._record(query, page_ids, scaling, softcap, sinks)
         return reference.attend(
             query, self.keys, self.values, page_ids, length, self.padding, page_size, scaling, softcap, sinks
         )
+
+    def _record(self, query, page_ids, scaling, softcap, sinks):
+        if self.settings.recorder is not None:
+            self.settings.recorder(self, query.detach(), page_ids, scaling, softcap, sinks)
 
     def newest(self, num_slots):
         """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
@@ -334,7 +341,13 @@ class QuestLayer(CacheLayerMixin):
         options = (settings.page_size, scaling, softcap, sinks)
         if self.is_sparse:
             stored = (self.keys, self.values, self.bounds)
-            return by_kernel.chain(query, *stored, *where, settings.num_selected, *options)
+            page_ids = None  # which nobody asks for
+            if settings.recorder is not None:
+                page_ids = self.padding.new_empty(*self.keys.shape[:2], 1, settings.num_selected)
+            output = by_kernel.chain(query, *stored, *where, settings.num_selected, *options, page_ids)
+            if page_ids is not None:
+                self._record(query, page_ids, scaling, softcap, sinks)
+            return output
         return by_kernel.attend(query, self.keys, self.values, None, *where, self.counters, *options)
 
     def _attend_captured(self, query, scaling, softcap, sinks):
@@ -536,6 +549,21 @@ class QuestCache(Cache):
         self.settings.budget = _checked_budget(budget, self.page_size)
 
     @property
+    def recorder(self):
+        """None, or what every layer that selects pages calls with (layer, query, page_ids, scaling, softcap, sinks).
+
+        `page_ids` [B, Hkv, T, K] int64 are those of the layer's newest T tokens, whose queries [B, Hq, T, D] are
+        `query`, as `reference.select` returns them; the others are those of `reference.attend`. A layer that reads
+        everything does not call it. With a recorder `generate` does not compile its decode step.
+        `hf_quest.pages.PageReads` is a recorder.
+        """
+        return self.settings.recorder
+
+    @recorder.setter
+    def recorder(self, recorder):
+        self.settings.recorder = recorder
+
+    @property
     def page_size(self):
         return self.settings.page_size
 
@@ -655,7 +683,7 @@ class QuestCache(Cache):
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
-        if not self.compile or self.settings.is_captured:
+        if not self.compile or self.recorder is not None or self.settings.is_captured:
             return False
         # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
         # cannot know how many keys there are. A model on several devices is not one graph.
@@ -674,7 +702,7 @@ class QuestCache(Cache):
             return False
         if any(layer.has_foreign_mask for layer in self.layers):  # made by the model, of the mask that it is given
             return False
-        self.settings.num_masked = num_keys
+        self.settings.num_masked = int(num_keys)
         return True
 
     def get_seq_length(self, layer_idx=0):

@@ -81,6 +81,31 @@ def demo_command(
         fail(error)
 
 
+@app.command("app")
+def app_command(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model on the Hugging Face hub, or a folder. By default the tiny one inside."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in, and fixes the model.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 7860,
+):
+    """Ask about a long document in a browser: dense attention and Quest side by side, and where Quest looked."""
+    silence_libraries()
+    try:
+        from .app import serve  # what it needs is an extra
+    except ModuleNotFoundError as error:
+        fail(f'The app needs {error.name}. Install it with: pip install "hf-quest[app]"')
+    try:
+        with console.status(f"Loading {model or tiny.PATH}"):
+            page, url = serve(model, device.value, host, port or None)
+    except (demo.DemoError, OSError) as error:
+        fail(error)
+    console.print(f"Open {url} in a browser. Ctrl+C ends.", highlight=False)
+    page.block_thread()
+
+
 @evaluation.command("recall")
 def recall_command(
     model: Annotated[str | None, typer.Option(help="A folder, or a model on the hub. By default the tiny one.")] = None,

@@ -128,26 +128,36 @@ def check_length(num_document, num_total, budget, config):
     if limit is not None and num_total > limit:
         raise DemoError(
             f"The document has {num_document:,} tokens, {num_total:,} with the question and the answer, and the "
-            f"model's context ends at {limit:,}. Give a shorter document or another --model."
+            f"model's context ends at {limit:,}. Give a shorter document or another model."
         )
     if num_document <= budget:
         raise DemoError(
             f"The document has {num_document:,} tokens, which a budget of {budget:,} covers: Quest would read "
-            "everything, like dense attention. Give a longer document or a smaller --budget."
+            "everything, like dense attention. Give a longer document or a smaller budget."
         )
 
 
 def prefill(model, cache, document_ids, advance=lambda num_tokens: None):
     """Read the document into the cache, by chunks: the attention mask of all of it at once could be gigabytes."""
     model.set_attn_implementation("quest")
+    for chunk in chunks(document_ids):
+        read(model, cache, chunk)
+        advance(chunk.shape[1])
+
+
+def chunks(document_ids):
+    """[1, N] token ids in pieces for one forward each."""
+    pieces = list(document_ids.split(PREFILL_CHUNK, dim=1))
+    if len(pieces) > 1 and pieces[-1].shape[1] == 1:  # alone, it would be a decode step
+        pieces[-2:] = [torch.cat(pieces[-2:], dim=1)]
+    return pieces
+
+
+@torch.inference_mode()
+def read(model, cache, chunk):
+    """One forward of the document: token ids [1, T] into the cache."""
     try:
-        with torch.inference_mode():
-            chunks = list(document_ids.split(PREFILL_CHUNK, dim=1))
-            if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
-                chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
-            for chunk in chunks:
-                model.base_model(chunk, past_key_values=cache, use_cache=True)
-                advance(chunk.shape[1])
+        model.base_model(chunk, past_key_values=cache, use_cache=True)
     except (RuntimeError, ValueError) as error:  # QuestError is a RuntimeError, and so is running out of memory
         raise DemoError(f"The model cannot read the document: {first_line(error)}") from error
 

@@ -193,7 +193,7 @@ def test_document_beyond_the_models_context(tmp_path):
     path.write_text(heldout_text()[:400_000])
     message = (
         r"The document has [\d,]+ tokens, [\d,]+ with the question and the answer, and the model's context ends at "
-        r"40,960\. Give a shorter document or another --model\."
+        r"40,960\. Give a shorter document or another model\."
     )
     assert_error(run("demo", path), message)
 
@@ -206,7 +206,7 @@ def test_budget_below_two_pages(document):
 
 def test_budget_that_leaves_nothing_out(document):
     message = (
-        "The document has .* tokens, which a budget of 4,096 covers: .* Give a longer document or a smaller --budget."
+        "The document has .* tokens, which a budget of 4,096 covers: .* Give a longer document or a smaller budget."
     )
     assert_error(run("demo", document, "--budget", 4096), message)
 
