@@ -29,8 +29,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         attention_mask: bool or float, broadcastable to [B, Hq, T, N], or None for causal attention.
 
     Returns:
-        ([B, T, Hq, D], None). Dense without a QuestCache, for a prompt, for a mask that is more than causal with left
-        padding, and where the layer holds no more tokens than its budget.
+        ([B, T, Hq, D], None). Dense without a QuestCache, for a mask that is more than causal with left padding, where
+        the layer holds no more tokens than its budget, and for a prompt, unless the cache has a CritiPrefill.
     """
     layer = getattr(key, "quest_layer", None)
     if layer is None or getattr(value, "quest_layer", None) is not layer:
@@ -65,7 +65,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
             if attention_mask is None:
                 attention_mask = layer.padding_mask()
             return dense_decode(module, query, key, value, attention_mask, **kwargs)
-        return dense_attention(module, query, key, value, attention_mask, **kwargs)
+        return prompt_attention(layer, module, query, key, value, attention_mask, **kwargs)
 
     num_prompt = num_queries - num_decoding
     output = attend(layer, query[:, :, num_prompt:], **kwargs)
@@ -74,8 +74,20 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         num_tokens = num_keys - num_decoding
         prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
         prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
-        output = torch.cat([dense_attention(module, *prompt, **kwargs)[0], output], dim=1)
+        output = torch.cat([prompt_attention(layer, module, *prompt, **kwargs)[0], output], dim=1)
     return output, None
+
+
+def prompt_attention(layer, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """`quest_attention` of several tokens: by CritiPrefill where the layer has sparse segments, and else dense."""
+    is_plain = layer.is_plainly_masked and not kwargs.get("dropout")
+    is_plain = is_plain and all(kwargs.get(name) is None for name in NOT_SPARSE)
+    needs_eager = any(kwargs.get(name) is not None for name in EAGER_ONLY)
+    if is_plain and layer.reads_prompt(query, key.shape[2], needs_eager):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = kwargs.get("sinks") if kwargs.get("s_aux") is None else kwargs["s_aux"]
+        return layer.attend_prompt(query, key, value, scaling, kwargs.get("softcap"), sinks).contiguous(), None
+    return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 def captured_attention(layer, module, query, attention_mask, **kwargs):
