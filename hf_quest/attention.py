@@ -186,6 +186,13 @@ def quest_mask(
     # without its mask could not be told from a full one.
     is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
     can_skip = not is_local and (q_length == 1 or is_causal_without)
+    # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
+    is_own = cache is not None and torch.device(kwargs.get("device") or "cpu").type == "cuda"
+    is_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip and not use_vmap
+    if is_own and is_chunk and (attention_mask is None or attention_mask.all()):
+        if attention_mask is not None:
+            cache.settings.num_masked = int(kv_length)
+        return None
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,

@@ -324,7 +324,7 @@ class QuestLayer(CacheLayerMixin):
         if self.prefill is not None and self.prefill.is_sparse(query.shape[2], num_tokens):
             return True
         is_free = not needs_eager and not query.requires_grad  # to choose, and to leave no trace for gradients
-        return is_free and prompts.is_faster(query, self.values)
+        return is_free and prompts.is_faster(query, self.values, num_keys, any(self.left_padding))
 
     def attend_prompt(self, query, keys, values, scaling, softcap=None, sinks=None):
         """Attention [B, T, Hq, D] of the newest T of the tokens in `keys` and `values`, dense or by CritiPrefill."""
@@ -511,9 +511,9 @@ class QuestCache(Cache):
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
-    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. While `generate`
-    is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next `generate`
-    or `reset`. The cache carries no gradients.
+    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. While
+    `generate` is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next
+    `generate` or `reset`. The cache carries no gradients.
 
     Args:
         budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
@@ -546,8 +546,8 @@ class QuestCache(Cache):
             raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
         if prefill is not None and prefill.block_size % page_size:
             raise ValueError(
-                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of {page_size}. Make "
-                "block_size a multiple of page_size."
+                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of {page_size}. "
+                "Make block_size a multiple of page_size."
             )
         self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len, prefill)
         self.compile = compile

@@ -22,7 +22,11 @@ import torch
 from tqdm.auto import tqdm
 
 SLAB_BYTES = 1 << 30  # what the segments that are attended together may take beside the result
-NUM_SAMPLES = 16  # queries of a segment that the score "mass" looks at
+SLAB_SEGMENTS = 64  # which fill a GPU; more gain nothing
+NUM_SAMPLES = 8  # queries of a segment that the score "mass" looks at
+# Products q·k from which cuDNN's lead over flash outweighs the 65 ms that it takes to plan for a new shape. The shapes
+# of slabs come again in every layer and prompt, those of whole prompts do not.
+CUDNN_PAYS, CUDNN_PAYS_AGAIN = 1 << 27, 1 << 24
 SCORES = ("mass", "published")
 
 
@@ -67,14 +71,14 @@ class CritiPrefill:
             raise ValueError(f"dense_layers is a number of layers, 0 or more, not {self.dense_layers!r}.")
         if self.segment_size % self.block_size:
             raise ValueError(
-                f"A segment of {self.segment_size} tokens is not divided by blocks of {self.block_size}: its own tokens "
-                "would share a block with those before it. Make segment_size a multiple of block_size."
+                f"A segment of {self.segment_size} tokens is not divided by blocks of {self.block_size}: its own "
+                "tokens would share a block with those before it. Make segment_size a multiple of block_size."
             )
         if self.threshold < self.num_selected * self.block_size:
             raise ValueError(
-                f"threshold={self.threshold} is under the budget, {self.num_selected * self.block_size} tokens in whole "
-                "blocks: the first sparse segments would have fewer tokens before them than they are to choose. Raise "
-                "the threshold or lower the budget."
+                f"threshold={self.threshold} is under the budget, {self.num_selected * self.block_size} tokens in "
+                "whole blocks: the first sparse segments would have fewer tokens before them than they are to choose. "
+                "Raise the threshold or lower the budget."
             )
         if not isinstance(self.layer_fusion, (int, float)) or not 0 <= self.layer_fusion < 1:
             raise ValueError(f"layer_fusion is a share from 0 to below 1, not {self.layer_fusion!r}.")
@@ -159,14 +163,13 @@ def attend_row(output, query, keys, values, bounds, page_size, prefill, earlier,
 
     segment_size, block_size = prefill.segment_size, prefill.block_size
     blocks = block_bounds(keys, bounds, (stop - segment_size) // block_size, block_size, page_size)
-    slab_size = segment_size * segments_in_slab(query, keys, prefill, len(blocks))
-    for slab in range(start, stop, slab_size):
-        slab_end = min(slab + slab_size, stop)
+    for slab, slab_end in slabs(start, stop, segment_size, segments_in_slab(query, keys, prefill, blocks.shape[1])):
         by_segment = (-1, segment_size)
         slab_query = query[:, slab - first : slab_end - first].unflatten(1, by_segment).transpose(0, 1)
         num_before = torch.arange(slab, slab_end, segment_size, device=query.device) // block_size
         slab_blocks = blocks[:, : (slab_end - segment_size) // block_size]
-        scores = estimate(slab_query, slab_blocks, num_before, options["scaling"], prefill.score)
+        num_visible = slab // block_size  # to all segments of the slab
+        scores = estimate(slab_query, slab_blocks, num_before, num_visible, options["scaling"], prefill.score)
         scores = fuse(scores, earlier.scores, (row, slab), prefill.layer_fusion)
         block_ids = select(scores, prefill.num_selected, keeps_sink=prefill.score == "mass")
         own = [stored[:, slab:slab_end].unflatten(1, by_segment).transpose(0, 1) for stored in (keys, values)]
@@ -175,15 +178,27 @@ def attend_row(output, query, keys, values, bounds, page_size, prefill, earlier,
         attend_segments(slab_query, chosen, own, slab_output, **options)
 
 
+def slabs(start, stop, segment_size, limit):
+    """(start, stop) of runs of whole segments: `limit` of them, a power of two, and smaller powers for what is left.
+
+    So there are few shapes, whatever the length of the prompt.
+    """
+    while start < stop:
+        num_segments = min(limit, 1 << ((stop - start) // segment_size).bit_length() - 1)
+        yield start, start + num_segments * segment_size
+        start += num_segments * segment_size
+
+
 def segments_in_slab(query, keys, prefill, num_blocks):
-    """How many segments fit SLAB_BYTES with their scores, chosen keys and values, and two outputs."""
+    """How many segments, a power of two, fit SLAB_BYTES with their scores, chosen keys and values, and two outputs."""
     num_heads, _, head_dim = query.shape
     chosen = 2 * keys.shape[0] * prefill.num_selected * prefill.block_size * head_dim
     outputs = 2 * num_heads * prefill.segment_size * head_dim
-    scores = 3 * num_heads * NUM_SAMPLES * num_blocks
+    scores = 2 * num_heads * NUM_SAMPLES * num_blocks
     if not has_library_attention(query, keys):
         scores += 4 * num_heads * prefill.segment_size * (prefill.num_selected * prefill.block_size)
-    return max(1, SLAB_BYTES // (query.element_size() * (chosen + outputs + scores)))
+    num_segments = SLAB_BYTES // (query.element_size() * (chosen + outputs + scores))
+    return 1 << min(SLAB_SEGMENTS, max(1, num_segments)).bit_length() - 1
 
 
 def block_bounds(keys, bounds, num_blocks, block_size, page_size):
@@ -196,40 +211,42 @@ def block_bounds(keys, bounds, num_blocks, block_size, page_size):
     return torch.stack([lowest.amin(dim=2), highest.amax(dim=2)], dim=2)
 
 
-def estimate(query, bounds, num_before, scaling, score):
+def estimate(query, bounds, num_before, num_visible, scaling, score):
     """How much every block matters to the queries of every segment.
 
     Args:
         query: [R, Hq, L, D].
         bounds: [Hkv, C, 2, D] of blocks.
         num_before: [R], blocks before each segment.
+        num_visible: the smallest of them.
 
     Returns:
         [Hkv, R, C] float32 that sum to 1 for each segment; 0 for blocks that are not before it.
     """
-    hidden = torch.arange(bounds.shape[1], device=bounds.device) >= num_before[:, None]
     query = query.unflatten(1, (bounds.shape[0], -1)).permute(1, 0, 2, 3, 4)  # [Hkv, R, G, L, D]
-    logits = published_logits(query, bounds) if score == "published" else sampled_logits(query, bounds).mul_(scaling)
-    return logits.masked_fill_(hidden[:, None], -torch.inf).softmax(dim=-1).mean(dim=2)
+    logits = published_logits(query, bounds) if score == "published" else sampled_logits(query, bounds, scaling)
+    hidden = torch.arange(num_visible, bounds.shape[1], device=bounds.device) >= num_before[:, None]
+    logits[..., num_visible:].masked_fill_(hidden[:, None], -torch.inf)
+    return logits.softmax(dim=-1).mean(dim=2, dtype=torch.float32)
 
 
-def sampled_logits(query, bounds):
-    """[Hkv, R, G · samples, C] float32: what evenly spaced queries of a segment, its last one too, expect of a block.
+def sampled_logits(query, bounds, scaling):
+    """[Hkv, R, G · samples, C]: what evenly spaced queries of a segment, its last one too, expect of a block.
 
     They expect what is halfway between the middle of q·k within the bounds of the block and its largest value. That one
-    alone, Quest's score, favours blocks with wide bounds; see benchmarks/NOTES.md for what was measured.
+    alone, Quest's score, favours blocks with wide bounds; benchmarks/NOTES.md has what was measured.
     """
     stride = max(1, query.shape[3] // NUM_SAMPLES)
-    samples = query[:, :, :, stride - 1 :: stride].flatten(2, 3)
+    samples = query[:, :, :, stride - 1 :: stride].flatten(2, 3) * scaling
     negative, positive = samples.clamp(max=0), samples.clamp(min=0)
     weights = torch.cat([0.75 * negative + 0.25 * positive, 0.25 * negative + 0.75 * positive], dim=-1)  # of min, max
-    return (weights.flatten(1, 2) @ bounds.flatten(2).transpose(1, 2)).unflatten(1, weights.shape[1:3]).float()
+    logits = weights.flatten(1, 2) @ bounds.flatten(2).transpose(1, 2)
+    return logits.unflatten(1, weights.shape[1:3])
 
 
 def published_logits(query, bounds):
-    """[Hkv, R, 1, C] float32: the middle of a segment's queries against the extremes of the block, unscaled, the mean
-
-    over the heads of a group (CritiPrefill, section 3.2).
+    """[Hkv, R, 1, C] float32: the middle of a segment's queries against the extremes of the block, as the mean over the
+    heads of a group; unscaled (CritiPrefill, section 3.2).
     """
     middle = (query.amax(dim=3) + query.amin(dim=3)) / 2  # [Hkv, R, G, D]
     logits = (middle.flatten(1, 2) @ bounds.flatten(1, 2).transpose(1, 2)).unflatten(1, middle.shape[1:3])
@@ -237,7 +254,7 @@ def published_logits(query, bounds):
 
 
 def fuse(scores, earlier, place, share):
-    """[Hkv, R, C] scores with `share` of those that the last layer left in `earlier` at `place`; they take their place."""
+    """[Hkv, R, C]: `scores` with `share` of what the last layer left in `earlier` at `place`, left there in turn."""
     if share == 0:
         return scores
     if place in earlier and earlier[place].shape == scores.shape:
@@ -273,12 +290,12 @@ def attend_segments(query, chosen, own, output, scaling, softcap=None, sinks=Non
         own: those of the segments, each [R, Hkv, L, D].
         output: [R, Hq, L, D], written.
     """
-    before = attention(query, *chosen, False, scaling, softcap)
-    merge(*before, *attention(query, *own, True, scaling, softcap), sinks, output)
+    before = attention(query, *chosen, False, scaling, softcap, CUDNN_PAYS_AGAIN)
+    merge(*before, *attention(query, *own, True, scaling, softcap, CUDNN_PAYS_AGAIN), sinks, output)
 
 
 def causal_attention(query, keys, values, scaling, softcap=None, sinks=None):
-    """Dense attention [B, Hq, T, D] of the newest T tokens, [B, Hq, T, D], over all N, [B, Hkv, N, D]; no mask is made."""
+    """Dense attention of the newest T tokens, [B, Hq, T, D], over all N, [B, Hkv, N, D], without a mask."""
     past = keys.shape[2] - query.shape[2]
     own = attention(query, keys[:, :, past:], values[:, :, past:], True, scaling, softcap)
     if past == 0:
@@ -302,13 +319,13 @@ def give_to_sinks(output, logsumexp, sinks):
     return output * torch.sigmoid(logsumexp - sinks.float()[:, None]).to(output.dtype)[..., None]
 
 
-def attention(query, keys, values, is_causal, scaling, softcap):
+def attention(query, keys, values, is_causal, scaling, softcap, cudnn_pays=CUDNN_PAYS):
     """Exact attention [R, Hq, L, D] of [R, Hq, L, D] over [R, Hkv, M, D], and the logsumexp of its logits, [R, Hq, L].
 
-    The causal one has L = M.
+    The causal one has L = M. cuDNN is used for at least `cudnn_pays` products.
     """
     if softcap is None and has_library_attention(query, values):
-        return library_attention(query, keys, values, is_causal, scaling)
+        return library_attention(query, keys, values, is_causal, scaling, cudnn_pays)
     num_queries, num_keys = query.shape[2], keys.shape[2]
     grouped = query.float().unflatten(1, (keys.shape[1], -1))
     logits = grouped @ keys.float()[:, :, None].transpose(-1, -2) * scaling  # [R, Hkv, G, L, M]
@@ -332,26 +349,30 @@ def has_library_attention(query, values):
     return query.device.type == "cuda" and query.dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
 
 
-def library_attention(query, keys, values, is_causal, scaling):
+def library_attention(query, keys, values, is_causal, scaling, cudnn_pays):
     """`attention` by PyTorch's kernels; shapes as there."""
     tensors = (query, keys, values)
     if query.device.type == "cpu":
         output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, is_causal, scale=scaling)
-    elif has_fast_cudnn(query):
+    elif has_fast_cudnn(query) and query.shape[0] * query.shape[2] * keys.shape[2] >= cudnn_pays:
         output = torch.ops.aten._scaled_dot_product_cudnn_attention(*tensors, None, True, 0.0, is_causal, scale=scaling)
     else:
         output = torch.ops.aten._scaled_dot_product_flash_attention(*tensors, 0.0, is_causal, scale=scaling)
     return output[0], output[1].view(query.shape[:3])
 
 
-def is_faster(query, values):
-    """Whether `causal_attention` of these queries takes less time than SDPA, which prefers flash and wants masks."""
-    return query.device.type == "cuda" and has_library_attention(query, values) and has_fast_cudnn(query)
-
-
 def has_fast_cudnn(query):
-    """Whether cuDNN beats flash: nearly twofold on Hopper, where its plan is worth being made for this shape."""
+    """Whether cuDNN was seen to beat flash here: nearly twofold on Hopper."""
     return torch.cuda.get_device_capability(query.device)[0] == 9 and query.shape[-1] <= 128
+
+
+def is_faster(query, values, num_keys, is_padded):
+    """Whether `attend` is a better way to be dense than SDPA, which wants a mask for chunks and for padding.
+
+    Padded rows are attended one by one, which takes long ones to pay.
+    """
+    is_served = query.device.type == "cuda" and has_library_attention(query, values)
+    return is_served and (not is_padded or query.shape[2] * num_keys >= 1 << 22)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class TestStages:
         bounds = prefill.block_bounds(keys, None, 16, 8, PAGE)
         num_before = torch.arange(4, 20, 4)
         segments = query[:, 32:].unflatten(1, (4, 32)).transpose(0, 1)
-        scores = prefill.estimate(segments, bounds, num_before, SCALING, score)
+        scores = prefill.estimate(segments, bounds, num_before, 4, SCALING, score)
         for segment in range(1, 5):
             found = scores[:, segment - 1]
             same(found[:, : 4 * segment], expected_scores(query, keys, segment, config))
