@@ -585,6 +585,14 @@ class QuestCache(Cache):
         """The CritiPrefill by which prompts are read, or None."""
         return self.settings.prefill
 
+    def watch_prefill(self, watch):
+        """Have `watch(layer_idx, position, query, keys, block_ids)` called for every slab of segments, or None.
+
+        The slab begins at `position` of its row; query [R, Hq, L, D] of its R segments, keys [Hkv, N, D] of the row,
+        block_ids [Hkv, R, K] of the blocks that the segments attend.
+        """
+        self.settings.block_scores.watch = watch
+
     @property
     def tokens_attended(self):
         """Tokens that one decode step attends per KV head with what is stored now, for each layer."""

@@ -15,6 +15,7 @@ Letters beside those of `reference.py`, for one row at a time:
     R    segments                                K    blocks that a segment attends
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -95,6 +96,16 @@ class CritiPrefill:
         start = -(-max(first, self.threshold) // self.segment_size) * self.segment_size
         return start, max(start, end // self.segment_size * self.segment_size)
 
+    def read_share(self, num_tokens):
+        """Products q·k of a prompt of `num_tokens` in a sparse layer, over those of dense attention."""
+        start, stop = self.segments(0, num_tokens)
+        pairs = num_tokens * (num_tokens + 1) // 2
+        if stop == start:
+            return 1.0
+        of_segments = (stop * (stop + 1) - start * (start + 1)) // 2  # in dense attention
+        per_query = self.num_selected * self.block_size + (self.segment_size + 1) / 2
+        return (pairs - of_segments + (stop - start) * per_query) / pairs
+
     def is_sparse(self, num_queries, num_keys):
         """Whether the newest `num_queries` of `num_keys` tokens have a sparse segment."""
         start, stop = self.segments(num_keys - num_queries, num_keys)
@@ -107,6 +118,8 @@ class BlockScores:
 
     layer_idx: int = -1
     scores: dict = field(default_factory=dict)
+    # Called with layer_idx, position of the slab, query [R, Hq, L, D], keys [Hkv, N, D] and what `select` chose.
+    watch: Callable | None = None
 
     def enter(self, layer_idx):
         if layer_idx <= self.layer_idx:  # a forward goes up
@@ -172,6 +185,8 @@ def attend_row(output, query, keys, values, bounds, page_size, prefill, earlier,
         scores = estimate(slab_query, slab_blocks, num_before, num_visible, options["scaling"], prefill.score)
         scores = fuse(scores, earlier.scores, (row, slab), prefill.layer_fusion)
         block_ids = select(scores, prefill.num_selected, keeps_sink=prefill.score == "mass")
+        if earlier.watch is not None:
+            earlier.watch(earlier.layer_idx, slab, slab_query, keys, block_ids)
         own = [stored[:, slab:slab_end].unflatten(1, by_segment).transpose(0, 1) for stored in (keys, values)]
         chosen = [gather(stored, block_ids, block_size) for stored in (keys, values)]
         slab_output = output[slab - first : slab_end - first].unflatten(0, by_segment).transpose(1, 2)

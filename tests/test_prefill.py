@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, Gemma2ForCausalLM, GptOssForCausalLM, MistralForCausalLM
 
 from hf_quest import CritiPrefill, QuestCache, prefill, prefill_progress, reference
+from hf_quest.evaluation import recall
 
 PAGE = 4
 SMALL = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, dense_layers=0)
@@ -304,6 +306,12 @@ def logits_of(model, cache, input_ids, chunk=None, **options):
         return torch.cat([model(ids, past_key_values=cache, **options).logits for ids in chunks], dim=1)
 
 
+@torch.no_grad()
+def weights_of_layer_1(model, input_ids):
+    """[1, Hq, N, N], of an eager model."""
+    return model(input_ids, output_attentions=True).attentions[1]
+
+
 def close(logits, expected):
     assert_close(logits, expected, rtol=1e-3, atol=1e-3)  # four layers of float32 sums in another order
 
@@ -425,6 +433,55 @@ class TestGenerate:
             generate(model, tokens(LONG), QuestCache(prefill=CONFIG), prefill_chunk_size=96)
         assert counts == [96, 96, 96, 12]
         assert "300/300" in capsys.readouterr().err
+
+
+class TestEvaluation:
+    @SCORE
+    def test_attention_mass(self, model, score):
+        """Of layer 1, which reads what a dense model would have handed to it, by that model's own weights."""
+        config = CritiPrefill(budget=32, segment_size=32, block_size=16, threshold=64, score=score)
+        chosen = {}
+        cache = QuestCache(prefill=config)
+        found = recall.attention_mass(model, tokens(LONG), cache)
+        cache = QuestCache(prefill=config)
+        cache.watch_prefill(lambda layer_idx, position, _, keys, ids: chosen.setdefault((layer_idx, position), ids))
+        logits_of(model, cache, tokens(LONG))
+        eager = make_model(attn_implementation="eager")
+        weights = weights_of_layer_1(eager, tokens(LONG))
+        shares = []
+        for (layer_idx, position), block_ids in chosen.items():
+            for segment in range(block_ids.shape[1] if layer_idx == 1 else 0):
+                start = position + 32 * segment
+                is_read = torch.zeros(2, LONG, dtype=torch.bool)
+                is_read[:, start:] = True
+                for block in range(2):
+                    slot = 16 * block_ids[:, segment, block, None] + torch.arange(16)
+                    is_read.scatter_(1, slot, True)
+                mass = weights[0, :, start : start + 32] * is_read.repeat_interleave(2, dim=0)[:, None]
+                shares.append(mass.sum(dim=-1).mean())
+        assert list(found) == [1, 2, 3]
+        assert len(shares) == (LONG - 64) // 32
+        assert found[1] == pytest.approx(sum(shares).item() / len(shares), abs=1e-5)
+        assert found[1] < 0.99
+
+    def test_perplexity_with_all_blocks_is_dense(self, model, monkeypatch):
+        library = types.SimpleNamespace(ids=tokens(600)[0].numpy())
+        dense = recall.perplexity(model, library, window=LONG)
+        everything = CritiPrefill(budget=272, segment_size=16, block_size=16, threshold=272)
+        monkeypatch.setattr(recall, "new_cache", lambda budget: QuestCache(prefill=everything))
+        assert recall.perplexity(model, library, LONG, 272) == pytest.approx(dense, rel=1e-5)
+        monkeypatch.setattr(recall, "new_cache", lambda budget: QuestCache(prefill=CONFIG))
+        assert recall.perplexity(model, library, LONG, 32) != pytest.approx(dense, rel=1e-3)
+
+    def test_read_share_counts_products(self):
+        for num_tokens in (64, 100, 300):
+            start, stop = CONFIG.segments(0, num_tokens)
+            pairs = [position + 1 for position in range(num_tokens)]
+            read = [
+                CONFIG.budget + position % 32 + 1 if start <= position < stop else position + 1
+                for position in range(num_tokens)
+            ]
+            assert CONFIG.read_share(num_tokens) == pytest.approx(sum(read) / sum(pairs))
 
 
 @pytest.mark.parametrize(
