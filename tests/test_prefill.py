@@ -10,7 +10,7 @@ from small_llama import PROMPT, generate, make_model, tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, Gemma2ForCausalLM, GptOssForCausalLM, MistralForCausalLM
 
-from hf_quest import CritiPrefill, QuestCache, prefill, prefill_progress, reference
+from hf_quest import CritiPrefill, QuestCache, attention, prefill, prefill_progress, reference
 from hf_quest.evaluation import recall
 
 PAGE = 4
@@ -425,6 +425,17 @@ class TestGenerate:
         mask |= torch.eye(LONG, dtype=torch.bool)
         expected = logits_of(model, DynamicCache(), tokens(LONG), attention_mask=mask)
         close(logits_of(model, QuestCache(prefill=CONFIG), tokens(LONG), attention_mask=mask), expected)
+
+    def test_no_mask_is_made_for_chunks_on_a_gpu(self, model):
+        """It could be gigabytes, and the attention behind it needs none. On a CPU it is still made."""
+        cache = QuestCache(prefill=CONFIG)
+        logits_of(model, cache, tokens(100))
+        num_keys, _ = cache.get_mask_sizes(50, 0)
+        chunk = {"batch_size": 1, "q_length": 50, "q_offset": 100, "kv_length": num_keys, "config": model.config}
+        assert attention.quest_mask(**chunk, device="cuda") is None
+        assert attention.quest_mask(**chunk, attention_mask=torch.ones(1, 150, dtype=torch.bool), device="cuda") is None
+        assert cache.settings.num_masked == 150
+        assert attention.quest_mask(**chunk, device="cpu").shape == (1, 1, 50, 150)
 
     def test_progress(self, model, capsys):
         with prefill_progress(model, LONG) as bar:
