@@ -44,6 +44,14 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
     },
+    "yi-9b": {
+        "vocab_size": 64000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
 }
 CASES = [
     "llama-3.1-8b:1:1024",

@@ -11,6 +11,7 @@ from rich.table import Table
 from hf_quest.evaluation.recall import Result, results_table
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("stock", "dense", "critical")  # of reading a prompt
 
 
 def decode_table(report):
@@ -53,6 +54,25 @@ def generate_table(report):
     return table
 
 
+def prefill_table(report):
+    """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over both dense ways."""
+    ways = list(dict.fromkeys(result["way"] for result in report["results"]))
+    table = Table("shape", "tokens", *ways, "over stock", "over the best dense", "memory above it, GB")
+    cases = {}
+    for result in report["results"]:
+        cases.setdefault((result["shape"], result["context"]), {})[result["way"]] = result
+    for (shape, context), results in cases.items():
+        measured = [results[way] if "seconds" in results.get(way, {}) else None for way in ways]
+        seconds = [f"{result['seconds']:.2f}" if result else "-" for result in measured]
+        stock, dense, critical = (next((r for r in measured if r and r["kind"] == kind), None) for kind in KINDS)
+        speedups = [
+            f"{way['seconds'] / critical['seconds']:.1f}×" if way and critical else "-" for way in (stock, dense)
+        ]
+        memory = f"{critical['peak_memory_gb'] - dense['peak_memory_gb']:.1f}" if dense and critical else "-"
+        table.add_row(shape, f"{context:,}", *seconds, *speedups, memory)
+    return table
+
+
 def markdown(table):
     """A rich table as Markdown."""
     header = [column.header for column in table.columns]
@@ -61,7 +81,13 @@ def markdown(table):
 
 
 def main():
-    kinds = {"decode": decode_table, "recall": recall_table, "stages": stages_table, "generate": generate_table}
+    kinds = {
+        "decode": decode_table,
+        "recall": recall_table,
+        "stages": stages_table,
+        "generate": generate_table,
+        "prefill": prefill_table,
+    }
     for kind, as_table in kinds.items():
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             print(markdown(as_table(json.loads(path.read_text()))))

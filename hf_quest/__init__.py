@@ -2,9 +2,10 @@
 
 from .attention import register
 from .cache import QuestCache, QuestError
+from .prefill import CritiPrefill, prefill_progress
 from .recording import capture
 
-__all__ = ["QuestCache", "QuestError", "capture"]
+__all__ = ["CritiPrefill", "QuestCache", "QuestError", "capture", "prefill_progress"]
 __version__ = "0.1.0"
 
 register()

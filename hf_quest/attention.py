@@ -40,8 +40,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         attention_mask: bool or float, broadcastable to [B, Hq, T, N], or None for causal attention.
 
     Returns:
-        ([B, T, Hq, D], None). Dense without a QuestCache, for a prompt, for a mask that is more than causal with left
-        padding, and where the layer holds no more tokens than its budget.
+        ([B, T, Hq, D], None). Dense without a QuestCache, for a mask that is more than causal with left padding, where
+        the layer holds no more tokens than its budget, and for a prompt, unless the cache has a CritiPrefill.
     """
     layer = getattr(key, "quest_layer", None)
     if layer is None or getattr(value, "quest_layer", None) is not layer:
@@ -76,7 +76,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
             if attention_mask is None:
                 attention_mask = layer.padding_mask()
             return dense_decode(module, query, key, value, attention_mask, **kwargs)
-        return dense_attention(module, query, key, value, attention_mask, **kwargs)
+        return prompt_attention(layer, module, query, key, value, attention_mask, **kwargs)
 
     num_prompt = num_queries - num_decoding
     output = attend(layer, query[:, :, num_prompt:], **kwargs)
@@ -85,8 +85,20 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         num_tokens = num_keys - num_decoding
         prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
         prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
-        output = torch.cat([dense_attention(module, *prompt, **kwargs)[0], output], dim=1)
+        output = torch.cat([prompt_attention(layer, module, *prompt, **kwargs)[0], output], dim=1)
     return output, None
+
+
+def prompt_attention(layer, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """`quest_attention` of several tokens: by CritiPrefill where the layer has sparse segments, and else dense."""
+    is_plain = layer.is_plainly_masked and not kwargs.get("dropout")
+    is_plain = is_plain and all(kwargs.get(name) is None for name in NOT_SPARSE)
+    needs_eager = any(kwargs.get(name) is not None for name in EAGER_ONLY)
+    if is_plain and layer.reads_prompt(query, key.shape[2], needs_eager):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = kwargs.get("sinks") if kwargs.get("s_aux") is None else kwargs["s_aux"]
+        return layer.attend_prompt(query, key, value, scaling, kwargs.get("softcap"), sinks).contiguous(), None
+    return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 def captured_attention(layer, module, query, attention_mask, **kwargs):
@@ -186,6 +198,13 @@ def quest_mask(
     # without its mask could not be told from a full one.
     is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
     can_skip = not is_local and (q_length == 1 or is_causal_without)
+    # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
+    is_own = cache is not None and torch.device(kwargs.get("device") or "cpu").type == "cuda"
+    is_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip and not use_vmap
+    if is_own and is_chunk and (attention_mask is None or attention_mask.all()):
+        if attention_mask is not None:
+            cache.settings.num_masked = int(kv_length)
+        return None
     mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,

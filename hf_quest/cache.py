@@ -8,6 +8,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops, reference
+from . import prefill as prompts
+from .prefill import BlockScores, CritiPrefill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PREPARED, TAKEN = "prepared", "taken"
@@ -51,6 +53,8 @@ class Settings:
     page_size: int  # tokens
     dense_layers: int
     max_cache_len: int | None  # tokens
+    prefill: CritiPrefill | None = None
+    block_scores: BlockScores = field(default_factory=BlockScores)
     draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
     length: int = 0  # slots filled, those of the forward under way included
     left_padding: tuple = ()  # slots at the start of each row that hold no token
@@ -130,6 +134,9 @@ class QuestLayer(CacheLayerMixin):
         self.settings = settings
         self.layer_idx = layer_idx
         self.is_dense = is_dense
+        self.prefill = settings.prefill  # None where every prompt is dense
+        if settings.prefill is not None and layer_idx < settings.prefill.dense_layers:
+            self.prefill = None
         self.num_kv_heads = 0
         self.bounds = None
         self.length = 0
@@ -315,6 +322,23 @@ class QuestLayer(CacheLayerMixin):
         if self.settings.recorder is not None:
             self.settings.recorder(self, query.detach(), page_ids, scaling, softcap, sinks)
 
+    def reads_prompt(self, query, num_keys, needs_eager):
+        """Whether `attend_prompt` is for these queries: it has sparse segments, or is a faster way to be dense.
+
+        `needs_eager` tells that the model's own dense attention is not SDPA.
+        """
+        num_tokens = num_keys - min(self.left_padding)  # of the longest row
+        if self.prefill is not None and self.prefill.is_sparse(query.shape[2], num_tokens):
+            return True
+        is_free = not needs_eager and not query.requires_grad  # to choose, and to leave no trace for gradients
+        return is_free and prompts.is_faster(query, self.values, num_keys, any(self.left_padding))
+
+    def attend_prompt(self, query, keys, values, scaling, softcap=None, sinks=None):
+        """Attention [B, T, Hq, D] of the newest T of the tokens in `keys` and `values`, dense or by CritiPrefill."""
+        self.settings.block_scores.enter(self.layer_idx)
+        stored = (keys, values, self.bounds, self.left_padding, self.settings.page_size)
+        return prompts.attend(query, *stored, self.prefill, self.settings.block_scores, scaling, softcap, sinks)
+
     def newest(self, num_slots):
         """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
 
@@ -460,7 +484,8 @@ class QuestLayer(CacheLayerMixin):
 
     def _allocate(self, like_keys, like_values, batch_size, num_slots):
         """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
-        num_pages = self._num_pages(num_slots)
+        unit = self.settings.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks
+        num_pages = self._num_pages(-(-num_slots // unit) * unit)
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
         # Tensors made in inference mode could not be written outside it.
         with torch.inference_mode(False):
@@ -499,9 +524,9 @@ class QuestCache(Cache):
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
-    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) are dense. While `generate`
-    is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next `generate`
-    or `reset`. The cache carries no gradients.
+    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. While
+    `generate` is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next
+    `generate` or `reset`. The cache carries no gradients.
 
     Args:
         budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
@@ -511,6 +536,7 @@ class QuestCache(Cache):
         max_cache_len: tokens per row to allocate at once. By default storage follows the prompt and grows.
         compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache. Storage that
             grows costs one more recording of the CUDA graph, no compilation.
+        prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -518,7 +544,7 @@ class QuestCache(Cache):
         QuestError: for a model that Quest cannot serve.
     """
 
-    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None, compile=True):
+    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None, compile=True, prefill=None):
         if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
             raise ValueError(
                 f"page_size is a number of tokens and a power of two (16 in the paper), not {page_size!r}."
@@ -529,7 +555,14 @@ class QuestCache(Cache):
             raise ValueError(
                 f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}."
             )
-        self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len)
+        if prefill is not None and not isinstance(prefill, CritiPrefill):
+            raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
+        if prefill is not None and prefill.block_size % page_size:
+            raise ValueError(
+                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of {page_size}. "
+                "Make block_size a multiple of page_size."
+            )
+        self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len, prefill)
         self.compile = compile
         super().__init__(layers=[])
 
@@ -574,6 +607,19 @@ class QuestCache(Cache):
     @property
     def max_cache_len(self):
         return self.settings.max_cache_len
+
+    @property
+    def prefill(self):
+        """The CritiPrefill by which prompts are read, or None."""
+        return self.settings.prefill
+
+    def watch_prefill(self, watch):
+        """Have `watch(layer_idx, position, query, keys, block_ids)` called for every slab of segments, or None.
+
+        The slab begins at `position` of its row; query [R, Hq, L, D] of its R segments, keys [Hkv, N, D] of the row,
+        block_ids [Hkv, R, K] of the blocks that the segments attend.
+        """
+        self.settings.block_scores.watch = watch
 
     @property
     def tokens_attended(self):

@@ -1,10 +1,12 @@
 """The `hf-quest` command."""
 
+import time
 from enum import Enum
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from huggingface_hub.utils import logging as huggingface_hub_logging
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from . import QuestError, __version__, demo, tiny
+from . import CritiPrefill, QuestError, __version__, demo, tiny
 from .evaluation import recall
 from .evaluation.documents import JOBS
 
@@ -37,6 +39,11 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Prefill(str, Enum):
+    dense = "dense"
+    critical = "critical"
 
 
 Job = Enum("Job", {job: job for job in JOBS}, type=str)
@@ -72,11 +79,16 @@ def demo_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The longest answer.")] = 384,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    prefill: Annotated[
+        Prefill, typer.Option(help="How Quest's side reads the document: all of it, or by CritiPrefill.")
+    ] = Prefill.dense,
 ):
     """Read a long document once, then let dense attention and Quest answer the same question, side by side."""
     silence_libraries()
     try:
-        compare(file, question, budget, model or tiny.PATH, max_new_tokens, demo.choose_device(device.value))
+        device_name = demo.choose_device(device.value)
+        critical = demo.CRITICAL if prefill is Prefill.critical else None
+        compare(file, question, budget, model or tiny.PATH, max_new_tokens, device_name, critical)
     except demo.DemoError as error:
         fail(error)
 
@@ -118,12 +130,17 @@ def recall_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 8,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all results.")] = None,
+    prefill_budget: Annotated[
+        list[int], typer.Option(help="Read the documents by CritiPrefill too, with this budget. May be repeated.")
+    ] = (),
 ):
     """How often a model finds what a long document holds, dense and with Quest."""
     silence_libraries()
     try:
         for tokens in budget:
             demo.make_cache(tokens)  # raises for a wrong one before hours are spent
+        for tokens in prefill_budget:
+            CritiPrefill(budget=tokens)
         recall.run(
             model or tiny.PATH,
             [each.value for each in job],
@@ -135,6 +152,7 @@ def recall_command(
             dtype,
             batch_size,
             output,
+            prefill_budget,
         )
     except (demo.DemoError, QuestError, OSError, ValueError) as error:
         fail(error)
@@ -152,7 +170,7 @@ def fail(error):
     raise typer.Exit(code=1) from None
 
 
-def compare(file, question, budget, model_name, max_new_tokens, device):
+def compare(file, question, budget, model_name, max_new_tokens, device, critical):
     cache = demo.make_cache(budget)
     text, points = demo.make_document() if file is None else (demo.read_document(file), [])
     with console.status(f"Loading {model_name}"):
@@ -161,22 +179,35 @@ def compare(file, question, budget, model_name, max_new_tokens, device):
     num_tokens = document_ids.shape[1]
     num_total = num_tokens + question_ids.shape[1] + max_new_tokens
     demo.check_length(num_tokens, num_total, budget, model.config)
+    demo.check_prefill(num_tokens, critical)
 
     source = "real text that the model never saw, with key points marked in it" if file is None else str(file)
     console.print(Text.assemble(("Document ", "bold"), f"{num_tokens:,} tokens, {source}"))
     console.print(Text.assemble(("Question ", "bold"), question))
-    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
-        task = progress.add_task("Prefill", total=num_tokens)
-        demo.prefill(model, cache, document_ids, lambda tokens: progress.advance(task, tokens))
-
+    seconds = [read(model, cache, document_ids, "Prefill" if critical is None else "Prefill, dense")]
     dense_cache = demo.stock_copy(cache, model.config)
+    if critical is not None:
+        cache = demo.make_cache(budget, critical)
+        seconds.append(read(model, cache, document_ids, "Prefill, CritiPrefill"))
+
     dense, quest = demo.Answer(tokenizer), demo.Answer(tokenizer)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         dense.show = quest.show = lambda: live.update(panels(dense, quest, console.height - 4), refresh=True)
         demo.answer_dense(model, dense_cache, document_ids, question_ids, dense, max_new_tokens)
         demo.answer_quest(model, cache, document_ids, question_ids, quest, max_new_tokens)
     console.print(panels(dense, quest))
-    console.print(table(num_tokens, cache, dense, quest, points if question == demo.QUESTION else []))
+    console.print(table(num_tokens, cache, dense, quest, points if question == demo.QUESTION else [], seconds))
+
+
+def read(model, cache, document_ids, description):
+    """Read the document into the cache behind a progress bar; the seconds that it took."""
+    started = time.perf_counter()
+    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
+        task = progress.add_task(description, total=document_ids.shape[1])
+        demo.prefill(model, cache, document_ids, lambda tokens: progress.advance(task, tokens))
+    if document_ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def panels(dense, quest, height=None):
@@ -194,9 +225,13 @@ def panel(title, answer, height):
     return Panel(Text("\n").join(lines[-height:] if height else lines), title=title, subtitle=footer)
 
 
-def table(num_tokens, cache, dense, quest, points):
+def table(num_tokens, cache, dense, quest, points, seconds):
     """What the two answers cost, and whether they agree."""
     rows = Table("", "Dense", f"Quest, budget {cache.budget:,}")
+    if cache.prefill is not None:
+        kind = f"of the products q·k in a prompt, layers {cache.prefill.dense_layers} on"
+        rows.add_row(kind, "100 %", f"{100 * cache.prefill.read_share(num_tokens):.1f} %")
+        rows.add_row("s to read the document", *(f"{each:.1f}" for each in seconds))
     num_stored = cache.get_seq_length()
     rows.add_row("tokens in the document", f"{num_tokens:,}", f"{num_tokens:,}")
     for layers, tokens in layer_kinds(cache.tokens_attended):

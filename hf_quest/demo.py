@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from . import QuestCache, tiny
+from . import CritiPrefill, QuestCache, tiny
 from .evaluation.documents import Library, documents, heldout_text
 
 DOCUMENT_LENGTH = 24_000  # tokens
 PREFILL_CHUNK = 512  # tokens
+CRITICAL = CritiPrefill(budget=1024)
 QUESTION = "what are the key points of this document, in order?"
 # Stands between document and question while a chat template is applied.
 SEPARATOR = "<<the document ends here>>"
@@ -81,9 +82,9 @@ def make_document():
     return document.context, document.answer.split("\n")[1:]
 
 
-def make_cache(budget):
+def make_cache(budget, prefill=None):
     try:
-        return QuestCache(budget=budget)
+        return QuestCache(budget=budget, prefill=prefill)
     except ValueError as error:
         raise DemoError(first_line(error)) from None
 
@@ -137,6 +138,15 @@ def check_length(num_document, num_total, budget, config):
         )
 
 
+def check_prefill(num_document, prefill):
+    """Raise for a document that CritiPrefill would read as dense attention does."""
+    if prefill is not None and not prefill.is_sparse(num_document, num_document):
+        raise DemoError(
+            f"The document has {num_document:,} tokens, and CritiPrefill reads everything below {prefill.threshold:,} "
+            "dense. Give a longer document or leave out --prefill."
+        )
+
+
 def prefill(model, cache, document_ids, advance=lambda num_tokens: None):
     """Read the document into the cache, by chunks: the attention mask of all of it at once could be gigabytes."""
     model.set_attn_implementation("quest")
@@ -163,7 +173,7 @@ def read(model, cache, chunk):
 
 
 def stock_copy(cache, config):
-    """A DynamicCache as a dense prefill leaves it. Quest's prefill is dense, so the keys and values are the same."""
+    """A DynamicCache as a dense prefill leaves it, with the keys and values of a QuestCache after one."""
     stock = DynamicCache(config=config)
     for layer_idx, layer in enumerate(cache.layers):
         stock.update(layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length], layer_idx)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
 
 import hf_quest
-from hf_quest import QuestCache, demo, tiny
+from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
 from hf_quest.cache import QuestLayer
 from hf_quest.cli import app, layer_kinds
 from hf_quest.evaluation import recall
@@ -115,6 +115,26 @@ def test_quest_decodes_everything_after_the_document(loaded, encoded, prefilled,
     demo.answer_quest(model, prefilled, *encoded, answer, NUM_NEW)
     num_sparse = model.config.num_hidden_layers - prefilled.dense_layers
     assert len(attended) == num_sparse * (encoded[1].shape[1] + len(answer.token_ids) - 1)
+
+
+def test_critical_prefill_is_refused_for_a_document_that_it_would_read_dense(document):
+    message = r"The document has [\d,]+ tokens, and CritiPrefill reads everything below 4,096 dense\. .*"
+    assert_error(run("demo", document, "--budget", BUDGET, "--prefill", "critical"), message)
+
+
+def test_both_halves_at_work(document, monkeypatch):
+    critical = CritiPrefill(budget=64, segment_size=64, block_size=16, threshold=128)
+    monkeypatch.setattr(demo, "CRITICAL", critical)
+    slabs = []
+    select = prefill.select
+    monkeypatch.setattr(prefill, "select", lambda *args, **kwargs: slabs.append(1) or select(*args, **kwargs))
+    result = run("demo", document, "--budget", BUDGET, "--prefill", "critical", "--max-new-tokens", NUM_NEW)
+    assert result.exit_code == 0, result.output
+    assert slabs
+    assert re.search(r"of the products q·k in a prompt, layers 1 on\s+│ 100 %\s+│ \d\d\.\d %", result.output), (
+        result.output
+    )
+    assert "Prefill, CritiPrefill" in result.output
 
 
 def test_a_budget_that_covers_everything_answers_like_dense(loaded, encoded, prefilled):
@@ -252,7 +272,8 @@ def test_recall_measures_what_was_asked_for(monkeypatch, tmp_path):
     asked = []
     signature = inspect.signature(recall.run)
     monkeypatch.setattr(recall, "run", lambda *arguments: asked.append(signature.bind(*arguments)))
-    options = "--job facts --job digest --length 512 --budget 32 --budget 64 --documents 3 --seed 5 --device cpu"
+    options = "--job facts --job digest --length 512 --budget 32 --budget 64 --documents 3 --seed 5 --device cpu "
+    options += "--prefill-budget 1024"
     result = run("eval", "recall", *options.split(), "--output", tmp_path / "recall.json")
     assert result.exit_code == 0, result.output
     assert asked[0].arguments == {
@@ -266,11 +287,16 @@ def test_recall_measures_what_was_asked_for(monkeypatch, tmp_path):
         "dtype": "bfloat16",
         "batch_size": 8,
         "output": tmp_path / "recall.json",
+        "prefill_budgets": [1024],
     }
 
 
 def test_recall_checks_every_budget_first():
     assert_error(run("eval", "recall", "--budget", 64, "--budget", 3), "budget is a number of tokens .* It is 3.")
+
+
+def test_recall_checks_every_prefill_budget_first():
+    assert_error(run("eval", "recall", "--prefill-budget", 8192), "threshold=4096 is under the budget.*")
 
 
 @pytest.mark.parametrize("arguments", [["--budget", "many"], ["--device", "tpu"], ["--max-new-tokens", "1"]], ids=str)
