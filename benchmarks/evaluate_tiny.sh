@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes all that the README's accuracy section shows: the evaluations of the tiny model, each as JSON, a Markdown table
 # and, where matplotlib is installed, plots (elsewhere later, by `hf-quest eval report FILE`). The evaluations run side by
-# side, since each waits for Python more than for the GPU. What is interrupted goes on when run again.
+# side, since each waits for Python more than for the GPU. What was interrupted goes on, what was finished begins anew.
 #
 #   benchmarks/evaluate_tiny.sh [FOLDER]         results go to FOLDER, benchmarks/results by default
 #   QUICK=1 benchmarks/evaluate_tiny.sh FOLDER   the same at small sizes, for a CPU
@@ -15,6 +15,11 @@ else
   long=10000 longer=32768 recall=10240 lengths=(1024 2048 4096 8192 16384 32768)
   few=() budgets=(--budget 64 --budget 128 --budget 256 --budget 512 --budget 1024) scored=128
 fi
+
+names=(passkey_10k passkey_32k recall_10k perplexity top10)
+for name in "${names[@]}"; do
+  grep -sq '"is_complete": false' "$folder/$name.json" || rm -f "$folder/$name.json"
+done
 
 evaluate() {  # NAME COMMAND OPTIONS
   local name=$1
@@ -32,5 +37,7 @@ evaluate top10 top10 --length $recall --job passkey --documents 20 --batch-size 
 
 status=0
 for job in $(jobs -p); do wait "$job" || status=1; done
-[ $status = 0 ] && rm -f "$folder"/{passkey_10k,passkey_32k,recall_10k,perplexity,top10}.log
+for name in "${names[@]}"; do
+  [ $status != 0 ] || rm "$folder/$name.log"
+done
 exit $status
