@@ -87,6 +87,7 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Path], None]]] = {
         "_by_layer": plot_by_layer,
     },
     "longbench": {"": lambda report, path: plot_over_budget(report, ["set"], path, label="score")},
+    "calibration": {"": lambda report, path: write_html(report, path.with_suffix(".html"))},
 }
 
 
@@ -316,6 +317,8 @@ def calibrate_command(
     ),
 ):
     """Find the budget that your own document needs in your own model."""
+    if output.suffix != ".html":
+        raise ValueError(f"The report is an HTML page, so --output ends in .html, not as {output} does.")
     content = read_text(text)
     report = calibrate(
         *loaded(model, device, dtype),
@@ -327,12 +330,9 @@ def calibrate_command(
         max_tokens=max_tokens,
         output=output.with_suffix(".json"),
     )
-    console.print(calibration_table(report))
-    try:
-        write_html(report, output)
+    conclude(report, output.with_suffix(".json"))
+    if output.exists():
         console.print(f"The report is in {output}.", highlight=False)
-    except ValueError as error:
-        console.print(f"{error}", style="yellow")
     line = line_of_code(report)
     if line is None:
         console.print(f"None of these budgets stays within {tolerance:.2%}. Try larger ones.", highlight=False)
