@@ -70,7 +70,8 @@ def written(readme, found):
     """The README's text with the tables that it names as they are now."""
     for name, table in found.items():
         marker = f"<!-- results: {name} -->\n\n"
-        readme = re.sub(f"{re.escape(marker)}(\\|.*\n)*", lambda _, text=marker + table: text, readme)
+        text = f"{marker}{table}\n"
+        readme = re.sub(rf"{re.escape(marker)}((\|.*\n)+\n)?", lambda _, text=text: text, readme)
     return readme
 
 
