@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .methods import DENSE, EVERYTHING, METHODS, Way, check_length, make_ways, new_cache, read, step
-from .plots import draw_methods, figure, save
+from .plots import add_legend, draw_methods, figure, save
 from .report import Results, comparison, mean, merged, spread
 
 
@@ -204,5 +204,5 @@ def plot_over_length(report: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         share = report["configuration"]["share"]
         axes.set_title(f"budget: {share:.3g} of the input" if is_share else f"budget: {budget:,} tokens")
-    axes.legend()
+    add_legend(drawing, axes)
     save(drawing, path)

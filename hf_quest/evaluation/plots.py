@@ -38,6 +38,11 @@ def draw_methods(axes: Any, points: dict[str, list[tuple[float, float]]]) -> Non
         axes.plot(xs, ys, label=method, **style)
 
 
+def add_legend(drawing: Any, axes: Any) -> None:
+    """The legend of one panel, beside all of them."""
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside center right")
+
+
 def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, label: str = "accuracy") -> None:
     """Scores from 0 to 1 over the budget, one panel for each value of `names`."""
     scores = merged(report["records"], names, "scores")
@@ -55,5 +60,5 @@ def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, l
         axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
         axes.minorticks_off()
         axes.set_title(", ".join(f"{value:,} tokens" if isinstance(value, int) else str(value) for value in panel))
-    axes.legend()
+    add_legend(drawing, axes)
     save(drawing, path)

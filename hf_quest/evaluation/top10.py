@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from .documents import JOBS, Document, Library, documents, heldout_text
 from .methods import CACHES, EVERYTHING, Way, check_length, make_ways, new_cache, prefill, read, step
 from .observation import OBSERVED, attended, logits, observe, share_found
-from .plots import figure, save
+from .plots import add_legend, figure, save
 from .report import Results, comparison, mean, merged, spread, way_of
 
 NUM_TOP = 10
@@ -153,5 +153,5 @@ def plot_by_layer(report: dict[str, Any], path: Path) -> None:
         axes.set(title=method, xlabel="layer", ylim=(-0.03, 1.03))
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("share of the top ten tokens")
-    panels[-1].legend()
+    add_legend(drawing, panels[-1])
     save(drawing, path)
