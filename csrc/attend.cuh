@@ -14,9 +14,9 @@ constexpr float kLog2E = 1.44269504f;
 constexpr int kChannels = 32;  // of a key that the four lanes of a quad load together
 
 // 2^(value - maximum), and 0 where nothing was seen, whatever the maximum.
-__device__ float weight_of(float value, float maximum) { return value == -INFINITY ? 0.0f : exp2f(value - maximum); }
+__device__ inline float weight_of(float value, float maximum) { return value == -INFINITY ? 0.0f : exp2f(value - maximum); }
 
-__device__ void add_scaled(float4& sum, float4 term, float factor) {
+__device__ inline void add_scaled(float4& sum, float4 term, float factor) {
     sum.x += term.x * factor;
     sum.y += term.y * factor;
     sum.z += term.z * factor;
