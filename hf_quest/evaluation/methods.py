@@ -27,7 +27,9 @@ DENSE = "dense"
 CACHES = {"quest": QuestCache, "h2o": H2OCache, "tova": TOVACache, "streamingllm": StreamingLLMCache}
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document
-PREFILL_TOKENS = 2**18  # in one forward, of all rows together, so that activations and masks stay bounded
+# In one forward of a prefill, of all rows together, so that activations and masks stay bounded:
+PREFILL_TOKENS = 2**18
+PREFILL_MASK = 2**30  # elements of the attention mask that a chunk or left padding needs
 
 
 class Way(NamedTuple):
@@ -130,7 +132,7 @@ def at_budget(cache: Cache, budget: int | None) -> Cache:
 
 def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> None:
     """Runs [B, N] tokens through the model, in chunks of several tokens, and keeps nothing but the cache."""
-    chunk_len = max(2, PREFILL_TOKENS // ids.shape[0])
+    chunk_len = max(2, min(PREFILL_TOKENS // ids.shape[0], PREFILL_MASK // ids.numel()))
     chunks = list(ids.split(chunk_len, dim=1))
     if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
         chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
