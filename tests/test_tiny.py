@@ -8,6 +8,7 @@ import torch
 
 from hf_quest import tiny
 from hf_quest.evaluation.documents import HELDOUT_TEXT, JOBS, Library, documents, heldout_text
+from hf_quest.evaluation.methods import make_ways
 from hf_quest.evaluation.recall import Examiner, score
 
 DEMOS = Path(__file__).parents[1] / "demos"
@@ -17,7 +18,7 @@ RIGHT = {"passkey": 1.0, "facts": 1.0, "digest": 0.9}
 @pytest.fixture(scope="module")
 def examiner():
     model, tokenizer = tiny.load(dtype=torch.float32)
-    return Examiner(model, tokenizer, budgets=[512])
+    return Examiner(model, tokenizer, make_ways(["dense", "quest"], [512]))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def test_has_positions_for_40960_tokens(examiner):
 @pytest.mark.parametrize("job", JOBS)
 def test_answers_right_dense_and_with_quest(examiner, library, job):
     papers = list(documents(library, job, 2048, 2, seed=11))
-    for budget, answers in examiner.ask(papers):
+    for way, answers in examiner.ask(papers):
         scores = [score(job, text, document) for text, document in zip(answers, papers, strict=True)]
-        assert sum(scores) / len(scores) >= RIGHT[job], f"budget {budget}: {answers}"
+        assert sum(scores) / len(scores) >= RIGHT[job], f"{way}: {answers}"
 
 
 def test_shipped_text_is_of_held_out_files(monkeypatch):
