@@ -734,10 +734,13 @@ class QuestCache(Cache):
         if not self.compile or self.recorder is not None or self.settings.is_captured:
             return False
         # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
-        # cannot know how many keys there are. A model on several devices is not one graph.
+        # cannot know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled,
+        # and the masks that Transformers 5.17 would make for that fail.
         caller = inspect.currentframe().f_back
-        devices = getattr(caller.f_locals.get("self"), "hf_device_map", {}).values()
-        return caller.f_back.f_code.co_name != "_prefill" and len(set(devices)) < 2
+        model = caller.f_locals.get("self")
+        is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
+        is_llama4 = "llama4" in getattr(getattr(model, "config", None), "model_type", "")
+        return caller.f_back.f_code.co_name != "_prefill" and is_one_graph and not is_llama4
 
     @property
     def is_on_several_devices(self):
