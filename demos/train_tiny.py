@@ -66,14 +66,15 @@ TEXT, CODE, DIGEST = range(3)
 class Stage:
     """Part of the curriculum: batches whose rows have each of `lengths` tokens in turn.
 
-    With a `bounds_weight` the loss holds `bounds_loss`, times that.
+    With a `selection_weight` the loss holds `selection_loss`, times that, and only the projections to queries and keys
+    of the layers that Quest makes sparse are trained.
     """
 
     lengths: tuple[int, ...]
     steps: int
     first_lr: float
     last_lr: float
-    bounds_weight: float = 0.0
+    selection_weight: float = 0.0
 
 
 CURRICULUM = (
@@ -82,12 +83,12 @@ CURRICULUM = (
     Stage((16_384, 16_384, 4096), 2000, 1.5e-3, 7e-4),
     Stage((33_792, 33_792, 16_384, 4096), 1600, 7e-4, 2e-5),
 )
-# From weights that find and copy to ones whose pages Quest can tell apart by their bounds.
-LAST_STAGE = Stage((16_384, 16_384, 33_792, 4096), 800, 3e-4, 1e-5, bounds_weight=0.1)
+# Moves the queries and keys of the sparse layers until Quest's page bounds tell the pages apart that the model needs.
+LAST_STAGE = Stage((16_384, 16_384, 33_792, 4096), 300, 1e-3, 1e-5, selection_weight=4.0)
 WARMUP_STEPS = 100
 DENSE_LAYERS = 2
 PAGE_SIZE = 16
-QUERIES_PER_KIND = 64
+QUERIES_PER_KIND = 128
 BATCH_TOKENS = 67_584
 TOKENIZER_CHARACTERS = 40_000_000
 
@@ -243,11 +244,12 @@ AttentionInterface.register("recorded", recorded_attention)
 AttentionMaskInterface.register("recorded", sdpa_mask)
 
 
-def bounds_loss(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
-    """How far Quest's page scores are from ranking pages as attention does: a cross-entropy, in nats per query.
+def selection_loss(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """How far Quest's page scores are from pointing at the pages that the query heads attend, in nats per head.
 
-    Between the softmax of the scores over the pages before a query's own and the attention mass of those pages. Mass
-    in the query's own page, which is always attended, weighs nothing.
+    A cross-entropy between the square of a head's attention mass in every page and the softmax of the scores, over the
+    pages before the query's own, which is always attended. By the square a head that attends one page counts most, and
+    one that attends a little of everything counts nothing, since no selection could serve it.
 
     Args:
         query: `[rows, query heads, length, head_dim]`.
@@ -265,19 +267,18 @@ def bounds_loss(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
         logits = query.unflatten(1, (num_kv_heads, -1)) @ key[:, :, None].transpose(-1, -2) * scaling
         is_later = torch.arange(length, device=key.device) > positions[:, None, None, :, None]
         weights = logits.masked_fill_(is_later, -torch.inf).softmax(dim=-1)
-        mass = weights.unflatten(-1, (-1, PAGE_SIZE)).sum(dim=-1).mean(dim=2)
-    page_idx = torch.arange(scores.shape[-1], device=key.device)
-    is_earlier = page_idx < (positions // PAGE_SIZE)[:, None, :, None]
+        focus = weights.unflatten(-1, (-1, PAGE_SIZE)).sum(dim=-1).square().mean(dim=2)
+    is_earlier = torch.arange(scores.shape[-1], device=key.device) < (positions // PAGE_SIZE)[:, None, :, None]
     log_shares = scores.masked_fill(~is_earlier, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
-    return -(mass * log_shares).masked_fill(~is_earlier, 0).sum(dim=-1).mean()
+    return -(focus * log_shares).masked_fill(~is_earlier, 0).sum(dim=-1).mean()
 
 
 def draw_queries(kinds: Tensor) -> Tensor:
-    """Of each row QUERIES_PER_KIND positions whose next token is of each kind, `[rows, 3 * QUERIES_PER_KIND]`.
+    """Of each row QUERIES_PER_KIND positions before tokens of codes and as many before those of digests.
 
-    At random, and of other kinds where a row has too few.
+    At random, and before other tokens where a row has too few; `[rows, 2 * QUERIES_PER_KIND]`.
     """
-    is_kind = one_hot(kinds[:, 1:].long(), 3).transpose(1, 2)
+    is_kind = one_hot(kinds[:, 1:].long(), 3)[..., [CODE, DIGEST]].transpose(1, 2)
     chances = is_kind + torch.rand(is_kind.shape, device=kinds.device)
     return chances.topk(QUERIES_PER_KIND, dim=-1).indices.flatten(1)
 
@@ -342,15 +343,15 @@ def make_loader(lessons: Lessons, workers: int) -> DataLoader:
 def update(
     model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor, kinds: Tensor, lr: float, stage: Stage
 ) -> Tensor:
-    """One optimizer step; returns the mean losses of text, codes, digests and, where the stage has it, bounds."""
+    """One optimizer step; returns the mean losses of text, codes, digests and, where the stage has it, selection."""
     losses = kind_means(token_losses(next_token_logits(model, ids), ids), kinds)
     weights = losses.new_ones(3)
-    if stage.bounds_weight:
+    if stage.selection_weight:
         positions = draw_queries(kinds)
         sparse_layers = model.model.layers[DENSE_LAYERS:]
-        bounds = torch.stack([bounds_loss(*layer.self_attn.recorded, positions) for layer in sparse_layers])
-        losses = torch.cat([losses, bounds.mean()[None]])
-        weights = torch.cat([weights, weights.new_tensor([stage.bounds_weight])])
+        selection = torch.stack([selection_loss(*layer.self_attn.recorded, positions) for layer in sparse_layers])
+        losses = torch.cat([losses, selection.mean()[None]])
+        weights = torch.cat([weights, weights.new_tensor([stage.selection_weight])])
     (losses @ weights).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
@@ -360,23 +361,34 @@ def update(
     return losses.detach()
 
 
+def trained_parameters(model: LlamaForCausalLM, stages: tuple[Stage, ...]) -> list[nn.Parameter]:
+    """The parameters that `stages` train; the others are frozen from here on."""
+    if any(stage.selection_weight for stage in stages):
+        model.requires_grad_(False)
+        for layer in model.model.layers[DENSE_LAYERS:]:
+            layer.self_attn.q_proj.requires_grad_(True)
+            layer.self_attn.k_proj.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def train(
     model: LlamaForCausalLM, lessons: Lessons, heldout: Lessons, stages: tuple[Stage, ...], workers: int
 ) -> Iterator[int]:
     """Trains `model` in place and yields the number of each stage when it is done."""
     device = model.device
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda")
+    parameters = trained_parameters(model, stages)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda")
     started, tokens, step = time.perf_counter(), 0, 0
     batches = iter(make_loader(lessons, workers))
     for stage_idx, stage in enumerate(stages):
-        model.set_attn_implementation("recorded" if stage.bounds_weight else "sdpa")
+        model.set_attn_implementation("recorded" if stage.selection_weight else "sdpa")
         for ids, kinds in islice(batches, stage.steps):
             ids, kinds = ids.to(device, non_blocking=True).long(), kinds.to(device, non_blocking=True)
             losses = update(model, optimizer, ids, kinds, learning_rate(stages, step), stage)
             step += 1
             tokens += ids.numel()
             if step == 1 or step % 100 == 0:
-                names = ("text", "codes", "digests", "bounds")
+                names = ("text", "codes", "digests", "selection")
                 parts = "  ".join(f"{name} {loss:.4f}" for name, loss in zip(names, losses.tolist(), strict=False))
                 print(
                     f"step {step:5d}  {tokens / 1e6:6.1f} M tokens  {time.perf_counter() - started:5.1f} s  "
