@@ -65,3 +65,25 @@ def test_no_long_line_of_a_held_out_file_stays_in_training(monkeypatch):
     assert line in heldout.lines
     assert line not in training.lines
     sys.modules.pop("corpus")
+
+
+def test_selection_loss_is_the_cross_entropy_that_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMOS))
+    import train_tiny
+
+    rng = torch.Generator().manual_seed(0)
+    query = 3 * torch.randn(2, 4, 96, 8, generator=rng)
+    key = torch.randn(2, 2, 96, 8, generator=rng)
+    positions = torch.tensor([[5, 40, 95], [16, 47, 64]])
+    parts = []
+    for row, kv_head, position in ((r, h, int(p)) for r in range(2) for h in range(2) for p in positions[r]):
+        heads = query[row, 2 * kv_head : 2 * kv_head + 2, position]
+        weights = (heads @ key[row, kv_head, : position + 1].T * 8**-0.5).softmax(-1)
+        pages = key[row, kv_head].split(16)[: position // 16]
+        bounds = [torch.maximum(heads * page.amin(0), heads * page.amax(0)).sum(-1).max() * 8**-0.5 for page in pages]
+        log_shares = torch.tensor(bounds).log_softmax(0)
+        focus = [weights[:, 16 * idx : 16 * idx + 16].sum(-1).square().mean() for idx in range(len(pages))]
+        parts.append(-sum(weight * share for weight, share in zip(focus, log_shares, strict=True)))
+    expected = sum(parts) / len(parts)
+    torch.testing.assert_close(train_tiny.selection_loss(query, key, positions), torch.as_tensor(expected))
+    sys.modules.pop("train_tiny")
