@@ -20,13 +20,13 @@ import torch
 from bench_generate import make_model
 from environment import describe
 from rich.console import Console
-from tables import KINDS, RESULTS, markdown, prefill_table
+from tables import PREFILLS, RESULTS, first_token_table, markdown
 from transformers import DynamicCache
 
 from hf_quest import CritiPrefill, QuestCache
 
 CASES = ["llama-3.1-8b:32768", "llama-3.1-8b:131072", "yi-9b:131072", "llama-3.1-8b:262144:32768"]
-TITLES = dict(zip(KINDS, ("DynamicCache, sdpa", "QuestCache, dense", "QuestCache, CritiPrefill"), strict=True))
+TITLES = dict(zip(PREFILLS, ("DynamicCache, sdpa", "QuestCache, dense", "QuestCache, CritiPrefill"), strict=True))
 TOPIC = 2048  # tokens about one thing
 
 
@@ -86,10 +86,10 @@ def measure(model, kind, context, chunk, prefill):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, help="model shape:tokens[:prefill_chunk_size]")
-    parser.add_argument("--ways", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ways", nargs="+", choices=PREFILLS, default=list(PREFILLS))
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--dense-layers", type=int, default=1, help="layers that CritiPrefill leaves dense")
-    parser.add_argument("--output", type=Path, default=RESULTS / "prefill_gpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "first_token_gpu.json")
     return parser.parse_args()
 
 
@@ -97,7 +97,7 @@ def write(report, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
-    table = markdown(prefill_table(report))
+    table = markdown(first_token_table(report))
     path.with_suffix(".md").write_text(f"# Reading a prompt: seconds to the first token\n\n{table}\n{conditions}")
 
 
@@ -125,7 +125,7 @@ def main():
             write(report, arguments.output)
             gc.collect()
             torch.cuda.empty_cache()
-    Console(width=160).print(prefill_table(report))
+    Console(width=160).print(first_token_table(report))
 
 
 if __name__ == "__main__":

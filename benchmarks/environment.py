@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import hf_quest
-from hf_quest.evaluation.recall import processor
+from hf_quest.evaluation.report import processor
 
 
 def describe(device):

@@ -1,17 +1,22 @@
-"""Prints the README's tables from the results that are kept in `benchmarks/results`.
+"""Prints the README's tables from the results that are kept in `benchmarks/results`, or writes them into it.
 
-python benchmarks/tables.py
+python benchmarks/tables.py           prints them
+python benchmarks/tables.py --write   puts them where the README has <!-- results: NAME --> before a table
 """
 
 import json
+import re
+import sys
 from pathlib import Path
 
 from rich.table import Table
 
-from hf_quest.evaluation.recall import Result, results_table
+from hf_quest.evaluation.commands import TABLES
+from hf_quest.evaluation.report import markdown
 
+README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("stock", "dense", "critical")  # of reading a prompt
+PREFILLS = ("stock", "dense", "critical")  # of reading a prompt
 
 
 def decode_table(report):
@@ -22,10 +27,6 @@ def decode_table(report):
         cells = [f"{r['ms_per_token']:.1f} ({stock_ms / r['ms_per_token']:.1f}×)" for r in context["results"]]
         table.add_row(f"{context['context']:,}", *cells)
     return table
-
-
-def recall_table(report):
-    return results_table([Result(**result) for result in report["results"]])
 
 
 def stages_table(report):
@@ -54,7 +55,7 @@ def generate_table(report):
     return table
 
 
-def prefill_table(report):
+def first_token_table(report):
     """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over both dense ways."""
     ways = list(dict.fromkeys(result["way"] for result in report["results"]))
     table = Table("shape", "tokens", *ways, "over stock", "over the best dense", "memory above it, GB")
@@ -64,7 +65,7 @@ def prefill_table(report):
     for (shape, context), results in cases.items():
         measured = [results[way] if "seconds" in results.get(way, {}) else None for way in ways]
         seconds = [f"{result['seconds']:.2f}" if result else "-" for result in measured]
-        stock, dense, critical = (next((r for r in measured if r and r["kind"] == kind), None) for kind in KINDS)
+        stock, dense, critical = (next((r for r in measured if r and r["kind"] == kind), None) for kind in PREFILLS)
         speedups = [
             f"{way['seconds'] / critical['seconds']:.1f}×" if way and critical else "-" for way in (stock, dense)
         ]
@@ -73,24 +74,39 @@ def prefill_table(report):
     return table
 
 
-def markdown(table):
-    """A rich table as Markdown."""
-    header = [column.header for column in table.columns]
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+KINDS = {
+    "decode": decode_table,
+    "stages": stages_table,
+    "generate": generate_table,
+    "first_token": first_token_table,
+    **TABLES,
+}
+
+
+def tables():
+    """The Markdown of every results file, by its name."""
+    found = {}
+    for kind, as_table in KINDS.items():
+        for path in sorted(RESULTS.glob(f"{kind}*.json")):
+            found[path.stem] = markdown(as_table(json.loads(path.read_text())))
+    return found
+
+
+def written(readme, found):
+    """The README's text with the tables that it names as they are now."""
+    for name, table in found.items():
+        marker = f"<!-- results: {name} -->\n\n"
+        text = f"{marker}{table}\n"
+        readme = re.sub(rf"{re.escape(marker)}((\|.*\n)+\n)?", lambda _, text=text: text, readme)
+    return readme
 
 
 def main():
-    kinds = {
-        "decode": decode_table,
-        "recall": recall_table,
-        "stages": stages_table,
-        "generate": generate_table,
-        "prefill": prefill_table,
-    }
-    for kind, as_table in kinds.items():
-        for path in sorted(RESULTS.glob(f"{kind}*.json")):
-            print(markdown(as_table(json.loads(path.read_text()))))
+    found = tables()
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(written(README.read_text(), found))
+    else:
+        print("\n".join(found.values()))
 
 
 if __name__ == "__main__":

@@ -17,20 +17,31 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
+from hf_quest import reference
 from hf_quest.evaluation.documents import (
     DIGEST_QUESTION,
     FACT_LINE,
@@ -53,12 +64,17 @@ TEXT, CODE, DIGEST = range(3)
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the curriculum: batches whose rows have each of `lengths` tokens in turn."""
+    """Part of the curriculum: batches whose rows have each of `lengths` tokens in turn.
+
+    With a `selection_weight` the loss holds `selection_loss`, times that, and only the projections to queries and keys
+    of the layers that Quest makes sparse are trained.
+    """
 
     lengths: tuple[int, ...]
     steps: int
     first_lr: float
     last_lr: float
+    selection_weight: float = 0.0
 
 
 CURRICULUM = (
@@ -67,7 +83,12 @@ CURRICULUM = (
     Stage((16_384, 16_384, 4096), 2000, 1.5e-3, 7e-4),
     Stage((33_792, 33_792, 16_384, 4096), 1600, 7e-4, 2e-5),
 )
+# Moves the queries and keys of the sparse layers until Quest's page bounds tell the pages apart that the model needs.
+LAST_STAGE = Stage((16_384, 16_384, 33_792, 4096), 300, 1e-3, 1e-5, selection_weight=4.0)
 WARMUP_STEPS = 100
+DENSE_LAYERS = 2
+PAGE_SIZE = 16
+QUERIES_PER_KIND = 128
 BATCH_TOKENS = 67_584
 TOKENIZER_CHARACTERS = 40_000_000
 
@@ -213,6 +234,55 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
 
 
+def recorded_attention(module: nn.Module, query: Tensor, key: Tensor, *inputs: Any, **options: Any) -> tuple:
+    """SDPA that leaves its queries and keys, `[rows, heads, length, head_dim]`, on the module."""
+    module.recorded = query, key
+    return sdpa_attention_forward(module, query, key, *inputs, **options)
+
+
+AttentionInterface.register("recorded", recorded_attention)
+AttentionMaskInterface.register("recorded", sdpa_mask)
+
+
+def selection_loss(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """How far Quest's page scores are from pointing at the pages that the query heads attend, in nats per head.
+
+    A cross-entropy between the square of a head's attention mass in every page and the softmax of the scores, over the
+    pages before the query's own, which is always attended. By the square a head that attends one page counts most, and
+    one that attends a little of everything counts nothing, since no selection could serve it.
+
+    Args:
+        query: `[rows, query heads, length, head_dim]`.
+        key: `[rows, KV heads, length, head_dim]`, the length a multiple of PAGE_SIZE.
+        positions: `[rows, queries]` int64, the queries that count.
+    """
+    num_kv_heads, length, head_dim = key.shape[1:]
+    scaling = head_dim**-0.5
+    query = query.gather(2, positions[:, None, :, None].expand(-1, query.shape[1], -1, head_dim)).float()
+    key = key.float()
+    pages = key.unflatten(2, (-1, PAGE_SIZE))
+    bounds = torch.stack([pages.amin(dim=3), pages.amax(dim=3)], dim=3)
+    scores = reference.estimate(query, bounds, scaling)  # [rows, KV heads, queries, pages]
+    with torch.no_grad():
+        logits = query.unflatten(1, (num_kv_heads, -1)) @ key[:, :, None].transpose(-1, -2) * scaling
+        is_later = torch.arange(length, device=key.device) > positions[:, None, None, :, None]
+        weights = logits.masked_fill_(is_later, -torch.inf).softmax(dim=-1)
+        focus = weights.unflatten(-1, (-1, PAGE_SIZE)).sum(dim=-1).square().mean(dim=2)
+    is_earlier = torch.arange(scores.shape[-1], device=key.device) < (positions // PAGE_SIZE)[:, None, :, None]
+    log_shares = scores.masked_fill(~is_earlier, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
+    return -(focus * log_shares).masked_fill(~is_earlier, 0).sum(dim=-1).mean()
+
+
+def draw_queries(kinds: Tensor) -> Tensor:
+    """Of each row QUERIES_PER_KIND positions before tokens of codes and as many before those of digests.
+
+    At random, and before other tokens where a row has too few; `[rows, 2 * QUERIES_PER_KIND]`.
+    """
+    is_kind = one_hot(kinds[:, 1:].long(), 3)[..., [CODE, DIGEST]].transpose(1, 2)
+    chances = is_kind + torch.rand(is_kind.shape, device=kinds.device)
+    return chances.topk(QUERIES_PER_KIND, dim=-1).indices.flatten(1)
+
+
 def kind_means(values: Tensor, kinds: Tensor) -> Tensor:
     """The mean of `values` over the tokens of each kind, `[3]`; 0 for a kind that does not occur."""
     members = one_hot(kinds[:, 1:].long(), 3).to(values.dtype)
@@ -270,16 +340,35 @@ def make_loader(lessons: Lessons, workers: int) -> DataLoader:
     return DataLoader(lessons, batch_size=None, pin_memory=torch.cuda.is_available(), **parallel)
 
 
-def update(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor, kinds: Tensor, lr: float) -> Tensor:
-    """One optimizer step; returns the mean losses of text, codes and digests."""
-    means = kind_means(token_losses(next_token_logits(model, ids), ids), kinds)
-    means.sum().backward()
+def update(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor, kinds: Tensor, lr: float, stage: Stage
+) -> Tensor:
+    """One optimizer step; returns the mean losses of text, codes, digests and, where the stage has it, selection."""
+    losses = kind_means(token_losses(next_token_logits(model, ids), ids), kinds)
+    weights = losses.new_ones(3)
+    if stage.selection_weight:
+        positions = draw_queries(kinds)
+        sparse_layers = model.model.layers[DENSE_LAYERS:]
+        selection = torch.stack([selection_loss(*layer.self_attn.recorded, positions) for layer in sparse_layers])
+        losses = torch.cat([losses, selection.mean()[None]])
+        weights = torch.cat([weights, weights.new_tensor([stage.selection_weight])])
+    (losses @ weights).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return means.detach()
+    return losses.detach()
+
+
+def trained_parameters(model: LlamaForCausalLM, stages: tuple[Stage, ...]) -> list[nn.Parameter]:
+    """The parameters that `stages` train; the others are frozen from here on."""
+    if any(stage.selection_weight for stage in stages):
+        model.requires_grad_(False)
+        for layer in model.model.layers[DENSE_LAYERS:]:
+            layer.self_attn.q_proj.requires_grad_(True)
+            layer.self_attn.k_proj.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train(
@@ -287,52 +376,57 @@ def train(
 ) -> Iterator[int]:
     """Trains `model` in place and yields the number of each stage when it is done."""
     device = model.device
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda")
-    stage_ends = np.cumsum([stage.steps for stage in stages]).tolist()
-    started, tokens = time.perf_counter(), 0
-    for step, (ids, kinds) in enumerate(make_loader(lessons, workers), start=1):
-        ids, kinds = ids.to(device, non_blocking=True).long(), kinds.to(device, non_blocking=True)
-        means = update(model, optimizer, ids, kinds, learning_rate(stages, step - 1))
-        tokens += ids.numel()
-        if step == 1 or step % 100 == 0:
-            text, code, digest = means.tolist()
-            print(
-                f"step {step:5d}  {tokens / 1e6:6.1f} M tokens  {time.perf_counter() - started:5.1f} s  "
-                f"rows of {ids.shape[1]:5d}  loss: text {text:.3f}  codes {code:.4f}  digests {digest:.4f}"
-            )
-        if step % 500 == 0:
-            print(f"step {step:5d}  {examine(model, heldout, ids.shape[1], batches=4)}")
-        if step in stage_ends:
-            yield stage_ends.index(step)
+    parameters = trained_parameters(model, stages)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda")
+    started, tokens, step = time.perf_counter(), 0, 0
+    batches = iter(make_loader(lessons, workers))
+    for stage_idx, stage in enumerate(stages):
+        model.set_attn_implementation("recorded" if stage.selection_weight else "sdpa")
+        for ids, kinds in islice(batches, stage.steps):
+            ids, kinds = ids.to(device, non_blocking=True).long(), kinds.to(device, non_blocking=True)
+            losses = update(model, optimizer, ids, kinds, learning_rate(stages, step), stage)
+            step += 1
+            tokens += ids.numel()
+            if step == 1 or step % 100 == 0:
+                names = ("text", "codes", "digests", "selection")
+                parts = "  ".join(f"{name} {loss:.4f}" for name, loss in zip(names, losses.tolist(), strict=False))
+                print(
+                    f"step {step:5d}  {tokens / 1e6:6.1f} M tokens  {time.perf_counter() - started:5.1f} s  "
+                    f"rows of {ids.shape[1]:5d}  loss: {parts}"
+                )
+            if step % 500 == 0:
+                print(f"step {step:5d}  {examine(model, heldout, ids.shape[1], batches=4)}")
+        yield stage_idx
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="the training text, xz-compressed")
     parser.add_argument("--output", type=Path, required=True, help="the folder for weights, config and tokenizer")
+    parser.add_argument("--from", dest="start", type=Path, help="a folder with the model to run only the last stage on")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12, help="processes that make lessons")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--steps", type=int, nargs=len(CURRICULUM), help="steps of each stage, for a shorter trial")
+    parser.add_argument("--steps", type=int, nargs="+", help="steps of each stage that runs, for a shorter trial")
     parser.add_argument("--rows", type=int, help="rows of every batch, for a machine without a GPU")
     arguments = parser.parse_args()
-    steps = arguments.steps or [stage.steps for stage in CURRICULUM]
-    arguments.stages = tuple(replace(stage, steps=count) for stage, count in zip(CURRICULUM, steps, strict=True))
+    stages = (LAST_STAGE,) if arguments.start else (*CURRICULUM, LAST_STAGE)
+    steps = arguments.steps or [stage.steps for stage in stages]
+    if len(steps) != len(stages):
+        parser.error(f"--steps needs {len(stages)} numbers, one for each stage that runs")
+    arguments.stages = tuple(replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True))
     return arguments
 
 
-def prepare(text_file: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, Path, Path]:
-    """The tokenizer, and below `folder` a library of the training text and one of the held-out text."""
-    with lzma.open(text_file, "rt") as file:
-        text = file.read()
-    tokenizer = train_tokenizer(text[:TOKENIZER_CHARACTERS])
+def prepare(text: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[Path, Path]:
+    """Below `folder` a library of the training text and one of the held-out text."""
     files = folder / "training.pickle", folder / "heldout.pickle"
     for path, content in zip(files, (text, heldout_text()), strict=True):
         library = Library(tokenizer, content)
         path.write_bytes(pickle.dumps(library))
         print(f"{path.stem}: {len(library.ids) / 1e6:.1f} M tokens, {len(library.sentences)} sentences")
-    return tokenizer, *files
+    return files
 
 
 def main() -> None:
@@ -347,19 +441,33 @@ def main() -> None:
         f"{Path(sys.argv[0]).name}, torch {torch.__version__}, transformers {transformers.__version__}, {device_name}"
     )
     print(*arguments.stages, f"seed {arguments.seed}", sep="\n")
+    with lzma.open(arguments.text, "rt") as file:
+        text = file.read()
+    if arguments.start:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.start)
+        model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
+        print(f"goes on from {arguments.start}")
+    else:
+        tokenizer = train_tokenizer(text[:TOKENIZER_CHARACTERS])
+        model = LlamaForCausalLM(tiny_config(tokenizer))
+    model.to(arguments.device)
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters")
+    for layer in model.model.layers if arguments.compile else ():
+        layer.compile(dynamic=False)
     with TemporaryDirectory() as folder:
-        tokenizer, training_file, heldout_file = prepare(arguments.text, Path(folder))
+        training_file, heldout_file = prepare(text, tokenizer, Path(folder))
         print(f"tokenizer and text ready after {time.perf_counter() - started:.0f} s")
-        lessons = Lessons(training_file, arguments.stages, arguments.seed, arguments.rows)
         heldout = Lessons(heldout_file, arguments.stages, arguments.seed + 1, arguments.rows)
-        model = LlamaForCausalLM(tiny_config(tokenizer)).to(arguments.device)
-        print(f"{model.num_parameters() / 1e6:.2f} M parameters")
-        for layer in model.model.layers if arguments.compile else ():
-            layer.compile(dynamic=False)
-        for stage_idx in train(model, lessons, heldout, arguments.stages, arguments.workers):
-            save(model, tokenizer, arguments.output)
-            print(f"stage {stage_idx} saved after {time.perf_counter() - started:.0f} s")
-        for length in sorted(set(lessons.lengths)):
+        first = 0
+        # The last stage has an optimizer and a warm-up of its own, as where it runs alone.
+        for stages in filter(None, (arguments.stages[:-1], arguments.stages[-1:])):
+            lessons = Lessons(training_file, stages, arguments.seed + 2 * first, arguments.rows)
+            for stage_idx in train(model, lessons, heldout, stages, arguments.workers):
+                save(model, tokenizer, arguments.output)
+                print(f"stage {first + stage_idx} saved after {time.perf_counter() - started:.0f} s")
+            first += len(stages)
+        lengths = sorted({length for stage in arguments.stages for length in stage.lengths})
+        for length in lengths:
             print(examine(model, heldout, length, batches=16))
     print(f"done after {time.perf_counter() - started:.0f} s")
 

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
-from .cache import MaskLength, QuestError
+from .cache import MaskLength, QuestError, QuestLayer
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +47,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
+    if not isinstance(layer, QuestLayer):  # one of the baselines
+        return layer.attention(module, query, key, value, attention_mask, **kwargs)
     if layer.settings.is_captured and not layer.pending:
         return captured_attention(layer, module, query, attention_mask, **kwargs)
     if layer.pending:

@@ -1,5 +1,6 @@
 """The `hf-quest` command."""
 
+import functools
 import time
 from enum import Enum
 from itertools import groupby
@@ -17,9 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from . import CritiPrefill, QuestError, __version__, demo, tiny
-from .evaluation import recall
-from .evaluation.documents import JOBS
+from . import QuestError, __version__, demo, tiny
+from .evaluation.commands import EVALUATIONS, Device, calibrate_command
 
 app = typer.Typer(help="Quest sparse attention for Hugging Face Transformers.", no_args_is_help=True)
 evaluation = typer.Typer(help="Measure what Quest does to a model's answers.", no_args_is_help=True)
@@ -35,18 +35,9 @@ PROGRESS_COLUMNS = (
 )
 
 
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Prefill(str, Enum):
     dense = "dense"
     critical = "critical"
-
-
-Job = Enum("Job", {job: job for job in JOBS}, type=str)
 
 
 def print_version(wanted: bool):
@@ -118,44 +109,23 @@ def app_command(
     page.block_thread()
 
 
-@evaluation.command("recall")
-def recall_command(
-    model: Annotated[str | None, typer.Option(help="A folder, or a model on the hub. By default the tiny one.")] = None,
-    job: Annotated[list[Job], typer.Option(help="What to find. May be repeated, like the next two.")] = tuple(Job),
-    length: Annotated[list[int], typer.Option(help="Tokens in a document, its question included.")] = (10_240,),
-    budget: Annotated[list[int], typer.Option(help="Tokens that each KV head may attend.")] = (64, 256, 512),
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 100,
-    seed: Annotated[int, typer.Option(help="Another seed makes other documents.")] = 1,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for all results.")] = None,
-    prefill_budget: Annotated[
-        list[int], typer.Option(help="Read the documents by CritiPrefill too, with this budget. May be repeated.")
-    ] = (),
-):
-    """How often a model finds what a long document holds, dense and with Quest."""
-    silence_libraries()
-    try:
-        for tokens in budget:
-            demo.make_cache(tokens)  # raises for a wrong one before hours are spent
-        for tokens in prefill_budget:
-            CritiPrefill(budget=tokens)
-        recall.run(
-            model or tiny.PATH,
-            [each.value for each in job],
-            length,
-            budget,
-            documents,
-            seed,
-            demo.choose_device(device.value),
-            dtype,
-            batch_size,
-            output,
-            prefill_budget,
-        )
-    except (demo.DemoError, QuestError, OSError, ValueError) as error:
-        fail(error)
+def in_one_line(command):
+    """The command, with one line of error for what it cannot do."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        silence_libraries()
+        try:
+            command(*args, **kwargs)
+        except (demo.DemoError, QuestError, OSError, ValueError) as error:
+            fail(error)
+
+    return run
+
+
+app.command("calibrate")(in_one_line(calibrate_command))
+for name, command in EVALUATIONS.items():
+    evaluation.command(name)(in_one_line(command))
 
 
 def silence_libraries():

@@ -1,6 +1,5 @@
 """`hf-quest demo` really reads a document and answers twice, or says in one line why it does not."""
 
-import inspect
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import hf_quest
 from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
 from hf_quest.cache import QuestLayer
 from hf_quest.cli import app, layer_kinds
-from hf_quest.evaluation import recall
 from hf_quest.evaluation.documents import heldout_text
 
 BUDGET = 64
@@ -87,12 +85,13 @@ def test_version():
 
 
 def test_import_of_the_package_is_lean():
-    heavy = "{'rich', 'typer', 'hf_quest.cli', 'hf_quest.demo', 'hf_quest.evaluation', 'hf_quest.tiny'}"
+    heavy = "{'rich', 'typer', 'matplotlib', 'datasets', 'torchmetrics', 'hf_quest.cli', 'hf_quest.demo'} | "
+    heavy += "{'hf_quest.evaluation', 'hf_quest.baselines', 'hf_quest.tiny'}"
     needed = (
         "transformers, transformers.cache_utils, transformers.models.auto.modeling_auto, transformers.masking_utils"
     )
     code = f"import sys, {needed}; before = set(sys.modules); import hf_quest; "
-    code += f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    code += f"print(sorted(({heavy}) & (set(sys.modules) - before)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
@@ -268,35 +267,8 @@ def test_model_that_cannot_be_served(document, tmp_path):
     assert_error(result, r"The model cannot read the document: .* Quest cannot serve it.*")
 
 
-def test_recall_measures_what_was_asked_for(monkeypatch, tmp_path):
-    asked = []
-    signature = inspect.signature(recall.run)
-    monkeypatch.setattr(recall, "run", lambda *arguments: asked.append(signature.bind(*arguments)))
-    options = "--job facts --job digest --length 512 --budget 32 --budget 64 --documents 3 --seed 5 --device cpu "
-    options += "--prefill-budget 1024"
-    result = run("eval", "recall", *options.split(), "--output", tmp_path / "recall.json")
-    assert result.exit_code == 0, result.output
-    assert asked[0].arguments == {
-        "model_path": tiny.PATH,
-        "jobs": ["facts", "digest"],
-        "lengths": [512],
-        "budgets": [32, 64],
-        "documents_per_length": 3,
-        "seed": 5,
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "batch_size": 8,
-        "output": tmp_path / "recall.json",
-        "prefill_budgets": [1024],
-    }
-
-
-def test_recall_checks_every_budget_first():
-    assert_error(run("eval", "recall", "--budget", 64, "--budget", 3), "budget is a number of tokens .* It is 3.")
-
-
-def test_recall_checks_every_prefill_budget_first():
-    assert_error(run("eval", "recall", "--prefill-budget", 8192), "threshold=4096 is under the budget.*")
+def test_prefill_checks_every_budget_first():
+    assert_error(run("eval", "prefill", "--prefill-budget", 8192), "threshold=4096 is under the budget.*")
 
 
 @pytest.mark.parametrize("arguments", [["--budget", "many"], ["--device", "tpu"], ["--max-new-tokens", "1"]], ids=str)

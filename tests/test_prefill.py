@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, Gemma2ForCausalLM, GptOssForCausalLM, MistralForCausalLM
 
 from hf_quest import CritiPrefill, QuestCache, attention, prefill, prefill_progress, reference
-from hf_quest.evaluation import recall
+from hf_quest.evaluation import prompts
 
 PAGE = 4
 SMALL = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, dense_layers=0)
@@ -453,7 +453,7 @@ class TestEvaluation:
         config = CritiPrefill(budget=32, segment_size=32, block_size=16, threshold=64, score=score)
         chosen = {}
         cache = QuestCache(prefill=config)
-        found = recall.attention_mass(model, tokens(LONG), cache)
+        found = prompts.attention_mass(model, tokens(LONG), cache)
         cache = QuestCache(prefill=config)
         cache.watch_prefill(lambda layer_idx, position, _, keys, ids: chosen.setdefault((layer_idx, position), ids))
         logits_of(model, cache, tokens(LONG))
@@ -477,12 +477,12 @@ class TestEvaluation:
 
     def test_perplexity_with_all_blocks_is_dense(self, model, monkeypatch):
         library = types.SimpleNamespace(ids=tokens(600)[0].numpy())
-        dense = recall.perplexity(model, library, window=LONG)
+        dense = prompts.perplexity(model, library, window=LONG)
         everything = CritiPrefill(budget=272, segment_size=16, block_size=16, threshold=272)
-        monkeypatch.setattr(recall, "new_cache", lambda budget: QuestCache(prefill=everything))
-        assert recall.perplexity(model, library, LONG, 272) == pytest.approx(dense, rel=1e-5)
-        monkeypatch.setattr(recall, "new_cache", lambda budget: QuestCache(prefill=CONFIG))
-        assert recall.perplexity(model, library, LONG, 32) != pytest.approx(dense, rel=1e-3)
+        monkeypatch.setattr(prompts, "new_cache", lambda budget: QuestCache(prefill=everything))
+        assert prompts.perplexity(model, library, LONG, 272) == pytest.approx(dense, rel=1e-5)
+        monkeypatch.setattr(prompts, "new_cache", lambda budget: QuestCache(prefill=CONFIG))
+        assert prompts.perplexity(model, library, LONG, 32) != pytest.approx(dense, rel=1e-3)
 
     def test_read_share_counts_products(self):
         for num_tokens in (64, 100, 300):

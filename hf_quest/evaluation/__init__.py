@@ -1,1 +1,17 @@
-"""What Quest is measured by: long documents with something to find in them, and whether it is found."""
+"""What Quest is measured by: the paper's evaluations beside its baselines, and a calibration on one's own text."""
+
+from .calibration import calibrate
+from .longbench import evaluate_longbench
+from .passkey import evaluate_passkey
+from .perplexity import evaluate_perplexity
+from .recall import evaluate_recall
+from .top10 import evaluate_top10
+
+__all__ = [
+    "calibrate",
+    "evaluate_longbench",
+    "evaluate_passkey",
+    "evaluate_perplexity",
+    "evaluate_recall",
+    "evaluate_top10",
+]

@@ -1,0 +1,34 @@
+"""H2O: heavy hitters, the tokens with the most attention so far, and the most recent ones (arXiv 2306.14048)."""
+
+import torch
+
+from .evicting import EvictingCache, EvictingLayer, attention_weights
+
+
+class H2OLayer(EvictingLayer):
+    def observe(self, query, mask, is_visible, **kwargs):
+        for weights in attention_weights(query, self.keys, mask, **kwargs):
+            self.scores += weights.sum(dim=(2, 3))
+        self.scores.masked_fill_(~is_visible, -torch.inf)
+
+    def priority(self):
+        num_recent = self.settings.budget - self.settings.budget // 2
+        slot = torch.arange(self.scores.shape[2], device=self.scores.device)
+        return self.scores.masked_fill(slot >= self.scores.shape[2] - num_recent, torch.inf)
+
+
+class H2OCache(EvictingCache):
+    """H2O (arXiv 2306.14048, algorithm 1) as its authors released it, the variant `H2OKVCache_LayerWise`.
+
+    A token's score is the sum of the attention weights that all queries so far gave it, the prompt's included and not
+    divided by how many queries could see it. Half of the budget is the newest tokens, half those of the highest scores
+    among the others, for each head. Theirs has no grouped-query attention; here a KV head sums over its query heads.
+
+    Quest's paper, for long inputs, and kvpress's `ObservedAttentionPress` call other things H2O: the former scores only
+    from the first decoded token on, the latter divides by the number of queries and evicts once.
+
+    Args and errors: those of `EvictingCache`.
+    """
+
+    layer_class = H2OLayer
+    min_budget = 2

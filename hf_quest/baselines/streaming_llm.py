@@ -1,0 +1,29 @@
+"""StreamingLLM: the first tokens, where attention sinks, and a window of the most recent (arXiv 2309.17453)."""
+
+import torch
+
+from .evicting import EvictingCache, EvictingLayer
+
+NUM_SINKS = 4  # tokens (StreamingLLM, section 3.2)
+
+
+class StreamingLLMLayer(EvictingLayer):
+    def observe(self, query, mask, is_visible, **kwargs):
+        is_sink = is_visible.cumsum(dim=-1) <= NUM_SINKS  # of the row: padding does not count
+        # A float32 counts exactly to 2^24, so by place among the kept and not by position.
+        recency = torch.arange(is_visible.shape[2], device=is_visible.device, dtype=torch.float32)
+        self.scores = torch.where(is_sink, torch.inf, recency).masked_fill(~is_visible, -torch.inf)
+
+
+class StreamingLLMCache(EvictingCache):
+    """StreamingLLM (arXiv 2309.17453, section 3.2): the first four tokens and the newest `budget - 4`.
+
+    The variant whose tokens keep the positions at which they were seen, as kvpress's `StreamingLLMPress` has it. The
+    authors' `StartRecentKVCache` keeps the same tokens and gives them positions within the cache, which moves the four
+    sinks closer to the query and matters beyond the length that the model was trained for.
+
+    Args and errors: those of `EvictingCache`.
+    """
+
+    layer_class = StreamingLLMLayer
+    min_budget = NUM_SINKS + 1

@@ -1,0 +1,306 @@
+"""Which budget does one's own document need, in one's own model? Dense attention beside Quest, budget by budget.
+
+The document but for its last tokens is prefilled once. Those are fed one by one, with everything attended and then at
+every budget, on the same cache: it is cropped in between. What a head would have attended to is computed for one query
+at a time, so that the largest thing in memory beside the model is its cache.
+"""
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import QuestCache
+from .methods import EVERYTHING, Way, check_length, make_ways, new_cache, step
+from .observation import OBSERVED, attended, logits, observe, share_found
+from .plots import figure, save
+from .report import Results
+from .top10 import NUM_TOP
+
+PREFILL_CHUNK = 512  # tokens
+
+
+@dataclass
+class Run:
+    """The decode steps of one budget. `log_probs` [steps, V], of the next token; seconds of each step."""
+
+    log_probs: Tensor
+    seconds: list[float]
+    read_share: float
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    source: str = "text",
+    budgets: Sequence[int] = (256, 512, 1024, 2048, 4096),
+    tolerance: float = 0.01,
+    num_scored: int = 64,
+    max_tokens: int | None = None,
+    output: Path | str | None = None,
+) -> dict[str, Any]:
+    """Measures on a document, for each budget, what Quest changes about the model's predictions and what it reads.
+
+    A budget is within the tolerance if exp(KL) - 1 is, where KL is the mean Kullback-Leibler divergence of its
+    next-token distribution from dense attention's: by so much would perplexity rise on text that the dense model
+    writes. Unlike a perplexity measured on a few tokens it is never lucky.
+
+    Args:
+        model, tokenizer: as `methods.load` brings them.
+        text: the document.
+        source: its name, for the report.
+        budgets: tokens.
+        tolerance: a share, 0.01 for one percent.
+        num_scored: tokens at the end that are fed one by one.
+        max_tokens: how much of the document to take, from its beginning. By default all.
+        output: a JSON file.
+
+    Returns:
+        The report: configuration, environment, the recommended budget (None if there is none) and a record for dense
+        attention and each budget.
+
+    Raises:
+        ValueError: for what cannot be calibrated, before anything is.
+    """
+    ways = make_ways(["dense", "quest"], budgets)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is a share above 0, such as 0.01, not {tolerance}.")
+    ids = torch.tensor([tokenizer.encode(text)[:max_tokens]], device=model.device)
+    num_context = ids.shape[1] - num_scored - 1
+    if num_scored < 2 or num_context < 2:
+        raise ValueError(f"The document has {ids.shape[1]:,} tokens, too few to score {num_scored} of them.")
+    check_length(model, ids.shape[1], ways, num_context)
+    configuration = {
+        "evaluation": "calibration",
+        "source": source,
+        "budgets": list(budgets),
+        "tolerance": tolerance,
+        "num_scored": num_scored,
+        "num_tokens": ids.shape[1],
+    }
+    results = Results(model, configuration, output)
+    calibration = Calibration(model, ids, num_context)
+    by_unit = {str(way): way for way in ways}
+    # An interrupted calibration is begun again: the runs are compared with the dense one, which is not kept.
+    results.records.clear()
+    results.run(["prefill", *by_unit], lambda unit: calibration.measure(by_unit.get(unit)))
+    report = results.report
+    report["recommended_budget"] = recommended(report)
+    results.write()
+    return report
+
+
+class Calibration:
+    """A document in a model's cache, and the runs over its last tokens."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, num_context: int):
+        self.model = model
+        self.ids = ids
+        self.num_context = num_context
+        self.cache: QuestCache = new_cache(model, "quest", EVERYTHING)
+        self.dense: Run | None = None
+        self.tops: list[list[Tensor]] = []  # of dense attention, by step and layer: [1, Hq, 10] positions
+
+    def measure(self, way: Way | None) -> Iterator[dict[str, Any]]:
+        """The record of a way; None prefills and has none."""
+        if way is None:
+            self.prefill()
+            return
+        self.cache.budget = way.budget or EVERYTHING
+        run = self.run()
+        if self.dense is None:
+            self.dense = run
+        yield {**way._asdict(), **self.compare(run), "layers": self.observe(way)}
+
+    def prefill(self) -> None:
+        chunks = list(self.ids[:, : self.num_context].split(PREFILL_CHUNK, dim=1))
+        if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
+            chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
+        for chunk in chunks:
+            self.model.base_model(chunk, past_key_values=self.cache, use_cache=True)
+
+    def steps(self) -> Iterator[Tensor]:
+        """Feeds the last tokens one by one, and takes them back: the logits [1, V] of each next one."""
+        for position in range(self.num_context, self.ids.shape[1] - 1):
+            yield step(self.model, self.cache, self.ids[:, position : position + 1])
+        self.cache.crop(self.num_context - self.cache.get_seq_length())
+
+    def run(self) -> Run:
+        self.model.set_attn_implementation("quest")
+        log_probs, seconds, started = [], [], time.perf_counter()
+        for row in self.steps():
+            if row.is_cuda:
+                torch.cuda.synchronize(row.device)
+            seconds.append(time.perf_counter() - started)
+            log_probs.append(row.log_softmax(dim=-1))
+            read_share = self.cache.read_share
+            started = time.perf_counter()
+        return Run(torch.cat(log_probs), seconds[1:], read_share)
+
+    def compare(self, run: Run) -> dict[str, float]:
+        """What the run predicted beside dense attention."""
+        targets = self.ids[0, self.num_context + 1 :, None]
+        dense = self.dense.log_probs
+        divergence = (dense.exp() * (dense - run.log_probs)).sum(dim=-1).clamp(min=0)
+        agrees = run.log_probs.argmax(dim=-1) == dense.argmax(dim=-1)
+        return {
+            "kl": divergence.mean().item(),
+            "top1_agreement": agrees.float().mean().item(),
+            "perplexity": math.exp(-run.log_probs.gather(1, targets).mean().item()),
+            "read_share": run.read_share,
+            "ms_per_token": 1000 * statistics.median(run.seconds),
+        }
+
+    def observe(self, way: Way) -> list[dict[str, Any]]:
+        """For each layer that selects pages: the share of attention mass on what each query head attends to, of all
+        mass, and of the ten tokens that dense attention weighs most."""
+        mass: dict[int, list[Tensor]] = {}
+        found: dict[int, list[Tensor]] = {}
+        step_idx = 0
+
+        def note(layer_idx, layer, query, scaling):
+            row = logits(layer, query, scaling)
+            if way.budget is None:
+                self.tops[-1].append(row.topk(min(NUM_TOP, row.shape[-1]), dim=-1).indices)
+                return
+            is_attended = attended(layer, query, scaling)
+            weights = row.softmax(dim=-1).unflatten(1, (is_attended.shape[1], -1))
+            kept = (weights * is_attended[:, :, None]).sum(dim=-1).flatten(1)[0]
+            mass.setdefault(layer_idx, []).append(kept)
+            found.setdefault(layer_idx, []).append(share_found(self.tops[step_idx][layer_idx], is_attended)[0])
+
+        def observer(layer_idx):
+            return lambda layer, query, scaling: note(layer_idx, layer, query, scaling)
+
+        num_layers = len(self.cache.layers)
+        observe(self.cache, [observer(layer_idx) for layer_idx in range(num_layers)])
+        self.model.set_attn_implementation(OBSERVED)
+        if way.budget is None:
+            self.tops = [[]]
+        for step_idx, _ in enumerate(self.steps(), start=1):  # noqa: B007
+            if way.budget is None:
+                self.tops.append([])
+        observe(self.cache, [None] * num_layers)
+        return [
+            {
+                "layer": layer_idx,
+                "mass": torch.stack(rows).mean(dim=0).tolist(),
+                "top10": torch.stack(found[layer_idx]).mean(dim=0).tolist(),
+            }
+            for layer_idx, rows in mass.items()
+            if layer_idx >= self.cache.dense_layers
+        ]
+
+
+def recommended(report: dict[str, Any]) -> int | None:
+    """The smallest budget that is within the tolerance, and so are all larger ones."""
+    budget = None
+    for record in sorted(report["records"], key=lambda record: -(record["budget"] or math.inf)):
+        if math.expm1(record["kl"]) > report["configuration"]["tolerance"]:
+            break
+        budget = record["budget"]
+    return budget
+
+
+def line_of_code(report: dict[str, Any]) -> str | None:
+    """What to write to use the recommended budget."""
+    budget = report["recommended_budget"]
+    return None if budget is None else f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
+
+
+def mean_of(record: dict[str, Any], name: str) -> float:
+    """The mean over layers and heads of `mass` or `top10`."""
+    values = [value for layer in record["layers"] for value in layer[name]]
+    return statistics.fmean(values) if values else 1.0
+
+
+def calibration_table(report: dict[str, Any]) -> Table:
+    table = Table(
+        "budget",
+        "attention mass",
+        "top-10 tokens",
+        "KL, nats",
+        "same first choice",
+        "perplexity",
+        "KV read",
+        "ms per token",
+    )
+    for record in report["records"]:
+        table.add_row(
+            "all" if record["budget"] is None else f"{record['budget']:,}",
+            f"{mean_of(record, 'mass'):.1%}",
+            f"{mean_of(record, 'top10'):.1%}",
+            f"{record['kl']:.5f}",
+            f"{record['top1_agreement']:.1%}",
+            f"{record['perplexity']:.3f}",
+            f"{record['read_share']:.1%}",
+            f"{record['ms_per_token']:.1f}",
+        )
+    return table
+
+
+def draw_divergence(report: dict[str, Any]) -> Any:
+    """exp(KL) - 1 over the budget, with the tolerance."""
+    drawing = figure(figsize=(5, 3.2))
+    axes = drawing.subplots()
+    records = [record for record in report["records"] if record["budget"]]
+    budgets = [record["budget"] for record in records]
+    axes.plot(budgets, [100 * math.expm1(record["kl"]) for record in records], marker="o", label="Quest")
+    axes.axhline(100 * report["configuration"]["tolerance"], color="black", linestyle="--", label="tolerance")
+    axes.set(xscale="log", yscale="log", xlabel="budget, tokens", ylabel="expected rise of perplexity, %")
+    axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+    axes.minorticks_off()
+    axes.legend()
+    return drawing
+
+
+def draw_mass(report: dict[str, Any]) -> Any:
+    """For each budget the share of attention mass that is attended to, by layer and head."""
+    records = [record for record in report["records"] if record["layers"]]
+    layers = [layer["layer"] for layer in records[0]["layers"]]
+    drawing = figure(figsize=(2.2 * len(records) + 1, 1.2 + 0.25 * len(layers)))
+    panels = drawing.subplots(1, len(records), squeeze=False, sharey=True)[0]
+    for record, axes in zip(records, panels, strict=True):
+        image = axes.imshow([layer["mass"] for layer in record["layers"]], vmin=0, vmax=1, aspect="auto")
+        axes.set(title=f"budget {record['budget']:,}", xlabel="query head")
+        axes.set_yticks(range(len(layers)), layers)
+        axes.grid(visible=False)
+    panels[0].set_ylabel("layer")
+    drawing.colorbar(image, ax=list(panels), label="attention mass")
+    return drawing
+
+
+def write_html(report: dict[str, Any], path: Path | str) -> None:
+    """The report as one page, plots included."""
+    try:
+        import jinja2
+    except ImportError:
+        raise ValueError('The HTML report needs jinja2: pip install "hf-quest[eval]"') from None
+
+    def svg(drawing: Any) -> str:
+        file = io.StringIO()
+        save(drawing, file)
+        return file.getvalue()[file.getvalue().index("<svg") :]
+
+    table = calibration_table(report)
+    page = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("calibration.html").read_text())
+    text = page.render(
+        report=report,
+        line_of_code=line_of_code(report),
+        header=[column.header for column in table.columns],
+        rows=list(zip(*(column.cells for column in table.columns), strict=True)),
+        divergence=svg(draw_divergence(report)),
+        mass=svg(draw_mass(report)) if any(record["layers"] for record in report["records"]) else "",
+    )
+    Path(path).write_text(text)

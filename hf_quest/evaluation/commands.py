@@ -1,0 +1,376 @@
+"""The commands below `hf-quest eval`, and `hf-quest calibrate`. They raise; `cli` makes one line of it."""
+
+import json
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import demo, tiny
+from .calibration import calibrate, calibration_table, line_of_code, write_html
+from .documents import HELDOUT_TEXT, JOBS
+from .longbench import SETS, evaluate_longbench, longbench_table
+from .methods import CACHES, METHODS, load
+from .passkey import evaluate_passkey, passkey_table
+from .perplexity import evaluate_perplexity, hub_text, perplexity_table, plot_over_length
+from .plots import plot_over_budget
+from .prompts import evaluate_prefill, prefill_table
+from .recall import evaluate_recall, recall_table
+from .report import read_text, write_table
+from .top10 import evaluate_top10, plot_by_layer, top10_table
+
+console = Console()
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def choices(name: str, values) -> type[Enum]:
+    return Enum(name, {value: value for value in values}, type=str)
+
+
+Job = choices("Job", JOBS)
+Method = choices("Method", METHODS)
+BudgetedMethod = choices("BudgetedMethod", CACHES)
+LongBenchSet = choices("LongBenchSet", SETS)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A folder, or a model on the hub. By default the tiny one inside.")
+]
+MethodOption = Annotated[list[Method], typer.Option("--method", help="What to compare. May be repeated.")]
+BudgetOption = Annotated[
+    list[int], typer.Option("--budget", help="Tokens that each KV head may attend. May be repeated.")
+]
+FractionOption = Annotated[float, typer.Option("--fraction", help="The share of it all to run, for a quick look.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Another seed makes other documents.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Documents at a time.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16. By default the model's own, float32 on a CPU."),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        help="A JSON file for the results; a table and plots come beside it. The same command goes on with it.",
+    ),
+]
+
+
+def loaded(model: str | None, device: Device, dtype: str | None):
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is float32, bfloat16 or float16, not {dtype}.")
+    return load(model or str(tiny.PATH), demo.choose_device(device.value), dtype)
+
+
+TABLES = {
+    "passkey": passkey_table,
+    "recall": recall_table,
+    "perplexity": perplexity_table,
+    "top10": top10_table,
+    "prefill": prefill_table,
+    "longbench": longbench_table,
+    "calibration": calibration_table,
+}
+# By what is added to the results file's name.
+PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Path], None]]] = {
+    "passkey": {"": lambda report, path: plot_over_budget(report, ["length"], path)},
+    "recall": {"": lambda report, path: plot_over_budget(report, ["job", "length"], path)},
+    "perplexity": {"": plot_over_length},
+    "top10": {
+        "": lambda report, path: plot_over_budget(report, ["job"], path, label="top-10 tokens attended to"),
+        "_by_layer": plot_by_layer,
+    },
+    "longbench": {"": lambda report, path: plot_over_budget(report, ["set"], path, label="score")},
+    "calibration": {"": lambda report, path: write_html(report, path.with_suffix(".html"))},
+}
+
+
+def conclude(report: dict[str, Any], output: Path | None) -> None:
+    """Prints the table; beside the results file, writes it as Markdown, and the plots."""
+    kind = report["configuration"]["evaluation"]
+    table = TABLES[kind](report)
+    console.print(table)
+    if output is None:
+        return
+    write_table(output, report, table)
+    try:
+        for name, plot in PLOTS.get(kind, {}).items():
+            plot(report, output.with_name(f"{output.stem}{name}.svg"))
+    except ValueError as error:  # no matplotlib; `hf-quest eval report` draws them where there is
+        console.print(str(error), style="yellow")
+
+
+def report_command(
+    file: Annotated[Path, typer.Argument(help="A results file, of a run that may still go on.")],
+):
+    """Print the table of a results file; write it as Markdown beside the file, and draw its plots."""
+    try:
+        report = json.loads(read_text(file))
+        report["configuration"]["evaluation"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a results file of hf-quest eval.") from None
+    conclude(report, file)
+
+
+def names(values: list[Enum]) -> list[str]:
+    return [value.value for value in values]
+
+
+def passkey_command(
+    model: ModelOption = None,
+    length: Annotated[list[int], typer.Option(help="Tokens, as four characters each. May be repeated.")] = (10_000,),
+    method: MethodOption = tuple(Method),
+    budget: BudgetOption = (64, 256, 1024),
+    iterations: Annotated[int, typer.Option(min=1, help="Prompts of each length, at equal steps of depth.")] = 100,
+    fraction: FractionOption = 1.0,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """The Quest paper's passkey retrieval: how often a number hidden in garbage is found."""
+    report = evaluate_passkey(
+        *loaded(model, device, dtype),
+        lengths=list(length),
+        methods=names(method),
+        budgets=list(budget),
+        iterations=iterations,
+        fraction=fraction,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def recall_command(
+    model: ModelOption = None,
+    job: Annotated[list[Job], typer.Option(help="What to find. May be repeated.")] = tuple(Job),
+    length: Annotated[list[int], typer.Option(help="Tokens in a document, its question included. May be repeated.")] = (
+        10_240,
+    ),
+    method: MethodOption = tuple(Method),
+    budget: BudgetOption = (64, 256, 1024),
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 100,
+    fraction: FractionOption = 1.0,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """How often a model finds what a long document of real text holds. Made for the tiny model."""
+    report = evaluate_recall(
+        *loaded(model, device, dtype),
+        jobs=names(job),
+        lengths=list(length),
+        methods=names(method),
+        budgets=list(budget),
+        num_documents=documents,
+        fraction=fraction,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def prefill_command(
+    model: ModelOption = None,
+    job: Annotated[list[Job], typer.Option(help="What to find. May be repeated.")] = tuple(Job),
+    length: Annotated[list[int], typer.Option(help="Tokens in a document, its question included. May be repeated.")] = (
+        16_384,
+    ),
+    prefill_budget: Annotated[
+        list[int], typer.Option(help="Tokens that a segment of the prompt reads before itself. May be repeated.")
+    ] = (1024,),
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 100,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """What CritiPrefill costs: answers, perplexity and attention mass, beside prompts that are read dense."""
+    report = evaluate_prefill(
+        *loaded(model, device, dtype),
+        jobs=names(job),
+        lengths=list(length),
+        prefill_budgets=list(prefill_budget),
+        num_documents=documents,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def perplexity_command(
+    model: ModelOption = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file. By default the tiny model's held-out text.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead, a data set of the hub, such as emozilla/pg19-test: its first document.")
+    ] = None,
+    length: Annotated[list[int], typer.Option(help="Tokens of input. May be repeated.")] = (1024, 4096, 16_384),
+    method: MethodOption = tuple(Method),
+    budget: BudgetOption = (),
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The budget as a share of the length. By default an eighth.")
+    ] = None,
+    scored: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens at the end are fed one by one, and count.")
+    ] = 128,
+    token_by_token: Annotated[
+        bool, typer.Option("--token-by-token", help="Feed all one by one, from the first, as the paper does.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Windows of the text, at equal steps through it.")] = 16,
+    fraction: FractionOption = 1.0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """Perplexity over the length of the input (the Quest paper's figure 6)."""
+    if dataset and text:
+        raise ValueError("Give --text or --dataset, not both.")
+    content = hub_text(dataset) if dataset else read_text(text or HELDOUT_TEXT)
+    source = dataset or (text.name if text else "heldout.txt")
+    report = evaluate_perplexity(
+        *loaded(model, device, dtype),
+        content,
+        source=source,
+        lengths=list(length),
+        methods=names(method),
+        budgets=list(budget),
+        share=1 / 8 if share is None and not budget else share,
+        num_scored=None if token_by_token else scored,
+        num_rows=rows,
+        fraction=fraction,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def top10_command(
+    model: ModelOption = None,
+    job: Annotated[list[Job], typer.Option(help="The documents. May be repeated.")] = (Job.passkey,),
+    length: Annotated[int, typer.Option(help="Tokens in a document, its question included.")] = 10_240,
+    method: Annotated[list[BudgetedMethod], typer.Option("--method", help="What to compare. May be repeated.")] = tuple(
+        BudgetedMethod
+    ),
+    budget: BudgetOption = (64, 128, 256, 512, 1024),
+    documents: Annotated[int, typer.Option(min=1, help="Documents for each job.")] = 10,
+    fraction: FractionOption = 1.0,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """How many of the ten tokens that dense attention weighs most each method attends to (the paper's figure 4)."""
+    report = evaluate_top10(
+        *loaded(model, device, dtype),
+        jobs=names(job),
+        length=length,
+        methods=names(method),
+        budgets=list(budget),
+        num_documents=documents,
+        fraction=fraction,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def longbench_command(
+    model: ModelOption = None,
+    sets: Annotated[list[LongBenchSet], typer.Option("--set", help="May be repeated.")] = tuple(LongBenchSet),
+    folder: Annotated[
+        Path | None, typer.Option(help="A folder of JSONL files, or LongBench's data.zip. By default from the hub.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt, its middle left out beyond. By default the model's context.")
+    ] = None,
+    method: MethodOption = tuple(Method),
+    budget: BudgetOption = (512, 1024, 2048),
+    fraction: FractionOption = 1.0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    output: OutputOption = None,
+):
+    """LongBench's six sets of the Quest paper (its figure 7), with their prompts, lengths and metrics."""
+    report = evaluate_longbench(
+        *loaded(model, device, dtype),
+        sets=names(sets),
+        folder=folder,
+        max_length=max_length,
+        methods=names(method),
+        budgets=list(budget),
+        fraction=fraction,
+        output=output,
+    )
+    conclude(report, output)
+
+
+EVALUATIONS = {
+    "passkey": passkey_command,
+    "recall": recall_command,
+    "perplexity": perplexity_command,
+    "top10": top10_command,
+    "longbench": longbench_command,
+    "prefill": prefill_command,
+    "report": report_command,
+}
+
+
+def calibrate_command(
+    text: Annotated[Path, typer.Option(help="A UTF-8 file: a document as the model will get it.")],
+    model: ModelOption = None,
+    budget: BudgetOption = (256, 512, 1024, 2048, 4096),
+    tolerance: Annotated[
+        float, typer.Option(help="By how much perplexity may be expected to rise, as a share: 0.01 is one percent.")
+    ] = 0.01,
+    scored: Annotated[int, typer.Option(min=2, help="Tokens at the end that are fed one by one.")] = 64,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Take this many tokens of the document.")] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    output: Annotated[Path, typer.Option(help="The HTML page; the numbers come beside it as JSON.")] = Path(
+        "calibration.html"
+    ),
+):
+    """Find the budget that your own document needs in your own model."""
+    if output.suffix != ".html":
+        raise ValueError(f"The report is an HTML page, so --output ends in .html, not as {output} does.")
+    content = read_text(text)
+    report = calibrate(
+        *loaded(model, device, dtype),
+        content,
+        source=text.name,
+        budgets=list(budget),
+        tolerance=tolerance,
+        num_scored=scored,
+        max_tokens=max_tokens,
+        output=output.with_suffix(".json"),
+    )
+    conclude(report, output.with_suffix(".json"))
+    if output.exists():
+        console.print(f"The report is in {output}.", highlight=False)
+    line = line_of_code(report)
+    if line is None:
+        console.print(f"None of these budgets stays within {tolerance:.2%}. Try larger ones.", highlight=False)
+    else:
+        console.print(
+            f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:", highlight=False
+        )
+        console.print(line, highlight=False, soft_wrap=True)
