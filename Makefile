@@ -12,7 +12,7 @@ app: $(VENV)/app
 	$(VENV)/bin/hf-quest app
 
 test: lint
-	$(VENV)/bin/pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2  # a thread for each of the two, or they wait for each other
 
 notebooks: $(VENV)/installed $(VENV)/notebooks
 	$(VENV)/bin/python notebooks/execute.py
