@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
         uint4 key[kTokensInFlight], value[kTokensInFlight];
 #pragma unroll
         for (int i = 0; i < kTokensInFlight; ++i) {
-            const bool is_token = slot + i < slot_end;
-            key[i] = load_once(reinterpret_cast<const uint4*>(new_keys + (slot + i) * params.key_strides[2]), is_token);
-            value[i] =
-                load_once(reinterpret_cast<const uint4*>(new_values + (slot + i) * params.value_strides[2]), is_token);
+            if (slot + i < slot_end) {
+                key[i] = load_once(reinterpret_cast<const uint4*>(new_keys + (slot + i) * params.key_strides[2]));
+                value[i] = load_once(reinterpret_cast<const uint4*>(new_values + (slot + i) * params.value_strides[2]));
+            }
         }
 #pragma unroll
         for (int i = 0; i < kTokensInFlight; ++i) {

@@ -19,8 +19,14 @@ constexpr int kMergeBatch = 8;    // partial sums in flight at once
 
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 4; }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int least_blocks_per_sm(int) { return 2; }  // three leave a few registers too little there
+#else
+constexpr int least_blocks_per_sm(int head_dim) { return blocks_per_sm(head_dim); }
+#endif
+
 template <typename T, int kHeadDim, bool kIsDense>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const AttendParams params) {
+__global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) attend_kernel(const AttendParams params) {
     constexpr int kQuads = kHeadDim / 4;  // of channels
     __shared__ WarpSums<kHeadDim, kWarps> warp_sums;
     __shared__ bool is_last;

@@ -1,4 +1,4 @@
-// How the warps of a block attend tokens: what attend.cu and decode.cu share.
+// How the warps of a block attend tokens: what attend.cu and chain.cu share.
 #pragma once
 
 #include <cmath>
@@ -82,6 +82,7 @@ struct WarpSums {
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of the first
 // of `num_heads` heads; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
+// Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kWarps, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* query, int64_t head_stride, int num_heads,
                              const T* keys, const T* values, int num_tokens, int first_tile, int end_tile,
@@ -91,13 +92,13 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
     constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
-    query += group_idx * head_stride + quad_idx * 8;
+    query += min(group_idx, num_heads - 1) * head_stride + quad_idx * 8;
     keys += quad_idx * 8;
     values += group_idx * L::kVector;
     uint4 q[kNumChunks];
 #pragma unroll
     for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-        q[chunk_idx] = load_once(reinterpret_cast<const uint4*>(query + chunk_idx * kChannels), group_idx < num_heads);
+        q[chunk_idx] = load_once(reinterpret_cast<const uint4*>(query + chunk_idx * kChannels));
     }
 
     float output[L::kBlocks][L::kPairs][4] = {};  // channels x heads
@@ -116,33 +117,31 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
             start[half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
-            const int token_idx = start[half_idx] + group_idx;
-            const T* token = keys + int64_t(token_idx) * kHeadDim;
+            const int token_idx = min(start[half_idx] + group_idx, num_tokens - 1);
+            const T* token = keys + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                const auto* chunk = reinterpret_cast<const uint4*>(token + chunk_idx * kChannels);
-                key[half_idx][chunk_idx] = load_once(chunk, token_idx < num_tokens);
+                key[half_idx][chunk_idx] = load_once(reinterpret_cast<const uint4*>(token + chunk_idx * kChannels));
             }
         }
     };
     typename L::Vector value[L::kBlocks][4];
-    const auto load_values = [&](bool has_weight) {
+    const auto load_values = [&] {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token_idx = start[i / 2] + 2 * quad_idx + i % 2;
-            const T* token = values + int64_t(token_idx) * kHeadDim;
+            const int token_idx = min(start[i / 2] + 2 * quad_idx + i % 2, num_tokens - 1);
+            const T* token = values + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
                 const auto* vector = token + block_idx * 8 * L::kVector;
-                const bool is_token = token_idx < num_tokens && has_weight;
-                value[block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector), is_token);
+                value[block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector));
             }
         }
     };
 
     if (kLoadsAhead && first_tile < end_tile) {
         load_keys(first_tile);
-        load_values(true);
+        load_values();
     }
     for (int tile_idx = first_tile; tile_idx < end_tile; tile_idx += kWarps) {
         if constexpr (!kLoadsAhead) load_keys(tile_idx);
@@ -172,8 +171,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
         if (kLoadsAhead && has_next) load_keys(tile_idx + kWarps);
         new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
         new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
-        // The condition keeps the compiler from loading values before the keys have left their registers.
-        if constexpr (!kLoadsAhead) load_values(new_maximum > -INFINITY);
+        if constexpr (!kLoadsAhead) load_values();
         const float correction = weight_of(maximum, new_maximum);
         maximum = new_maximum;
         sum *= correction;
@@ -206,7 +204,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
                                 low_weights, high_weights);
             }
         }
-        if (kLoadsAhead && has_next) load_values(true);
+        if (kLoadsAhead && has_next) load_values();
     }
 
     // The block's sum over its warps.

@@ -169,7 +169,7 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     const int cluster_size = cluster_size_of(params);
     Tensor scores;
     if (storage.scores == nullptr && storage.addresses == nullptr &&
-        (cluster_size == 0 || needs_scores(params, cluster_size))) {
+        (cluster_size == 0 || needs_scores(params))) {
         const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
         scores = at::empty({query.size(0), params.num_kv_heads, 1, num_pages}, query.options().dtype(at::kFloat));
         storage.scores = scores.data_ptr<float>();

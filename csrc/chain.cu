@@ -1,10 +1,11 @@
 // chain: estimate, select and attend in one kernel, by a cluster of thread blocks for each row and KV head.
 //
-// Each block scores its share of the pages into shared memory. The cluster finds the last score that is taken by a radix
-// select over the range of its scores, whose counts the blocks read from each other's shared memory. Each block tells
-// the others which of its pages are taken, in equal shares for all, attends its share, and merges a part of the output.
+// The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block finds, by
+// itself and in its own shared memory, the same last score that is taken, by a radix select over the range of the scores,
+// and puts its share of the pages above it into a list. It attends them, and sends the others their parts of what it has
+// summed up. So the blocks of a head wait twice for what they send each other, where separate kernels would wait for the
+// whole GPU: for all scores and for all sums. What is sent counts itself in at a barrier of the block that gets it.
 // Where no more pages are stored than may be taken, they are all attended without a look at their bounds.
-// What the blocks of one head wait for is a cluster barrier, where separate kernels would wait for the whole GPU.
 
 #include <cooperative_groups.h>
 
@@ -20,23 +21,83 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kDigitBits = 8;  // a digit for each thread
-constexpr int kMaxScores = 24 * 1024;  // of one block in shared memory; more lie in global memory
+constexpr int kDigitBits = 10;
+constexpr int kNumDigits = 1 << kDigitBits;
+static_assert(kNumDigits == 4 * kThreads);  // each thread sums up four, which it reads at once
+constexpr int kMaxQuadsPerThread = 15;  // of keys, whose pages are noted in 64 bits
+constexpr int kMaxKeys = kThreads * kMaxQuadsPerThread * 4;  // of scores in shared memory; more lie in global memory
 constexpr int kMaxClusterSize = 16;
 
 template <int kHeadDim>
 struct alignas(16) Shared {
+    static constexpr int kQuads = kHeadDim / 4;  // of channels
+    // What the blocks of the cluster send to this one:
+    alignas(16) unsigned keys[kMaxKeys + 4];            // of all scores but the newest page's, to a whole quad
+    uint2 ranges[kMaxClusterSize * kWarps];             // lowest and highest key that each warp has seen
+    float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
+    float2 softmax[kMaxClusterSize][kHeadTile];         // of all blocks: maximum and sum
+    uint64_t keys_barrier, sums_barrier;
+
     WarpSums<kHeadDim, kWarps> warp_sums;
-    alignas(16) float output[kHeadTile][kHeadDim];  // of this block
-    float2 softmax[kHeadTile];
-    unsigned counts[2][kThreads];  // of digits; one is counted while the others still read the other
-    unsigned lowest, highest;      // keys of this block
-    int num_equal, num_taken;      // pages of this block
+    uint4 counts[kNumDigits / 4];
     int warp_totals[kWarps];
-    int digit, num_before, num_in_digit;
+    int3 found;  // a digit, and the keys above it and in it
+    uint2 candidates[kThreads], last_taken;  // keys and pages
+    int num_candidates;
 };
 
 #ifdef _CG_HAS_CLUSTER_GROUP  // sm_90 and later
+
+__device__ inline unsigned address_of(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+
+// Where what lies in this block's shared memory lies in that of another block of the cluster.
+__device__ inline unsigned address_at(unsigned address, int rank) {
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+    return address;
+}
+
+__device__ inline void make_barrier(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(barrier)) : "memory");
+}
+
+__device__ inline void expect_bytes(uint64_t* barrier, int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(num_bytes)
+                 : "memory");
+}
+
+__device__ inline void wait_for_bytes(uint64_t* barrier) {
+    unsigned is_done = 0;
+    while (!is_done) {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+            "selp.b32 %0, 1, 0, p; }"
+            : "=r"(is_done)
+            : "r"(address_of(barrier))
+            : "memory");
+    }
+}
+
+// Sends to an address of a block's shared memory, and counts the bytes in at a barrier there.
+__device__ inline void send(unsigned target, unsigned barrier, unsigned value) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %2, [%1];" ::"r"(target), "r"(barrier),
+                 "r"(value)
+                 : "memory");
+}
+
+__device__ inline void send(unsigned target, unsigned barrier, uint2 value) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(target),
+                 "r"(barrier), "r"(value.x), "r"(value.y)
+                 : "memory");
+}
+
+__device__ inline void send(unsigned target, unsigned barrier, float4 value) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(target),
+                 "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+                 : "memory");
+}
+
+// A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
+__device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
 // Unsigned numbers in the order of the scores; 0.0 and -0.0 are equal scores.
 __device__ unsigned key_of(float score) {
@@ -53,7 +114,6 @@ __device__ int scan_block(int value, int* warp_totals, int& total) {
         const int before = __shfl_up_sync(kWholeWarp, end, distance);
         if (lane_idx >= distance) end += before;
     }
-    __syncthreads();
     if (lane_idx == kWarpSize - 1) warp_totals[warp_idx] = end;
     __syncthreads();
     int start = 0;
@@ -66,91 +126,116 @@ __device__ int scan_block(int value, int* warp_totals, int& total) {
     return start + end - value;
 }
 
-// Puts the chosen pages, ascending, into the lists `page_ids` of the cluster's blocks, `share` for each.
-template <typename S>
-__device__ void select_pages(cg::cluster_group cluster, S& shared, const float* scores, int num_scores, int first_page,
-                             int newest_page, int num_selected, int share, int* page_ids, int64_t* told_ids) {
-    const int rank = cluster.block_rank(), cluster_size = cluster.num_blocks();
-    unsigned lowest = UINT_MAX, highest = 0;
-    for (int idx = threadIdx.x; idx < num_scores; idx += kThreads) {
-        const unsigned key = key_of(scores[idx]);
-        lowest = min(lowest, key);
-        highest = max(highest, key);
+// Calls tell(page, place) for the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order of
+// pages; each in one thread. load(i) gives the keys of pages 4 i to 4 i + 3, and 0 for those past the last.
+template <typename S, typename Load, typename Tell>
+__device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wanted, Load load, Tell tell) {
+    if (num_wanted == 0) return;
+    const int num_quads = ceil_div(num_keys, 4);
+    unsigned last = UINT_MAX, highest = 0;
+    for (int idx = threadIdx.x % kWarpSize; idx < num_ranges; idx += kWarpSize) {
+        last = min(last, shared.ranges[idx].x);
+        highest = max(highest, shared.ranges[idx].y);
     }
-    atomicMin(&shared.lowest, __reduce_min_sync(kWholeWarp, lowest));
-    atomicMax(&shared.highest, __reduce_max_sync(kWholeWarp, highest));
-    cluster.sync();
-    lowest = UINT_MAX, highest = 0;
-    for (int i = 0; i < cluster_size; ++i) {
-        lowest = min(lowest, *cluster.map_shared_rank(&shared.lowest, i));
-        highest = max(highest, *cluster.map_shared_rank(&shared.highest, i));
-    }
+    last = __reduce_min_sync(kWholeWarp, last);
+    highest = __reduce_max_sync(kWholeWarp, highest);
 
-    // The last key that is taken begins with `lowest`, but for its lowest `shift` bits.
-    int num_wanted = num_selected - 1, shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
-    int num_digits = kThreads;
-    bool has_choice = true;
-    for (int round = 0; num_selected > 1; ++round) {
-        unsigned(&counts)[kThreads] = shared.counts[round % 2];
-        for (int idx = threadIdx.x; idx < num_scores; idx += kThreads) {
-            const unsigned key = key_of(scores[idx]);
-            const unsigned digit = (key - lowest) >> shift;
-            if (key >= lowest && digit < num_digits) atomicAdd(&counts[digit], 1u);
-        }
-        cluster.sync();
-        const int digit = kThreads - 1 - threadIdx.x;  // from the highest down
-        int num_keys = 0, num_all;
-        for (int i = 0; i < cluster_size; ++i) num_keys += *cluster.map_shared_rank(&counts[digit], i);
-        shared.counts[(round + 1) % 2][threadIdx.x] = 0;
-        const int num_before = scan_block(num_keys, shared.warp_totals, num_all);
-        if (num_before < num_wanted && num_wanted <= num_before + num_keys) {
-            shared.digit = digit;
-            shared.num_before = num_before;
-            shared.num_in_digit = num_keys;
+    // Round by round the last key that is taken is known more closely: to be one of `num_in_digit` that begin with
+    // `last`, but for its lowest `shift` bits, of which the highest `num_wanted` are taken.
+    int shift = max(32 - __clz(highest - last) - kDigitBits, 0), num_in_digit, num_all;
+    unsigned num_digits = kNumDigits;
+    while (true) {
+        unsigned* counts = &shared.counts[0].x;
+#pragma unroll 2
+        for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
+            const uint4 quad = load(idx);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned key = (&quad.x)[i], digit = (key - last) >> shift;
+                const bool is_counted = key >= last && digit < num_digits;
+                atomicAdd(counts + (is_counted ? digit : threadIdx.x), unsigned(is_counted));  // faster than a branch
+            }
         }
         __syncthreads();
-        lowest += unsigned(shared.digit) << shift;
-        num_wanted -= shared.num_before;
-        has_choice = num_wanted < shared.num_in_digit;
-        if (!has_choice || shift == 0) break;
-        num_digits = 1 << min(shift, kDigitBits);
+        const int quad_idx = kThreads - 1 - threadIdx.x;  // from the highest digits down
+        const uint4 quad = shared.counts[quad_idx];
+        shared.counts[quad_idx] = {};
+        const int in_digit[4] = {int(quad.w), int(quad.z), int(quad.y), int(quad.x)};
+        int num_before = scan_block(in_digit[0] + in_digit[1] + in_digit[2] + in_digit[3], shared.warp_totals, num_all);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int num_after = num_before + in_digit[i];
+            if (num_before < num_wanted && num_wanted <= num_after) {
+                shared.found = {4 * quad_idx + 3 - i, num_before, in_digit[i]};
+            }
+            num_before = num_after;
+        }
+        __syncthreads();
+        last += unsigned(shared.found.x) << shift;
+        num_wanted -= shared.found.y;
+        num_in_digit = shared.found.z;
+        if (num_in_digit <= kThreads || shift == 0) break;
+        num_digits = 1u << min(shift, kDigitBits);
         shift = max(shift - kDigitBits, 0);
     }
-    if (num_selected == 1) lowest = UINT_MAX;
 
-    // Each thread takes neighbouring pages, so that one scan gives all of them their places.
-    const int num_each = ceil_div(num_scores, kThreads), begin = min(int(threadIdx.x) * num_each, num_scores);
-    const int end = min(begin + num_each, num_scores);
-    int last_equal = num_selected > 1 ? INT_MAX : 0;  // how many of this thread's pages with the last key are taken
-    int num_all;
-    if (has_choice && num_selected > 1) {
-        int num_equal = 0;
-        for (int idx = begin; idx < end; ++idx) num_equal += key_of(scores[idx]) == lowest;
-        last_equal = num_wanted - scan_block(num_equal, shared.warp_totals, num_all);
-        if (threadIdx.x == 0) shared.num_equal = num_all;
-        cluster.sync();
-        for (int i = 0; i < rank; ++i) last_equal -= *cluster.map_shared_rank(&shared.num_equal, i);
-    }
-    const auto for_each_taken = [&](auto visit) {
-        int num_equal = 0;
-        for (int idx = begin; idx < end; ++idx) {
-            const unsigned key = key_of(scores[idx]);
-            if (key > lowest || (key == lowest && num_equal++ < last_equal)) visit(first_page + idx);
+    const auto for_each_key = [&](int first_quad, int end_quad, auto visit) {
+        for (int quad_idx = first_quad; quad_idx < end_quad; ++quad_idx) {
+            const uint4 quad = load(quad_idx);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) visit((&quad.x)[i], 4 * quad_idx + i);
         }
     };
-    int num_taken = 0;
-    for_each_taken([&](int) { ++num_taken; });
-    int place = scan_block(num_taken, shared.warp_totals, num_all);
-    if (threadIdx.x == 0) shared.num_taken = num_all;
-    cluster.sync();
-    for (int i = 0; i < rank; ++i) place += *cluster.map_shared_rank(&shared.num_taken, i);
-    const auto tell = [&](int page_idx, int at) {
-        *cluster.map_shared_rank(page_ids + at % share, at / share) = page_idx;
-        if (told_ids != nullptr) told_ids[at] = page_idx;
-    };
-    for_each_taken([&](int page_idx) { tell(page_idx, place++); });
-    if (rank == 0 && threadIdx.x == 0) tell(newest_page, num_selected - 1);
-    cluster.sync();
+    const int num_each = ceil_div(num_quads, kThreads) | 1;  // neighbouring ones, odd against bank conflicts
+    const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
+    // The last page that is taken, if not all of the digit are.
+    if (num_in_digit == num_wanted) {
+        if (threadIdx.x == 0) shared.last_taken = {last, UINT_MAX};
+    } else if (num_in_digit <= kThreads) {
+        if (threadIdx.x == 0) shared.num_candidates = 0;
+        __syncthreads();
+        for_each_key(begin, end, [&](unsigned key, unsigned page_idx) {
+            if (key >= last && (key - last) >> shift == 0) {
+                shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, page_idx};
+            }
+        });
+        __syncthreads();
+        if (threadIdx.x < num_in_digit) {
+            const uint2 own = shared.candidates[threadIdx.x];
+            int num_before = 0;
+            for (int i = 0; i < num_in_digit; ++i) {
+                const uint2 other = shared.candidates[i];
+                num_before += other.x > own.x || (other.x == own.x && other.y < own.y);
+            }
+            if (num_before == num_wanted - 1) shared.last_taken = own;
+        }
+    } else {  // that many equal keys
+        int num_equal = 0;
+        for_each_key(begin, end, [&](unsigned key, int) { num_equal += key == last; });
+        int num_before = scan_block(num_equal, shared.warp_totals, num_all);
+        for_each_key(begin, end, [&](unsigned key, unsigned page_idx) {
+            if (key == last && ++num_before == num_wanted) shared.last_taken = {key, page_idx};
+        });
+    }
+    __syncthreads();
+    const uint2 last_taken = shared.last_taken;
+
+    // Each thread notes its taken pages as bits, so that one scan gives all of them their places.
+    int place = 0;
+    for (int first_quad = 0; first_quad < num_quads; first_quad += kThreads * kMaxQuadsPerThread) {
+        const int num_here = min(num_quads - first_quad, kThreads * kMaxQuadsPerThread);
+        const int num_each = ceil_div(num_here, kThreads) | 1;
+        const int begin = first_quad + min(int(threadIdx.x) * num_each, num_here);
+        uint64_t taken = 0;
+        for_each_key(begin, min(begin + num_each, first_quad + num_here), [&](unsigned key, unsigned page_idx) {
+            const bool is_taken = key > last_taken.x || (key == last_taken.x && page_idx <= last_taken.y);
+            taken |= uint64_t(is_taken) << (page_idx - 4 * begin);
+        });
+        __syncthreads();  // before others' totals are overwritten
+        int own_place = place + scan_block(__popcll(taken), shared.warp_totals, num_all);
+        place += num_all;
+        for (; taken != 0; taken &= taken - 1) tell(4 * begin + __ffsll(taken) - 1, own_place++);
+    }
 }
 
 #endif  // _CG_HAS_CLUSTER_GROUP
@@ -162,16 +247,21 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     extern __shared__ uint4 dynamic[];
     auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
     uint4* signed_query = dynamic + sizeof(shared) / sizeof(uint4);
+    // After the query, this block's list of pages.
+    int* page_ids = reinterpret_cast<int*>(signed_query + count_query_vectors(params.group_size, kHeadDim));
     const cg::cluster_group cluster = cg::this_cluster();
-    const int rank = cluster.block_rank(), cluster_size = cluster.num_blocks();
-    shared.counts[0][threadIdx.x] = shared.counts[1][threadIdx.x] = 0;
+    shared.counts[threadIdx.x] = {};
     if (threadIdx.x == 0) {
-        shared.lowest = UINT_MAX;
-        shared.highest = 0;
+        make_barrier(&shared.keys_barrier);
+        make_barrier(&shared.sums_barrier);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     wait_for_previous_kernel();
     let_next_kernel_begin();
 
+    const int rank = blockIdx.x, cluster_size = gridDim.x;
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z, page_size = params.page_size;
     const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(page_size) - 1;
     const Storage storage = find(params.storage);
@@ -179,38 +269,77 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     const int num_pages = (max(num_tokens, 0) + page_size - 1) >> page_shift;
     const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
-    const int num_own = max(min(num_chosen - rank * share, share), 0);
-    // After the query, this block's list of pages, and then its scores.
-    int* page_ids = reinterpret_cast<int*>(signed_query + count_query_vectors(params.group_size, kHeadDim));
+    const int first_own = rank * share, num_own = max(min(num_chosen - first_own, share), 0);
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
     const int first_head = kv_head_idx * params.group_size;
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     query += first_head * params.query_strides[1];
-    int64_t* told_ids = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.num_selected;
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // from here on the others take what is sent
 
+    int64_t* told_ids = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.num_selected;
+    const auto tell = [&](int page_idx, int place) {
+        if (place < first_own || place >= first_own + num_own) return;
+        page_ids[place - first_own] = page_idx;
+        if (told_ids != nullptr) told_ids[place] = page_idx;
+    };
     if (num_pages > params.num_selected) {
         const int newest_page = num_pages - 1;
-        const int num_each = ceil_div(newest_page, cluster_size * kPagesPerWarp) * kPagesPerWarp;
-        const int begin = min(rank * num_each, newest_page), end = min(begin + num_each, newest_page);
-        const int64_t head_start = kv_idx * count_pages(storage, page_size);
-        float* scores = reinterpret_cast<float*>(page_ids + ceil_div(params.num_selected, cluster_size));
-        if (num_each > kMaxScores) scores = storage.scores + head_start + begin;
-        sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
-        const T* bounds = static_cast<const T*>(storage.bounds) + head_start * 2 * kHeadDim;
-        score_pages<T, kHeadDim>(signed_query, 1, bounds, begin + warp_idx * kPagesPerWarp, kWarps * kPagesPerWarp, end,
-                                 [&](int page_idx, float score) { scores[page_idx - begin] = score * params.scaling; });
-        __syncthreads();
-        select_pages(cluster, shared, scores, end - begin, begin, newest_page, params.num_selected, share, page_ids,
-                     told_ids);
-    } else {
-        for (int idx = threadIdx.x; idx < share; idx += kThreads) page_ids[idx] = rank * share + idx;
-        if (told_ids != nullptr) {
-            for (int idx = rank * kThreads + threadIdx.x; idx < params.num_selected; idx += cluster_size * kThreads) {
-                told_ids[idx] = idx < num_pages ? idx : -1;
+        const int64_t first_page = kv_idx * count_pages(storage, page_size);
+        unsigned* global_keys = reinterpret_cast<unsigned*>(storage.scores + first_page);
+        const bool are_shared = newest_page <= kMaxKeys;
+        if (are_shared && threadIdx.x < 3) shared.keys[newest_page + threadIdx.x] = 0;  // to a whole quad
+        const auto prepare = [&] {
+            sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
+        };
+        const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
+        unsigned lowest = UINT_MAX, highest = 0;
+        const auto store = [&](int page_idx, float score) {
+            const unsigned key = key_of(score * params.scaling);
+            lowest = min(lowest, key);
+            highest = max(highest, key);
+            if (are_shared) {
+                for (int i = threadIdx.x % 4; i < cluster_size; i += 4) {
+                    const unsigned barrier_there = address_at(barrier, i);
+                    send(barrier_there - barrier + keys + page_idx * sizeof(unsigned), barrier_there, key);
+                }
+            } else if (threadIdx.x % 4 == 0) {
+                global_keys[page_idx] = key;
             }
+        };
+        score_pages<T, kHeadDim>(signed_query, 1, static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim,
+                                 (rank * kWarps + warp_idx) * kPagesPerWarp, cluster_size * kWarps * kPagesPerWarp,
+                                 newest_page, prepare, store);
+        lowest = __reduce_min_sync(kWholeWarp, lowest);
+        highest = __reduce_max_sync(kWholeWarp, highest);
+        if (const int i = threadIdx.x % kWarpSize; i < cluster_size) {
+            const unsigned ranges = address_of(&shared.ranges[rank * kWarps + warp_idx]);
+            send(address_at(ranges, i), address_at(barrier, i), uint2{lowest, highest});
         }
-        __syncthreads();
+        const int num_ranges = cluster_size * kWarps;
+        if (threadIdx.x == 0) {
+            const int num_bytes = num_ranges * int(sizeof(uint2)) + (are_shared ? newest_page * int(sizeof(unsigned)) : 0);
+            expect_bytes(&shared.keys_barrier, num_bytes);
+        }
+        wait_for_bytes(&shared.keys_barrier);
+        if (are_shared) {
+            const auto load = [&](int idx) { return reinterpret_cast<const uint4*>(shared.keys)[idx]; };
+            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, load, tell);
+        } else {
+            cluster.sync();
+            const auto load = [&](int idx) {
+                const auto key = [&](int idx) { return idx < newest_page ? global_keys[idx] : 0; };
+                return uint4{key(4 * idx), key(4 * idx + 1), key(4 * idx + 2), key(4 * idx + 3)};
+            };
+            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, load, tell);
+        }
+        if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
+    } else {
+        for (int idx = threadIdx.x; idx < num_own; idx += kThreads) tell(first_own + idx, first_own + idx);
+        if (told_ids != nullptr && rank == 0) {
+            for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) told_ids[idx] = -1;
+        }
     }
+    __syncthreads();
 
     const auto find_token = [&](int chosen) {
         if (chosen >= num_own << page_shift) return kNoToken;
@@ -222,55 +351,68 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                                       static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
                                       ceil_div(num_own << page_shift, kTile), page_size, params.scaling,
                                       params.softcap, find_token);
-    for (int idx = threadIdx.x; idx < params.group_size * kQuads; idx += kThreads) {
-        const int head_idx = idx / kQuads, quad_of_head = idx % kQuads;
+
+    // Quads of channels are dealt to the blocks, which get them from all.
+    const int num_quads = params.group_size * kQuads, num_parts = divide(num_quads + cluster_size - 1, cluster_size);
+    const unsigned barrier = address_of(&shared.sums_barrier);
+    for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
+        const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
+        const int owner = idx - part_idx * cluster_size;
         float maximum = -INFINITY, sum = 0.0f;
         const float4 sums = shared.warp_sums.merge(head_idx, quad_of_head, maximum, sum);
-        *reinterpret_cast<float4*>(&shared.output[head_idx][4 * quad_of_head]) = sums;
-        if (quad_of_head == 0) shared.softmax[head_idx] = {maximum, sum};
+        const unsigned target = address_of(&shared.sums[rank * num_parts + part_idx]);
+        send(address_at(target, owner), address_at(barrier, owner), sums);
+        if (quad_of_head < cluster_size) {
+            const uint2 softmax = {__float_as_uint(maximum), __float_as_uint(sum)};
+            const unsigned target = address_of(&shared.softmax[rank][head_idx]);
+            send(address_at(target, quad_of_head), address_at(barrier, quad_of_head), softmax);
+        }
     }
-    cluster.sync();
+    const int num_own_parts = divide(num_quads - rank + cluster_size - 1, cluster_size);
+    if (threadIdx.x == 0) {
+        const int num_bytes = num_own_parts * int(sizeof(float4)) + params.group_size * int(sizeof(float2));
+        expect_bytes(&shared.sums_barrier, cluster_size * num_bytes);
+    }
+    wait_for_bytes(&shared.sums_barrier);
 
+    // Neighbouring lanes, as many as blocks rounded up to a power of two, sum up a part.
     T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-    for (int idx = threadIdx.x * cluster_size + rank; idx < params.group_size * kQuads; idx += kThreads * cluster_size) {
-        const int head_idx = idx / kQuads, quad_of_head = idx % kQuads;
-        float2 softmax[kMaxClusterSize];
-        float4 terms[kMaxClusterSize];
-        float maximum = sink_of<T>(params, first_head + head_idx);
-        float sum = maximum == -INFINITY ? 0.0f : 1.0f;
-        const float first = maximum;
-#pragma unroll
-        for (int i = 0; i < kMaxClusterSize; ++i) {
-            softmax[i] = {-INFINITY, 0.0f};
-            if (i < cluster_size) {
-                softmax[i] = *cluster.map_shared_rank(&shared.softmax[head_idx], i);
-                const float* quad = cluster.map_shared_rank(&shared.output[head_idx][4 * quad_of_head], i);
-                terms[i] = *reinterpret_cast<const float4*>(quad);
-            }
-            maximum = fmaxf(maximum, softmax[i].x);
+    const int num_lanes = 1 << (32 - __clz(cluster_size - 1)), block_idx = threadIdx.x % num_lanes;
+    for (int first_part = 0; first_part < num_own_parts; first_part += kThreads / num_lanes) {
+        const int part_idx = first_part + int(threadIdx.x) / num_lanes, idx = part_idx * cluster_size + rank;
+        const int head_idx = idx / kQuads;
+        const bool is_part = part_idx < num_own_parts && block_idx < cluster_size;
+        const float2 softmax = is_part ? shared.softmax[block_idx][head_idx] : float2{-INFINITY, 0.0f};
+        const float4 term = is_part ? shared.sums[block_idx * num_parts + part_idx] : float4{};
+        const float sink = part_idx < num_own_parts ? sink_of<T>(params, first_head + head_idx) : -INFINITY;
+        float maximum = fmaxf(softmax.x, sink);
+        for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, distance));
         }
-        sum *= weight_of(first, maximum);
+        const float factor = weight_of(softmax.x, maximum);
+        float sum = softmax.y * factor;
         float4 sums = {};
-#pragma unroll
-        for (int i = 0; i < kMaxClusterSize; ++i) {
-            if (i >= cluster_size) break;
-            const float factor = weight_of(softmax[i].x, maximum);
-            sum += softmax[i].y * factor;
-            add_scaled(sums, terms[i], factor);
+        add_scaled(sums, term, factor);
+        for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
+            sum += __shfl_xor_sync(kWholeWarp, sum, distance);
+            sums.x += __shfl_xor_sync(kWholeWarp, sums.x, distance);
+            sums.y += __shfl_xor_sync(kWholeWarp, sums.y, distance);
+            sums.z += __shfl_xor_sync(kWholeWarp, sums.z, distance);
+            sums.w += __shfl_xor_sync(kWholeWarp, sums.w, distance);
         }
-        float4 scaled = {};
-        add_scaled(scaled, sums, 1.0f / sum);
-        store_quad<T, kHeadDim>(output, head_idx, quad_of_head, scaled);
+        if (part_idx < num_own_parts && block_idx == 0) {
+            float4 scaled = {};
+            add_scaled(scaled, sums, 1.0f / (sum + weight_of(sink, maximum)));
+            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
+        }
     }
-    cluster.sync();  // no block ends while others read its shared memory
 #endif  // _CG_HAS_CLUSTER_GROUP
 }
 
 template <int kHeadDim>
 size_t count_shared_bytes(const AttendParams& params, int cluster_size) {
-    const int share = ceil_div(params.num_selected, cluster_size);
     return sizeof(Shared<kHeadDim>) + count_query_vectors(params.group_size, kHeadDim) * sizeof(uint4) +
-           share * sizeof(int) + kMaxScores * sizeof(float);
+           ceil_div(params.num_selected, cluster_size) * sizeof(int);
 }
 
 cudaLaunchConfig_t configure(const AttendParams& params, int cluster_size, size_t shared_bytes,
@@ -295,7 +437,7 @@ int find_cluster_size(const AttendParams& params) {
     const auto kernel = chain_kernel<T, kHeadDim>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return 0;
     const int num_heads = params.num_kv_heads * params.num_rows;
-    for (int size = kMaxClusterSize; size >= 1; size /= 2) {
+    for (int size = kMaxClusterSize; size >= 1; --size) {
         if (size * num_heads > params.launch.num_sms) continue;
         const size_t num_bytes = count_shared_bytes<kHeadDim>(params, size);
         // Fails where there is not as much shared memory.
@@ -324,8 +466,8 @@ int find_cluster_size(const AttendParams& params) {
     return cluster_size;
 }
 
-bool needs_scores(const AttendParams& params, int cluster_size) {
-    return ceil_div<int64_t>(params.storage.capacity, params.page_size) > int64_t(kMaxScores) * cluster_size;
+bool needs_scores(const AttendParams& params) {
+    return ceil_div<int64_t>(params.storage.capacity, params.page_size) > kMaxKeys;
 }
 
 cudaError_t launch_chain(const AttendParams& params, int cluster_size) {

@@ -43,26 +43,18 @@ __device__ Pair<T> round_to_pair(float low, float high) {
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// 16 or 8 bytes that this kernel reads once. What is_valid excludes is not read and counts as zero.
-__device__ inline uint4 load_once(const uint4* source, bool is_valid = true) {
+// 16 or 8 bytes that this kernel reads once. Without a condition: a load that may be left out is waited for at once.
+__device__ inline uint4 load_once(const uint4* source) {
     uint4 data;
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-        : "=&r"(data.x), "=&r"(data.y), "=&r"(data.z), "=&r"(data.w)
-        : "l"(source), "r"(int(is_valid)));
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                 : "l"(source));
     return data;
 }
 
-__device__ inline uint2 load_once(const uint2* source, bool is_valid = true) {
+__device__ inline uint2 load_once(const uint2* source) {
     uint2 data;
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0;\n"
-        "@p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
-        : "=&r"(data.x), "=&r"(data.y)
-        : "l"(source), "r"(int(is_valid)));
+    asm volatile("ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(data.x), "=r"(data.y) : "l"(source));
     return data;
 }
 

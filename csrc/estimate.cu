@@ -38,12 +38,16 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
     }
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     query += int64_t(kv_head_idx) * params.group_size * params.query_strides[1];
-    sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
     __syncthreads();
     const int first_page = (blockIdx.x * kWarps + threadIdx.x / kWarpSize) * kPagesPerWarp;
+    const auto prepare = [&] {
+        sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
+    };
+    const auto store = [&](int page_idx, float score) {
+        if (threadIdx.x % 4 == 0) own.scores[page_idx] = score * params.scaling;
+    };
     score_pages<T, kHeadDim>(signed_query, ceil_div(params.group_size, kHeadTile), own.bounds, first_page,
-                             gridDim.x * kWarps * kPagesPerWarp, own.num_pages,
-                             [&](int page_idx, float score) { own.scores[page_idx] = score * params.scaling; });
+                             gridDim.x * kWarps * kPagesPerWarp, own.num_pages, prepare, store);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// How a warp scores pages: what estimate.cu and decode.cu share.
+// How a warp scores pages: what estimate.cu and chain.cu share.
 #pragma once
 
 #include <cmath>
@@ -36,10 +36,11 @@ __device__ void sign_query(uint4* signed_query, const T* query, int64_t head_str
 }
 
 // Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, score) in
-// one lane for each. All threads call it: it waits for the block's signed query with its first pages in flight.
-template <typename T, int kHeadDim, typename Store>
+// the four lanes of a quad for each. All threads call it: with the first pages in flight it calls prepare(), which
+// makes the block's signed query.
+template <typename T, int kHeadDim, typename Prepare, typename Store>
 __device__ void score_pages(const uint4* signed_query, int num_head_tiles, const T* bounds, int first_page, int step,
-                            int end_page, Store store) {
+                            int end_page, Prepare prepare, Store store) {
     constexpr int kNumChunks = 2 * kHeadDim / kChunk;
     const int lane_idx = threadIdx.x % kWarpSize, group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
     bounds += quad_idx * 8;
@@ -55,6 +56,7 @@ __device__ void score_pages(const uint4* signed_query, int num_head_tiles, const
         }
     };
     if (first_page < end_page) load_pages();
+    prepare();
     __syncthreads();
     while (first_page < end_page) {
         float low_score = -INFINITY, high_score = -INFINITY;
@@ -78,10 +80,8 @@ __device__ void score_pages(const uint4* signed_query, int num_head_tiles, const
             low_score = fmaxf(low_score, __shfl_xor_sync(kWholeWarp, low_score, distance));
             high_score = fmaxf(high_score, __shfl_xor_sync(kWholeWarp, high_score, distance));
         }
-        if (quad_idx == 0) {
-            if (low_page < end_page) store(low_page, low_score);
-            if (high_page < end_page) store(high_page, high_score);
-        }
+        if (low_page < end_page) store(low_page, low_score);
+        if (high_page < end_page) store(high_page, high_score);
     }
 }
 

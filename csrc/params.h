@@ -98,7 +98,7 @@ cudaError_t launch_attend(const AttendParams& params);
 // launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
 // GPU or these shapes have none that run all at once. Where needs_scores(), the storage must have scores.
 int find_cluster_size(const AttendParams& params);
-bool needs_scores(const AttendParams& params, int cluster_size);
+bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);
 
 // Into how many parts, each of one thread block, a launch with these shapes cuts the pages of a KV head.
