@@ -43,7 +43,7 @@ def add_legend(drawing: Any, axes: Any) -> None:
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside center right")
 
 
-def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, label: str = "accuracy") -> None:
+def draw_over_budget(report: dict[str, Any], names: Sequence[str], label: str = "accuracy") -> Any:
     """Scores from 0 to 1 over the budget, one panel for each value of `names`."""
     scores = merged(report["records"], names, "scores")
     panels = list(dict.fromkeys(key for key, _ in scores))
@@ -61,4 +61,4 @@ def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, l
         axes.minorticks_off()
         axes.set_title(", ".join(f"{value:,} tokens" if isinstance(value, int) else str(value) for value in panel))
     add_legend(drawing, axes)
-    save(drawing, path)
+    return drawing
