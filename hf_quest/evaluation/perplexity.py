@@ -191,7 +191,7 @@ def draw_over_length(report: dict[str, Any]) -> Any:
     found = perplexities(report)
     is_share = report["configuration"]["share"] is not None
     budgets = [None] if is_share else sorted({way.budget for _, way in found if way.budget})
-    drawing = figure(figsize=(5 * len(budgets), 3.2))
+    drawing = figure(figsize=(4 * len(budgets) + 1.4, 3.2))
     for budget, axes in zip(budgets, drawing.subplots(1, len(budgets), squeeze=False)[0], strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
         for (length, way), value in found.items():
