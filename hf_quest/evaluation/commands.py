@@ -15,12 +15,12 @@ from .documents import HELDOUT_TEXT, JOBS
 from .longbench import SETS, evaluate_longbench, longbench_table
 from .methods import CACHES, METHODS, load
 from .passkey import evaluate_passkey, passkey_table
-from .perplexity import evaluate_perplexity, hub_text, perplexity_table, plot_over_length
-from .plots import plot_over_budget
+from .perplexity import draw_over_length, evaluate_perplexity, hub_text, perplexity_table
+from .plots import draw_over_budget, save
 from .prompts import evaluate_prefill, prefill_table
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
-from .top10 import evaluate_top10, plot_by_layer, top10_table
+from .top10 import draw_by_layer, evaluate_top10, top10_table
 
 console = Console()
 
@@ -80,16 +80,15 @@ TABLES = {
     "calibration": calibration_table,
 }
 # By what is added to the results file's name.
-PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Path], None]]] = {
-    "passkey": {"": lambda report, path: plot_over_budget(report, ["length"], path)},
-    "recall": {"": lambda report, path: plot_over_budget(report, ["job", "length"], path)},
-    "perplexity": {"": plot_over_length},
+PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
+    "passkey": {"": lambda report: draw_over_budget(report, ["length"])},
+    "recall": {"": lambda report: draw_over_budget(report, ["job", "length"])},
+    "perplexity": {"": draw_over_length},
     "top10": {
-        "": lambda report, path: plot_over_budget(report, ["job"], path, label="top-10 tokens attended to"),
-        "_by_layer": plot_by_layer,
+        "": lambda report: draw_over_budget(report, ["job"], label="top-10 tokens attended to"),
+        "_by_layer": draw_by_layer,
     },
-    "longbench": {"": lambda report, path: plot_over_budget(report, ["set"], path, label="score")},
-    "calibration": {"": lambda report, path: write_html(report, path.with_suffix(".html"))},
+    "longbench": {"": lambda report: draw_over_budget(report, ["set"], label="score")},
 }
 
 
@@ -102,8 +101,10 @@ def conclude(report: dict[str, Any], output: Path | None) -> None:
         return
     write_table(output, report, table)
     try:
-        for name, plot in PLOTS.get(kind, {}).items():
-            plot(report, output.with_name(f"{output.stem}{name}.svg"))
+        for name, draw in PLOTS.get(kind, {}).items():
+            save(draw(report), output.with_name(f"{output.stem}{name}.svg"))
+        if kind == "calibration":
+            write_html(report, output.with_suffix(".html"))
     except ValueError as error:  # no matplotlib; `hf-quest eval report` draws them where there is
         console.print(str(error), style="yellow")
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .methods import DENSE, EVERYTHING, METHODS, Way, check_length, make_ways, new_cache, read, step
-from .plots import add_legend, draw_methods, figure, save
+from .plots import add_legend, draw_methods, figure
 from .report import Results, comparison, mean, merged, spread
 
 
@@ -186,12 +186,12 @@ def perplexity_table(report: dict[str, Any]) -> Table:
     return comparison(("tokens",), cells())
 
 
-def plot_over_length(report: dict[str, Any], path: Path) -> None:
+def draw_over_length(report: dict[str, Any]) -> Any:
     """Perplexity over length, one panel for each budget in tokens or one for a share of the length."""
     found = perplexities(report)
     is_share = report["configuration"]["share"] is not None
     budgets = [None] if is_share else sorted({way.budget for _, way in found if way.budget})
-    drawing = figure(figsize=(5 * len(budgets), 3.2))
+    drawing = figure(figsize=(4 * len(budgets) + 1.4, 3.2))
     for budget, axes in zip(budgets, drawing.subplots(1, len(budgets), squeeze=False)[0], strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
         for (length, way), value in found.items():
@@ -205,4 +205,4 @@ def plot_over_length(report: dict[str, Any], path: Path) -> None:
         share = report["configuration"]["share"]
         axes.set_title(f"budget: {share:.3g} of the input" if is_share else f"budget: {budget:,} tokens")
     add_legend(drawing, axes)
-    save(drawing, path)
+    return drawing

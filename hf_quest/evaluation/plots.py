@@ -34,21 +34,21 @@ def draw_methods(axes: Any, points: dict[str, list[tuple[float, float]]]) -> Non
     """A line for each method through its (x, y) points."""
     for method, line in points.items():
         xs, ys = zip(*sorted(line), strict=True)
-        style = {"color": "black", "linestyle": "--"} if method == DENSE else {"marker": MARKERS[method]}
+        style = {"color": "black", "linestyle": "--", "zorder": 3} if method == DENSE else {"marker": MARKERS[method]}
         axes.plot(xs, ys, label=method, **style)
 
 
 def add_legend(drawing: Any, axes: Any) -> None:
     """The legend of one panel, beside all of them."""
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside center right")
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside center right", frameon=False)
 
 
-def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, label: str = "accuracy") -> None:
+def draw_over_budget(report: dict[str, Any], names: Sequence[str], label: str = "accuracy") -> Any:
     """Scores from 0 to 1 over the budget, one panel for each value of `names`."""
     scores = merged(report["records"], names, "scores")
     panels = list(dict.fromkeys(key for key, _ in scores))
     budgets = sorted({way.budget for _, way in scores if way.budget})
-    drawing = figure(figsize=(4 * len(panels), 3.2))
+    drawing = figure(figsize=(4 * len(panels) + 1.4, 3.2))
     for panel, axes in zip(panels, drawing.subplots(1, len(panels), squeeze=False)[0], strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
         for (key, way), values in scores.items():
@@ -61,4 +61,4 @@ def plot_over_budget(report: dict[str, Any], names: Sequence[str], path: Path, l
         axes.minorticks_off()
         axes.set_title(", ".join(f"{value:,} tokens" if isinstance(value, int) else str(value) for value in panel))
     add_legend(drawing, axes)
-    save(drawing, path)
+    return drawing

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from .documents import JOBS, Document, Library, documents, heldout_text
 from .methods import CACHES, EVERYTHING, Way, check_length, make_ways, new_cache, prefill, read, step
 from .observation import OBSERVED, attended, logits, observe, share_found
-from .plots import add_legend, figure, save
+from .plots import add_legend, figure
 from .report import Results, comparison, mean, merged, spread, way_of
 
 NUM_TOP = 10
@@ -136,7 +136,7 @@ def top10_table(report: dict[str, Any]) -> Table:
     return comparison(("job",), cells)
 
 
-def plot_by_layer(report: dict[str, Any], path: Path) -> None:
+def draw_by_layer(report: dict[str, Any]) -> Any:
     """The share attended to in each layer, one panel for each method, one line for each budget."""
     by_way: dict[Way, list[list[float]]] = {}
     for record in report["records"]:
@@ -154,4 +154,4 @@ def plot_by_layer(report: dict[str, Any], path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("share of the top ten tokens")
     add_legend(drawing, panels[-1])
-    save(drawing, path)
+    return drawing
