@@ -327,10 +327,8 @@ class QuestLayer(CacheLayerMixin):
 
         `needs_eager` tells that the model's own dense attention is not SDPA.
         """
-        if self.prefill is None:  # no GPU has run it yet, so only who asks for it gets it
-            return False
         num_tokens = num_keys - min(self.left_padding)  # of the longest row
-        if self.prefill.is_sparse(query.shape[2], num_tokens):
+        if self.prefill is not None and self.prefill.is_sparse(query.shape[2], num_tokens):
             return True
         is_free = not needs_eager and not query.requires_grad  # to choose, and to leave no trace for gradients
         return is_free and prompts.is_faster(query, self.values, num_keys, any(self.left_padding))
