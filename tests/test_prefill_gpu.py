@@ -1,9 +1,13 @@
 """CritiPrefill on a GPU is that of the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from small_llama import make_model, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_quest.evaluation
+import hf_quest.tiny
 from hf_quest import CritiPrefill, QuestCache, prefill
 
 pytestmark = [
@@ -57,9 +61,11 @@ def test_attend(score, left_padding):
     "config", [None, CritiPrefill(budget=64, segment_size=64, block_size=16, threshold=128)], ids=str
 )
 def test_chunks_are_the_whole(config):
-    """No mask is made for them on a GPU."""
-    model = make_model(dtype=torch.bfloat16).cuda()
-    prompt = tokens(900).cuda()
+    """No mask is made for them on a GPU. The model is a trained one: it knows which of two blocks matters."""
+    model = AutoModelForCausalLM.from_pretrained(hf_quest.tiny.PATH, attn_implementation="quest", dtype=torch.bfloat16)
+    model.cuda()
+    text = (Path(hf_quest.evaluation.__file__).parent / "heldout.txt").read_text()[:8000]
+    prompt = AutoTokenizer.from_pretrained(hf_quest.tiny.PATH)(text, return_tensors="pt").input_ids[:, :1536].cuda()
     whole, chunked = QuestCache(prefill=config), QuestCache(prefill=config)
     with torch.no_grad():
         expected = model(prompt, past_key_values=whole).logits
