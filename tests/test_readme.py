@@ -77,9 +77,21 @@ def test_conditions_are_those_of_the_results():
     assert environment["processor"] in README
 
 
-def test_the_number_at_the_top_is_measured():
+def test_the_numbers_at_the_top_are_measured():
+    context_length, ms, dense_ms = re.search(
+        r"([\d,]+) tokens of context.*?\*\*([\d.]+) ms instead of ([\d.]+)\*\*", README, re.DOTALL
+    ).groups()
+    results = json.loads((RESULTS / "generate_gpu.json").read_text())["results"]
+    measured = {
+        result["way"]: round(result["ms_per_token"], 1)
+        for result in results
+        if result["context"] == int(context_length.replace(",", ""))
+    }
+    assert measured["QuestCache"] == float(ms)
+    assert measured["DynamicCache, sdpa"] == float(dense_ms)
+
     context_length, speedup = re.search(
-        r"([\d,]+) tokens of context.*?\*\*([\d.]+)× faster\*\*", README, re.DOTALL
+        r"with\s([\d,]+) tokens of context.*?\*\*([\d.]+)× faster\*\*", README, re.DOTALL
     ).groups()
     contexts = json.loads((RESULTS / "decode_cpu.json").read_text())["contexts"]
     (results,) = [row["results"] for row in contexts if row["context"] == int(context_length.replace(",", ""))]
