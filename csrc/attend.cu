@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
+    if (num_tokens <= 0) return;  // a row of padding alone has no attention
     const int num_chosen = kIsDense ? num_tokens : params.num_selected * params.page_size;
     const int num_tiles = max(ceil_div(num_chosen, kTile), 1);
     const int tiles_per_split = ceil_div(num_tiles, int(gridDim.x));
