@@ -431,13 +431,13 @@ cudaLaunchConfig_t configure(const AttendParams& params, int cluster_size, size_
     return config;
 }
 
-// The largest cluster with which all row's heads run at the same time, or 0.
+// The largest cluster with which all rows' heads run at the same time, or 0.
 template <typename T, int kHeadDim>
 int find_cluster_size(const AttendParams& params) {
     const auto kernel = chain_kernel<T, kHeadDim>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return 0;
     const int num_heads = params.num_kv_heads * params.num_rows;
-    for (int size = kMaxClusterSize; size >= 1; --size) {
+    for (int size = kMaxClusterSize; size >= 2; --size) {  // st.async wants two
         if (size * num_heads > params.launch.num_sms) continue;
         const size_t num_bytes = count_shared_bytes<kHeadDim>(params, size);
         // Fails where there is not as much shared memory.
