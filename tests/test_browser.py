@@ -213,15 +213,55 @@ def test_two_tabs_at_once(app, browser):
     context.close()
 
 
+def test_who_waits_may_stop_or_leave(app, browser):
+    context = browser.new_context()
+    first, second, third = tabs = [visit(context, app) for _ in range(3)]
+    for tab in tabs:
+        run(tab)
+        expect(status(tab)).to_contain_text("Reading" if tab is first else f"{tabs.index(tab)} ahead of you")
+    third.close()
+    second.locator("#stop").click()
+    expect(status(second)).to_contain_text("Stopped, before the model was free", timeout=3_000)
+    wait_for_runs(app, 1)
+    # Who comes back has one run, not also the one that was given up.
+    shorten(second, 16)
+    run(second)
+    expect(status(second)).to_contain_text("1 ahead of you")
+    first.locator("#stop").click()
+    finished(second)
+    wait_for_runs(app, 0)
+    expect(status(second)).to_contain_text("Finished")
+    assert points(SAMPLES[0])[0].startswith(second.locator(".hq-quest .hq-text").inner_text())
+    context.close()
+
+
+def test_no_more_wait_than_may(app, browser, monkeypatch):
+    monkeypatch.setattr("hf_quest.app.MAX_WAITING", 0)
+    context = browser.new_context()
+    tabs = [visit(context, app) for _ in range(2)]
+    run(tabs[0])
+    expect(status(tabs[0])).to_contain_text("Reading")
+    run(tabs[1])
+    expect(tabs[1].get_by_role("alert")).to_contain_text("0 runs wait for the model already")
+    expect(tabs[1].locator("#run")).to_be_enabled()
+    context.close()
+    wait_for_runs(app, 0)
+
+
 def test_a_closed_tab_ends_its_run(tab, app):
     run(tab)
     expect(status(tab)).to_contain_text("Reading")
-    assert app[0].visitors.events
+    wait_for_runs(app, 1)
     tab.close()
+    wait_for_runs(app, 0)
+
+
+def wait_for_runs(app, num_runs):
+    """Until so many have the model or wait for it."""
     deadline = time.monotonic() + 10
-    while app[0].visitors.events and time.monotonic() < deadline:
+    while len(app[0].visitors.events) != num_runs and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not app[0].visitors.events
+    assert len(app[0].visitors.events) == num_runs
 
 
 def test_a_bad_model_name_says_so_and_the_model_stays(tab):

@@ -3,6 +3,7 @@
 It needs the extra `app`. It is part of the package, not of `demos/`, so that the command is there after a pip install.
 """
 
+import itertools
 import logging
 import os
 import threading
@@ -46,22 +47,36 @@ THEME = gr.themes.Base(
 
 
 class Visitors:
-    """Who waits for the model, in order, with the event by which each can be stopped."""
+    """Whose runs wait for the model, or have it, with the event by which each can be stopped."""
 
     def __init__(self):
-        self.events = {}
+        self.events = {}  # of (session, number)
+        self.numbers = itertools.count()
+        self.running = None
 
     def enter(self, session):
-        """How many are ahead."""
-        self.events[session] = threading.Event()
-        return len(self.events) - 1
+        """The number of a new run, and how many are ahead of it."""
+        number = next(self.numbers)
+        self.events[session, number] = threading.Event()
+        return number, len(self.events) - 1
 
-    def leave(self, session):
-        self.events.pop(session, None)
+    def begin(self, session, number):
+        """The event that stops the run, or None if it was given up while it waited."""
+        self.running = session, number
+        return self.events.get(self.running)
+
+    def leave(self, session, number):
+        self.events.pop((session, number), None)
 
     def stop(self, session):
-        if session in self.events:
-            self.events[session].set()
+        """Stop the run that has the model, and give up one that waits. Returns whether one waited."""
+        mine = [run for run in self.events if run[0] == session]
+        waiting = [run for run in mine if run != self.running]
+        for run in mine:
+            self.events[run].set()
+        for run in waiting:
+            del self.events[run]
+        return bool(waiting)
 
 
 def build(engine, samples=SAMPLES):
@@ -70,13 +85,18 @@ def build(engine, samples=SAMPLES):
     titles = [sample.title for sample in samples]
 
     def enter(request: gr.Request):
-        ahead = visitors.enter(request.session_hash)
+        if len(visitors.events) > MAX_WAITING:
+            message = f"{MAX_WAITING} runs wait for the model already. Try again later."
+            return view.error(message), gr.skip(), gr.skip(), None
+        number, ahead = visitors.enter(request.session_hash)
         message = f"Waiting for the model: {ahead} ahead of you." if ahead else "Preparing the document."
-        return view.status(message=message), gr.update(interactive=False), gr.update(interactive=True)
+        return view.status(message=message), gr.update(interactive=False), gr.update(interactive=True), number
 
-    def answer(title, upload, task, question, budget, model_name, max_new_tokens, request: gr.Request):
+    def answer(number, title, upload, task, question, budget, model_name, max_new_tokens, request: gr.Request):
         session = request.session_hash
-        stopped = visitors.events.get(session, threading.Event())
+        stopped = visitors.begin(session, number)
+        if stopped is None:
+            return
         idle = (gr.update(interactive=True), gr.update(interactive=False))
         keep = gr.skip()
         try:
@@ -118,9 +138,15 @@ def build(engine, samples=SAMPLES):
             logger.exception("A run failed")
             yield view.error(f"The run failed: {demo.first_line(error)}"), keep, keep, keep, keep, keep, keep, *idle
         finally:
-            visitors.leave(session)
+            visitors.leave(session, number)
 
     def leave(request: gr.Request):
+        if not visitors.stop(request.session_hash):
+            return gr.skip()  # `answer` says how far the run came
+        message = "Stopped, before the model was free."
+        return view.status(message=message), gr.update(interactive=True), gr.update(interactive=False)
+
+    def close(request: gr.Request):
         visitors.stop(request.session_hash)
 
     def show_layer(seen, layer):
@@ -145,6 +171,8 @@ def build(engine, samples=SAMPLES):
     ) as page:
         gr.HTML(view.HEADER, js_on_load=None)
         seen = gr.State(None, time_to_live=UPLOAD_SECONDS)
+        # A component and no State, which would have the newest run's number when an older one's turn comes.
+        number = gr.Number(precision=0, visible="hidden")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 sample = gr.Dropdown(titles, value=titles[0], label="Document", elem_id="document")
@@ -212,20 +240,21 @@ def build(engine, samples=SAMPLES):
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         sample.change(choose_sample, sample, [task, question], **quick)
         task.change(show_question, task, question, **quick)
-        run.click(enter, None, [status, run, stop], **quick).then(
+        run.click(enter, None, [status, run, stop, number], **quick).then(
             answer,
-            [sample, upload, task, question, budget, model_name, max_new_tokens],
+            [number, sample, upload, task, question, budget, model_name, max_new_tokens],
             [status, race, strip, page_text, sources, layer, seen, run, stop],
             concurrency_limit=1,
+            trigger_mode="multiple",  # one that was given up is in the queue until its turn
             show_progress="hidden",
             api_visibility="private",
         )
-        stop.click(leave, **quick)
+        stop.click(leave, None, [status, run, stop], **quick)
         layer.change(show_layer, [seen, layer], strip, **quick)
         gr.on([strip.select, sources.select], show_page, [seen, layer], page_text, **quick)
-        page.unload(leave)
+        page.unload(close)
     page.visitors = visitors
-    return page.queue(max_size=MAX_WAITING)
+    return page.queue(max_size=None)  # `enter` counts
 
 
 def layer_of(name):
