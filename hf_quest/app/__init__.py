@@ -117,7 +117,7 @@ def build(engine, samples=SAMPLES):
             shown = strip_shown = 0.0
             for run in engine.run(text, question, int(budget), int(max_new_tokens), stopped):
                 now = time.monotonic()
-                if now - shown < FRAME_SECONDS:
+                if run.phase != "weighing" and now - shown < FRAME_SECONDS:
                     continue
                 strip = keep
                 if run.phase == "answering" and now - strip_shown > STRIP_SECONDS:

@@ -73,7 +73,7 @@ class Run:
     """What a visitor sees of a run. Only `dense.cache` and `quest.cache` are large, and they go when it ends."""
 
     budget: int
-    phase: str = "loading"  # then reading, answering, and at last finished or stopped
+    phase: str = "loading"  # then reading, answering, weighing, and at last finished or stopped
     page_size: int = 16
     document_ids: list = field(default_factory=list)
     num_read: int = 0
@@ -161,13 +161,15 @@ class Engine:
                     yield run
                     if stopped.is_set():
                         break
-            run.phase = "stopped" if stopped.is_set() else "finished"
-            yield run
-            run.reads.weigh(cache)
+            if not stopped.is_set():
+                run.phase = "weighing"
+                yield run
+                run.reads.weigh(cache)
         finally:
             cache = None
             for contestant in filter(None, (run.dense, run.quest)):
                 contestant.model = contestant.cache = contestant.pending = None
+        run.phase = "finished" if run.phase == "weighing" else "stopped"
         yield run
 
     def wait(self):
@@ -218,7 +220,9 @@ def look(run, tokenizer):
     shares = {None: run.reads.share(run.num_pages).tolist()}
     for layer_idx in run.reads.layers:
         shares[layer_idx] = run.reads.share(run.num_pages, layer_idx=layer_idx).tolist()
-    return Look(tuple(tokenizer.batch_decode(pieces)), shares, tuple(sentences(run, tokenizer)))
+    # A run that was stopped did not weigh what it read, which takes time.
+    found = sentences(run, tokenizer) if run.phase == "finished" else ()
+    return Look(tuple(tokenizer.batch_decode(pieces)), shares, tuple(found))
 
 
 def sentences(run, tokenizer):
