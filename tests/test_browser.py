@@ -150,6 +150,9 @@ def test_a_question_is_answered(tab):
     (code,) = re.findall(rf"The secret code of {name} is (\d+)\.", write(SAMPLES[1])[0])
     expect(tab.locator(".hq-quest .hq-text")).to_have_text(code)
     expect(tab.locator(".hq-dense .hq-text")).to_have_text(code)
+    # An answer of one sentence has its source, too.
+    tab.locator(".hq-sources button").first.click()
+    expect(tab.locator("#page mark")).to_contain_text(f"The secret code of {name}")
 
 
 def test_a_pdf_is_read(tab, browser, tmp_path):

@@ -201,7 +201,7 @@ def dense_twin(model):
 @dataclass(frozen=True)
 class Sentence:
     text: str
-    sources: tuple  # of (page, attention beyond the answer's average), most first
+    sources: tuple  # of (page, attention beyond the average of question and answer), most first
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ def look(run, tokenizer):
 
 
 def sentences(run, tokenizer):
-    """The sentences of Quest's answer, each with the pages that it attended more than the whole answer does."""
+    """The sentences of Quest's answer, each with the pages that it attended more than question and answer do."""
     token_ids = run.quest.token_ids
-    everywhere = run.reads.attention(run.num_pages, slots=run.answer_slots(0, len(token_ids)))
+    everywhere = run.reads.attention(run.num_pages)
     for first, last, text in sentence_spans(token_ids, tokenizer):
         attention = run.reads.attention(run.num_pages, slots=run.answer_slots(first, last))
-        # What every sentence attends, like a document's first page, is no source of this one.
+        # What every token attends, like a document's first page, is no source of this one.
         most = (attention - everywhere).topk(min(NUM_SOURCES, run.num_pages))
         most = zip(most.indices.tolist(), most.values.tolist(), strict=True)
         sources = [(page, more) for page, more in most if more > max(FAINT * (attention - everywhere).max().item(), 0)]
