@@ -139,6 +139,8 @@ def test_a_wrong_model_leaves_the_one_before(engine, tmp_path):
     before = engine.model
     with pytest.raises(demo.DemoError, match="cannot be loaded"):
         engine.use(str(tmp_path))
+    with pytest.raises(demo.DemoError, match="no model name"):
+        engine.use("")
     assert engine.model is before
     assert engine.name == str(tiny.PATH)
 

@@ -175,6 +175,10 @@ def test_a_pdf_is_read(tab, browser, tmp_path):
     expect(tab.locator("#page p")).to_contain_text("<img src=x onerror")
     expect(tab.locator("#page p")).to_contain_text("${1+1} {{value}}")
     assert "broken" not in tab.title()
+    # Who then chooses one of the documents that ship is not answered from the upload.
+    tab.locator("#document input").click()
+    tab.get_by_role("option", name=SAMPLES[1].title).click()
+    expect(tab.locator("#upload")).not_to_contain_text("manual")
 
 
 def test_a_document_beyond_the_context_is_refused(tab, tmp_path):

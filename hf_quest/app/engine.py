@@ -117,6 +117,8 @@ class Engine:
         """Load the model `name` unless it is loaded. If that fails the one before stays."""
         if name == self.name:
             return
+        if not name:
+            raise demo.DemoError("There is no model name. Write one of the hub, or a folder.")
         if self.name is not None and not self.may_change:
             raise demo.DemoError("The model is fixed while this page is open to other machines.")
         model, tokenizer = demo.load(name, self.device)
