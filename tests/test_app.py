@@ -65,7 +65,7 @@ def test_a_run_goes_through_its_phases(engine):
     for run in engine.run(write(SHORT)[0], "what?", BUDGET, 4):
         phases.append(run.phase)
         read.append(run.num_read)
-    assert list(dict.fromkeys(phases)) == ["reading", "answering", "finished"]
+    assert list(dict.fromkeys(phases)) == ["reading", "answering", "weighing", "finished"]
     assert read[0] == 0
     assert read[-1] == len(run.document_ids)
 
@@ -81,6 +81,10 @@ def test_a_stop_needs_one_more_forward_at_most(engine, phase):
             stopped.set()
     assert set(seen) == {"stopped"}
     assert run.quest is None or run.quest.cache is None
+    # Nor is what was read weighed, which takes time.
+    assert all(each.weights is None for layer in run.reads.selections.values() for each in layer)
+    if run.quest is not None:
+        assert look(run, engine.tokenizer).sentences == ()
 
 
 def test_fifty_runs_leave_nothing_behind(engine):
@@ -135,6 +139,8 @@ def test_a_wrong_model_leaves_the_one_before(engine, tmp_path):
     before = engine.model
     with pytest.raises(demo.DemoError, match="cannot be loaded"):
         engine.use(str(tmp_path))
+    with pytest.raises(demo.DemoError, match="no model name"):
+        engine.use("")
     assert engine.model is before
     assert engine.name == str(tiny.PATH)
 

@@ -150,6 +150,9 @@ def test_a_question_is_answered(tab):
     (code,) = re.findall(rf"The secret code of {name} is (\d+)\.", write(SAMPLES[1])[0])
     expect(tab.locator(".hq-quest .hq-text")).to_have_text(code)
     expect(tab.locator(".hq-dense .hq-text")).to_have_text(code)
+    # An answer of one sentence has its source, too.
+    tab.locator(".hq-sources button").first.click()
+    expect(tab.locator("#page mark")).to_contain_text(f"The secret code of {name}")
 
 
 def test_a_pdf_is_read(tab, browser, tmp_path):
@@ -172,6 +175,10 @@ def test_a_pdf_is_read(tab, browser, tmp_path):
     expect(tab.locator("#page p")).to_contain_text("<img src=x onerror")
     expect(tab.locator("#page p")).to_contain_text("${1+1} {{value}}")
     assert "broken" not in tab.title()
+    # Who then chooses one of the documents that ship is not answered from the upload.
+    tab.locator("#document input").click()
+    tab.get_by_role("option", name=SAMPLES[1].title).click()
+    expect(tab.locator("#upload")).not_to_contain_text("manual")
 
 
 def test_a_document_beyond_the_context_is_refused(tab, tmp_path):

@@ -100,8 +100,10 @@ def build(engine, samples=SAMPLES):
         idle = (gr.update(interactive=True), gr.update(interactive=False))
         keep = gr.skip()
         try:
+            model_name = model_name.strip()
+            is_loaded = model_name == engine.name
             yield (
-                view.status(message="Preparing the document."),
+                view.status(message="Preparing the document." if is_loaded else f"Loading {model_name}."),
                 view.race(),
                 view.strip([]),
                 EMPTY_PAGE,
@@ -111,13 +113,13 @@ def build(engine, samples=SAMPLES):
                 keep,
                 keep,
             )
-            engine.use(model_name.strip())
+            engine.use(model_name)
             text = read_upload(upload) if upload else write(samples[titles.index(title)])[0]
             question = prompt(task, question, engine.is_tiny)
             shown = strip_shown = 0.0
             for run in engine.run(text, question, int(budget), int(max_new_tokens), stopped):
                 now = time.monotonic()
-                if now - shown < FRAME_SECONDS:
+                if run.phase != "weighing" and now - shown < FRAME_SECONDS:
                     continue
                 strip = keep
                 if run.phase == "answering" and now - strip_shown > STRIP_SECONDS:
@@ -161,7 +163,7 @@ def build(engine, samples=SAMPLES):
 
     def choose_sample(title):
         sample = samples[titles.index(title)]
-        return sample.task, write(sample)[1]
+        return sample.task, write(sample)[1], None
 
     def show_question(task):
         return gr.update(visible=task == "Question")
@@ -195,7 +197,7 @@ def build(engine, samples=SAMPLES):
                 budget = gr.Slider(
                     lowest,
                     highest,
-                    512,
+                    1024,
                     step=step,
                     label="Budget",
                     info="Tokens that each KV head may attend for one new token.",
@@ -238,7 +240,7 @@ def build(engine, samples=SAMPLES):
                 sources = gr.HTML(view.sources(), elem_id="sources", **looks)
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        sample.change(choose_sample, sample, [task, question], **quick)
+        sample.change(choose_sample, sample, [task, question, upload], **quick)
         task.change(show_question, task, question, **quick)
         run.click(enter, None, [status, run, stop, number], **quick).then(
             answer,

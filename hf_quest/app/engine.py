@@ -73,7 +73,7 @@ class Run:
     """What a visitor sees of a run. Only `dense.cache` and `quest.cache` are large, and they go when it ends."""
 
     budget: int
-    phase: str = "loading"  # then reading, answering, and at last finished or stopped
+    phase: str = "loading"  # then reading, answering, weighing, and at last finished or stopped
     page_size: int = 16
     document_ids: list = field(default_factory=list)
     num_read: int = 0
@@ -117,6 +117,8 @@ class Engine:
         """Load the model `name` unless it is loaded. If that fails the one before stays."""
         if name == self.name:
             return
+        if not name:
+            raise demo.DemoError("There is no model name. Write one of the hub, or a folder.")
         if self.name is not None and not self.may_change:
             raise demo.DemoError("The model is fixed while this page is open to other machines.")
         model, tokenizer = demo.load(name, self.device)
@@ -161,13 +163,15 @@ class Engine:
                     yield run
                     if stopped.is_set():
                         break
-            run.phase = "stopped" if stopped.is_set() else "finished"
-            yield run
-            run.reads.weigh(cache)
+            if not stopped.is_set():
+                run.phase = "weighing"
+                yield run
+                run.reads.weigh(cache)
         finally:
             cache = None
             for contestant in filter(None, (run.dense, run.quest)):
                 contestant.model = contestant.cache = contestant.pending = None
+        run.phase = "finished" if run.phase == "weighing" else "stopped"
         yield run
 
     def wait(self):
@@ -199,7 +203,7 @@ def dense_twin(model):
 @dataclass(frozen=True)
 class Sentence:
     text: str
-    sources: tuple  # of (page, attention beyond the answer's average), most first
+    sources: tuple  # of (page, attention beyond the average of question and answer), most first
 
 
 @dataclass(frozen=True)
@@ -218,16 +222,18 @@ def look(run, tokenizer):
     shares = {None: run.reads.share(run.num_pages).tolist()}
     for layer_idx in run.reads.layers:
         shares[layer_idx] = run.reads.share(run.num_pages, layer_idx=layer_idx).tolist()
-    return Look(tuple(tokenizer.batch_decode(pieces)), shares, tuple(sentences(run, tokenizer)))
+    # A run that was stopped did not weigh what it read, which takes time.
+    found = sentences(run, tokenizer) if run.phase == "finished" else ()
+    return Look(tuple(tokenizer.batch_decode(pieces)), shares, tuple(found))
 
 
 def sentences(run, tokenizer):
-    """The sentences of Quest's answer, each with the pages that it attended more than the whole answer does."""
+    """The sentences of Quest's answer, each with the pages that it attended more than question and answer do."""
     token_ids = run.quest.token_ids
-    everywhere = run.reads.attention(run.num_pages, slots=run.answer_slots(0, len(token_ids)))
+    everywhere = run.reads.attention(run.num_pages)
     for first, last, text in sentence_spans(token_ids, tokenizer):
         attention = run.reads.attention(run.num_pages, slots=run.answer_slots(first, last))
-        # What every sentence attends, like a document's first page, is no source of this one.
+        # What every token attends, like a document's first page, is no source of this one.
         most = (attention - everywhere).topk(min(NUM_SOURCES, run.num_pages))
         most = zip(most.indices.tolist(), most.values.tolist(), strict=True)
         sources = [(page, more) for page, more in most if more > max(FAINT * (attention - everywhere).max().item(), 0)]

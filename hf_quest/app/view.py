@@ -25,6 +25,7 @@ def status(run=None, message="Choose a document and press Run."):
     words = {
         "reading": f"Reading the document: {read:,} of {total:,} tokens{rate}",
         "answering": f"Read {total:,} tokens in {run.prefill_seconds:.1f} s. Answering, each on its own stopwatch.",
+        "weighing": "Answered. Adding up the attention that each sentence paid to each page.",
         "finished": f"Finished. {total:,} tokens were read in {run.prefill_seconds:.1f} s and their caches are freed.",
         "stopped": f"Stopped, with {read:,} of {total:,} tokens of the document read. The caches are freed.",
     }[run.phase]
