@@ -78,6 +78,8 @@ def open_settings(tab):
 def shorten(tab, num_tokens):
     open_settings(tab)
     tab.locator("#longest input[type=number]").fill(str(num_tokens))
+    tab.locator("#longest input[type=number]").press("Tab")
+    expect(tab.locator("#longest input[type=range]")).to_have_value(str(num_tokens))  # the page has taken it
 
 
 def status(tab):
