@@ -99,21 +99,10 @@ __device__ inline void send(unsigned target, unsigned barrier, float4 value) {
 // A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
 __device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
-// Unsigned numbers in the order of the scores; 0.0 and -0.0 are equal scores.
-__device__ unsigned key_of(float score) {
-    const unsigned bits = score == 0.0f ? 0u : __float_as_uint(score);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
 // The sum of the values of the threads before this one, and in `total` that of all.
 __device__ int scan_block(int value, int* warp_totals, int& total) {
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
-    int end = value;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const int before = __shfl_up_sync(kWholeWarp, end, distance);
-        if (lane_idx >= distance) end += before;
-    }
+    const int end = scan_warp(value);
     if (lane_idx == kWarpSize - 1) warp_totals[warp_idx] = end;
     __syncthreads();
     int start = 0;
@@ -294,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
         unsigned lowest = UINT_MAX, highest = 0;
         const auto store = [&](int page_idx, float score) {
-            const unsigned key = key_of(score * params.scaling);
+            const unsigned key = order_of(score * params.scaling);
             lowest = min(lowest, key);
             highest = max(highest, key);
             if (are_shared) {

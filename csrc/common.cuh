@@ -107,6 +107,22 @@ __device__ inline int64_t count_tokens(const int64_t* length, const int64_t* pad
     return (len < capacity ? len : capacity) - padding[row_idx];
 }
 
+// Unsigned numbers in the order of the scores; 0.0 and -0.0 are equal scores.
+__device__ inline unsigned order_of(float score) {
+    const unsigned bits = score == 0.0f ? 0u : __float_as_uint(score);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// The sum of the values of the lanes up to this one.
+__device__ inline int scan_warp(int value) {
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+        const int before = __shfl_up_sync(kWholeWarp, value, distance);
+        if (threadIdx.x % kWarpSize >= distance) value += before;
+    }
+    return value;
+}
+
 template <typename N>
 __host__ __device__ constexpr N ceil_div(N dividend, N divisor) {
     return (dividend + divisor - 1) / divisor;

@@ -36,21 +36,6 @@ struct Shared {
     int num_placed;
 };
 
-// Unsigned numbers in the order of the scores; 0.0 and -0.0 are equal scores.
-__device__ unsigned order_of(float score) {
-    const unsigned bits = score == 0.0f ? 0u : __float_as_uint(score);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-__device__ int scan_warp(int value) {
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const int before = __shfl_up_sync(kWholeWarp, value, distance);
-        if (threadIdx.x % kWarpSize >= distance) value += before;
-    }
-    return value;
-}
-
 // Finds the digit at which `num_wanted` keys, counted from the highest digit down, are reached, and clears the counts.
 __device__ void find_digit(Shared& shared, int num_wanted) {
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
