@@ -96,7 +96,7 @@ cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
 
 // launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
-// GPU or these shapes have none that run all at once. Where needs_scores(), the storage must have scores.
+// GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have scores.
 int find_cluster_size(const AttendParams& params);
 bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);

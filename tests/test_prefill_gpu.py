@@ -1,14 +1,10 @@
 """CritiPrefill on a GPU is that of the CPU."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_quest.evaluation
-import hf_quest.tiny
-from hf_quest import CritiPrefill, QuestCache, prefill
+from hf_quest import CritiPrefill, QuestCache, prefill, tiny
+from hf_quest.evaluation.documents import heldout_text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,10 +58,9 @@ def test_attend(score, left_padding):
 )
 def test_chunks_are_the_whole(config):
     """No mask is made for them on a GPU. The model is a trained one: it knows which of two blocks matters."""
-    model = AutoModelForCausalLM.from_pretrained(hf_quest.tiny.PATH, attn_implementation="quest", dtype=torch.bfloat16)
-    model.cuda()
-    text = (Path(hf_quest.evaluation.__file__).parent / "heldout.txt").read_text()[:8000]
-    prompt = AutoTokenizer.from_pretrained(hf_quest.tiny.PATH)(text, return_tensors="pt").input_ids[:, :1536].cuda()
+    model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.bfloat16)
+    model = model.cuda().eval()
+    prompt = tokenizer(heldout_text()[:8000], return_tensors="pt").input_ids[:, :1536].cuda()
     whole, chunked = QuestCache(prefill=config), QuestCache(prefill=config)
     with torch.no_grad():
         expected = model(prompt, past_key_values=whole).logits

@@ -11,7 +11,9 @@ import pytest
 from test_families import FAMILIES
 from typer.testing import CliRunner
 
+from hf_quest import tiny
 from hf_quest.cli import app
+from hf_quest.evaluation.passkey import passkey_prompts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,6 +77,18 @@ def test_conditions_are_those_of_the_results():
     environment = json.loads((RESULTS / "decode_cpu.json").read_text())["environment"]
     assert environment["command"] in README
     assert environment["processor"] in README
+
+
+def test_the_tokens_of_passkeys_prompts_are_counted():
+    _, tokenizer = tiny.load()
+    for length in (10_000, 22_000):
+        (count,) = re.findall(
+            rf"makes about ([\d,]+) of {length:,}|{length:,}, of which it makes about ([\d,]+)", README
+        )
+        count = int("".join(count).replace(",", ""))
+        for prompt in passkey_prompts(tokenizer, length, 5, seed=1):
+            # A key of other digits, at another place, is a few tokens more or less.
+            assert abs(len(prompt.context) + len(prompt.tail) - count) < 25
 
 
 def test_the_numbers_at_the_top_are_measured():
