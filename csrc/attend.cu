@@ -15,6 +15,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTilesPerWarp = 2;  // or more, where there are as many: every split makes the last block's sum longer
+constexpr int kMaxPageSize = 64;
 constexpr int kMergeBatch = 8;    // partial sums in flight at once
 
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 4; }
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     if (num_tokens <= 0) return;  // a row of padding alone has no attention
-    const int num_chosen = kIsDense ? num_tokens : params.num_selected * params.page_size;
+    // No more than there are, but for a rest in which there is no page.
+    const int num_chosen = kIsDense ? num_tokens : min(params.num_selected * params.page_size, num_tokens + kMaxPageSize);
     const int num_tiles = max(ceil_div(num_chosen, kTile), 1);
     const int tiles_per_split = ceil_div(num_tiles, int(gridDim.x));
     const int num_splits = ceil_div(num_tiles, tiles_per_split);
@@ -56,12 +58,12 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int page_shift = __ffs(params.page_size) - 1;
     const auto find_token = [&](int chosen) {
         if constexpr (kIsDense) return chosen;
-        if (chosen >= min(end_tile * kTile, num_chosen)) return kNoToken;
+        if (chosen >= end_tile * kTile || chosen >> page_shift >= params.num_selected) return kNoToken;
         const int page_idx = int(page_ids[chosen >> page_shift]);
         return page_idx < 0 ? kNoToken : (page_idx << page_shift) + (chosen & (params.page_size - 1));
     };
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-    attend_tiles<T, kHeadDim, kWarps>(warp_sums, query + first_head * params.query_strides[1], params.query_strides[1],
+    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, query + first_head * params.query_strides[1], params.query_strides[1],
                                       num_heads, static_cast<const T*>(storage.keys) + row_start,
                                       static_cast<const T*>(storage.values) + row_start, num_tokens, first_tile,
                                       end_tile, params.page_size, params.scaling, params.softcap, find_token);

@@ -82,14 +82,16 @@ struct WarpSums {
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of the first
 // of `num_heads` heads; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
+// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
-template <typename T, int kHeadDim, int kWarps, typename FindToken>
+template <typename T, int kHeadDim, int kTilesInFlight, int kWarps, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* query, int64_t head_stride, int num_heads,
                              const T* keys, const T* values, int num_tokens, int first_tile, int end_tile,
                              int page_size, float scaling, float softcap, FindToken find_token) {
     using L = Layout<kHeadDim>;
     constexpr int kNumChunks = kHeadDim / kChannels;
     constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
+    constexpr int kSets = kLoadsAhead ? kTilesInFlight : 1;
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
     query += min(group_idx, num_heads - 1) * head_stride + quad_idx * 8;
@@ -105,9 +107,9 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
     float maximum = -INFINITY, sum = 0.0f;        // of head group_idx; the sum is of this lane's tokens alone
     int half_starts[2] = {kNoToken, kNoToken};    // lane i has those of the warp's i-th tile from here
     first_tile += warp_idx;
-    int start[2];
-    uint4 key[2][kNumChunks];
-    const auto load_keys = [&](int tile_idx) {
+    int start[kSets][2];
+    uint4 key[kSets][2][kNumChunks];
+    const auto load_keys = [&](int set, int tile_idx) {
         const int round_idx = (tile_idx - first_tile) / kWarps;
         if (round_idx % kWarpSize == 0) {
             const int chosen = (tile_idx + lane_idx * kWarps) * kTile;
@@ -116,95 +118,104 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
         }
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            start[half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
-            const int token_idx = min(start[half_idx] + group_idx, num_tokens - 1);
+            start[set][half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
+            const int token_idx = min(start[set][half_idx] + group_idx, num_tokens - 1);
             const T* token = keys + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                key[half_idx][chunk_idx] = load_once(reinterpret_cast<const uint4*>(token + chunk_idx * kChannels));
+                const auto* vector = reinterpret_cast<const uint4*>(token + chunk_idx * kChannels);
+                key[set][half_idx][chunk_idx] = load_once(vector);
             }
         }
     };
-    typename L::Vector value[L::kBlocks][4];
-    const auto load_values = [&] {
+    typename L::Vector value[kSets][L::kBlocks][4];
+    const auto load_values = [&](int set) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token_idx = min(start[i / 2] + 2 * quad_idx + i % 2, num_tokens - 1);
+            const int token_idx = min(start[set][i / 2] + 2 * quad_idx + i % 2, num_tokens - 1);
             const T* token = values + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
                 const auto* vector = token + block_idx * 8 * L::kVector;
-                value[block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector));
+                value[set][block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector));
             }
         }
     };
 
-    if (kLoadsAhead && first_tile < end_tile) {
-        load_keys(first_tile);
-        load_values();
+    if constexpr (kLoadsAhead) {
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+            if (first_tile + set * kWarps >= end_tile) break;
+            load_keys(set, first_tile + set * kWarps);
+            load_values(set);
+        }
     }
-    for (int tile_idx = first_tile; tile_idx < end_tile; tile_idx += kWarps) {
-        if constexpr (!kLoadsAhead) load_keys(tile_idx);
-        float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
+    for (int tile_idx = first_tile; tile_idx < end_tile;) {
 #pragma unroll
-        for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            float sums[4] = {};
+        for (int set = 0; set < kSets; ++set, tile_idx += kWarps) {
+            if (set > 0 && tile_idx >= end_tile) break;
+            if constexpr (!kLoadsAhead) load_keys(set, tile_idx);
+            float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
 #pragma unroll
-            for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                const uint4 a = q[chunk_idx], b = key[half_idx][chunk_idx];
-                multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
-                multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
+            for (int half_idx = 0; half_idx < 2; ++half_idx) {
+                float sums[4] = {};
+#pragma unroll
+                for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
+                    const uint4 a = q[chunk_idx], b = key[set][half_idx][chunk_idx];
+                    multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
+                    multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
+                }
+                logit[2 * half_idx] = sums[0];
+                logit[2 * half_idx + 1] = sums[1];
             }
-            logit[2 * half_idx] = sums[0];
-            logit[2 * half_idx + 1] = sums[1];
-        }
-        float new_maximum = maximum;
+            float new_maximum = maximum;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            logit[i] *= scaling;
-            if (softcap > 0.0f) logit[i] = softcap * tanhf(logit[i] / softcap);
-            const bool is_visible = start[i / 2] + 2 * quad_idx + i % 2 < num_tokens;
-            logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
-            new_maximum = fmaxf(new_maximum, logit[i]);
-        }
-        const bool has_next = tile_idx + kWarps < end_tile;
-        if (kLoadsAhead && has_next) load_keys(tile_idx + kWarps);
-        new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
-        new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
-        if constexpr (!kLoadsAhead) load_values();
-        const float correction = weight_of(maximum, new_maximum);
-        maximum = new_maximum;
-        sum *= correction;
-        float weight[4];
+            for (int i = 0; i < 4; ++i) {
+                logit[i] *= scaling;
+                if (softcap > 0.0f) logit[i] = softcap * tanhf(logit[i] / softcap);
+                const bool is_visible = start[set][i / 2] + 2 * quad_idx + i % 2 < num_tokens;
+                logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
+                new_maximum = fmaxf(new_maximum, logit[i]);
+            }
+            const bool has_next = tile_idx + kSets * kWarps < end_tile;
+            if (kLoadsAhead && has_next) load_keys(set, tile_idx + kSets * kWarps);
+            new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
+            new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
+            if constexpr (!kLoadsAhead) load_values(set);
+            const float correction = weight_of(maximum, new_maximum);
+            maximum = new_maximum;
+            sum *= correction;
+            float weight[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            weight[i] = weight_of(logit[i], maximum);
-            sum += weight[i];
-        }
-        const uint32_t low_weights = as_bits(round_to_pair<T>(weight[0], weight[1]));
-        const uint32_t high_weights = as_bits(round_to_pair<T>(weight[2], weight[3]));
+            for (int i = 0; i < 4; ++i) {
+                weight[i] = weight_of(logit[i], maximum);
+                sum += weight[i];
+            }
+            const uint32_t low_weights = as_bits(round_to_pair<T>(weight[0], weight[1]));
+            const uint32_t high_weights = as_bits(round_to_pair<T>(weight[2], weight[3]));
 
-        // As columns of the output, heads lie in other lanes than as rows of the logits.
-        const float even_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx);
-        const float odd_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx + 4);
+            // As columns of the output, heads lie in other lanes than as rows of the logits.
+            const float even_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx);
+            const float odd_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx + 4);
 #pragma unroll
-        for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
 #pragma unroll
-            for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
-                float(&sums)[4] = output[block_idx][pair_idx];
-                sums[0] *= even_correction;
-                sums[1] *= odd_correction;
-                sums[2] *= even_correction;
-                sums[3] *= odd_correction;
-                uint32_t pair[4];  // the same two channels of four tokens
+                for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
+                    float(&sums)[4] = output[block_idx][pair_idx];
+                    sums[0] *= even_correction;
+                    sums[1] *= odd_correction;
+                    sums[2] *= even_correction;
+                    sums[3] *= odd_correction;
+                    uint32_t pair[4];  // the same two channels of four tokens
 #pragma unroll
-                for (int i = 0; i < 4; ++i) pair[i] = L::word(value[block_idx][i], pair_idx);
-                multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
-                                __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632),
-                                low_weights, high_weights);
+                    for (int i = 0; i < 4; ++i) pair[i] = L::word(value[set][block_idx][i], pair_idx);
+                    multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
+                                    __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632),
+                                    low_weights, high_weights);
+                }
             }
+            if (kLoadsAhead && has_next) load_values(set);
         }
-        if (kLoadsAhead && has_next) load_values();
     }
 
     // The block's sum over its warps.

@@ -22,7 +22,8 @@ using at::Tensor;
 Launch launch_on_current_stream() {
     static const bool is_allowed = std::getenv("HF_QUEST_NO_OVERLAP") == nullptr;
     const cudaDeviceProp* gpu = at::cuda::getCurrentDeviceProperties();
-    return {at::cuda::getCurrentCUDAStream(), gpu->multiProcessorCount, gpu->major >= 9, is_allowed && gpu->major >= 9};
+    return {at::cuda::getCurrentCUDAStream(), gpu->multiProcessorCount, int(gpu->sharedMemPerBlockOptin),
+            gpu->major >= 9, is_allowed && gpu->major >= 9};
 }
 
 DataType data_type_of(const Tensor& tensor) {

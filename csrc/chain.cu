@@ -233,6 +233,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams params) {
 #ifdef _CG_HAS_CLUSTER_GROUP
     constexpr int kQuads = kHeadDim / 4;  // of channels
+    constexpr int kTilesInFlight = kHeadDim > 128 ? 1 : 2;  // for each warp, of pages to score and of tokens
     extern __shared__ uint4 dynamic[];
     auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
     uint4* signed_query = dynamic + sizeof(shared) / sizeof(uint4);
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 global_keys[page_idx] = key;
             }
         };
-        score_pages<T, kHeadDim>(signed_query, 1, static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim,
+        score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim,
                                  (rank * kWarps + warp_idx) * kPagesPerWarp, cluster_size * kWarps * kPagesPerWarp,
                                  newest_page, prepare, store);
         lowest = __reduce_min_sync(kWholeWarp, lowest);
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         return (page_ids[chosen >> page_shift] << page_shift) + (chosen & (page_size - 1));
     };
     const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
-    attend_tiles<T, kHeadDim, kWarps>(shared.warp_sums, query, params.query_strides[1], params.group_size,
+    attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(shared.warp_sums, query, params.query_strides[1], params.group_size,
                                       static_cast<const T*>(storage.keys) + row_start,
                                       static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
                                       ceil_div(num_own << page_shift, kTile), page_size, params.scaling,
@@ -363,6 +364,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         expect_bytes(&shared.sums_barrier, cluster_size * num_bytes);
     }
     wait_for_bytes(&shared.sums_barrier);
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // nothing more is sent
 
     // Neighbouring lanes, as many as blocks rounded up to a power of two, sum up a part.
     T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
@@ -395,6 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
         }
     }
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // no block ends while what it has sent is on its way
 #endif  // _CG_HAS_CLUSTER_GROUP
 }
 
@@ -420,19 +423,18 @@ cudaLaunchConfig_t configure(const AttendParams& params, int cluster_size, size_
     return config;
 }
 
-// The largest cluster with which all rows' heads run at the same time, or 0.
+// The largest cluster with which all rows' heads run at the same time, or 0. Readies the kernel for launches.
 template <typename T, int kHeadDim>
 int find_cluster_size(const AttendParams& params) {
     const auto kernel = chain_kernel<T, kHeadDim>;
+    // Whatever the shapes, so that launches of several threads do not disturb each other.
+    const int most_bytes = params.launch.most_shared_bytes;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) != cudaSuccess) return 0;
     const int num_heads = params.num_kv_heads * params.num_rows;
     for (int size = kMaxClusterSize; size >= 2; --size) {  // st.async wants two
-        if (size * num_heads > params.launch.num_sms) continue;
         const size_t num_bytes = count_shared_bytes<kHeadDim>(params, size);
-        // Fails where there is not as much shared memory.
-        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(num_bytes)) != cudaSuccess) {
-            return 0;
-        }
+        if (size * num_heads > params.launch.num_sms || num_bytes > size_t(most_bytes)) continue;
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = configure(params, size, num_bytes, attributes);
         int num_clusters = 0;
@@ -464,9 +466,6 @@ cudaError_t launch_chain(const AttendParams& params, int cluster_size) {
         constexpr int kHeadDim = decltype(head_dim)::value;
         const auto kernel = chain_kernel<decltype(element), kHeadDim>;
         const size_t num_bytes = count_shared_bytes<kHeadDim>(params, cluster_size);
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(num_bytes));
-        if (error != cudaSuccess) return error;
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = configure(params, cluster_size, num_bytes, attributes);
         return cudaLaunchKernelEx(&config, kernel, params);

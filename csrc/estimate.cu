@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
     const auto store = [&](int page_idx, float score) {
         if (threadIdx.x % 4 == 0) own.scores[page_idx] = score * params.scaling;
     };
-    score_pages<T, kHeadDim>(signed_query, ceil_div(params.group_size, kHeadTile), own.bounds, first_page,
+    score_pages<T, kHeadDim, 1>(signed_query, ceil_div(params.group_size, kHeadTile), own.bounds, first_page,
                              gridDim.x * kWarps * kPagesPerWarp, own.num_pages, prepare, store);
 }
 

@@ -14,6 +14,7 @@ enum class DataType { kHalf, kBFloat16 };
 struct Launch {
     cudaStream_t stream;
     int num_sms;
+    int most_shared_bytes;  // that a block may ask for
     bool has_clusters;  // of thread blocks (sm_90 and later)
     bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
 };

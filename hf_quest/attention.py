@@ -185,6 +185,8 @@ def quest_mask(
     check_heads_split(config)
     is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
     cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
+    if cache is not None:
+        cache.settings.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
     is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
     if is_plain and kv_length == 0:  # in a captured step of a QuestCache
         return None

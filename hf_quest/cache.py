@@ -1,6 +1,7 @@
 """QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,6 +63,8 @@ class Settings:
     devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
     is_recording: bool = False  # of a step in a CUDA graph, without compilation
+    max_positions: float = math.inf  # tokens of context that the model is made for
+    reads_everything: bool = False  # in a captured decode, as far as the model's context goes
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
@@ -92,6 +95,15 @@ class Settings:
             self.length = length
             for device in self.devices:
                 self.on(device).length.fill_(length)
+
+    def choose_kernel(self, num_tokens):
+        """For a captured step that makes it `num_tokens`: dense attention if the budget covers these and all to come.
+
+        Not if it covers these alone, or the graph would have to be another one in the middle of a text.
+        """
+        budget = self.num_selected * self.page_size
+        end = min(self.max_positions, self.max_cache_len or math.inf)
+        self.reads_everything = budget >= max(num_tokens, end)
 
     def set_left_padding(self, left_padding):
         """Take over a tuple of B ints."""
@@ -387,7 +399,7 @@ class QuestLayer(CacheLayerMixin):
             on_device.padding,
             self.layer_idx,
             self.num_kv_heads,
-            0 if self.is_dense else settings.num_selected,
+            0 if self.is_dense or settings.reads_everything else settings.num_selected,
             settings.page_size,
             scaling,
             softcap,
@@ -708,6 +720,7 @@ class QuestCache(Cache):
         for layer in self.layers:
             layer.make_room(num_tokens)
         self.settings.set_length(num_tokens)
+        self.settings.choose_kernel(num_tokens)
         self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
         self.settings.step = PREPARED
 

@@ -101,7 +101,7 @@ class Recording:
 
 def read_by_kernels(cache):
     on_device = cache.layers[0].on_device
-    return on_device.length, on_device.padding, on_device.addresses
+    return on_device.length, on_device.padding, on_device.addresses, cache.settings.reads_everything
 
 
 def is_alike(mine, given):
