@@ -74,6 +74,29 @@ def first_token_table(report):
     return table
 
 
+def bigger_table(reports):
+    """ms per token of models over several GPUs or with quantised weights: all of their reports in one table."""
+    table = Table("model", "weights", "GPUs", "tokens", "way", "dense", "Quest", "speedup", "GB on each GPU")
+    for report in reports:
+        shape = report.get("shape") or f"{report['num_layers']} layers of {report['hidden_size']:,}"
+        gpus = f"{report.get('gpus', 1)}"
+        for result in report["results"]:
+            dense, sparse = (result[kind] for kind in ("dense", "quest"))
+            memory = max(sparse.get("peak_gb_per_gpu", [sparse["peak_memory_gb"]]))
+            table.add_row(
+                shape,
+                report["weights"].partition(",")[0],
+                gpus,
+                f"{report['context']:,}",
+                result["way"].removeprefix("QuestCache, "),
+                f"{dense['ms_per_token']:.1f}",
+                f"{sparse['ms_per_token']:.1f}",
+                f"{result['speedup']:.2f}×",
+                f"{memory:.0f}",
+            )
+    return table
+
+
 KINDS = {
     "decode": decode_table,
     "stages": stages_table,
@@ -89,6 +112,8 @@ def tables():
     for kind, as_table in KINDS.items():
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             found[path.stem] = markdown(as_table(json.loads(path.read_text())))
+    bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
+    found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found
 
 

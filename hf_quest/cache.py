@@ -446,16 +446,25 @@ class QuestLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
+        self.reorder(beam_idx.tolist())
+
+    def reorder(self, sources):
+        """`reorder_cache` of a list of rows. A row that stays is not copied, and only a cycle needs a row to spare."""
         if not self.is_initialized:
             return
-        rows = beam_idx.to(self.keys.device)
         filled = [self.keys[:, :, : self.length], self.values[:, :, : self.length]]
         if not self.is_dense:
             filled.append(self.bounds[:, :, : self._num_pages(self.length)])
+        copies = copies_in_order(sources)
         for tensor in filled:
-            tensor.copy_(tensor.index_select(0, rows))
+            spare = None
+            for target, source in copies:
+                if target is None:
+                    spare = tensor[source].clone()
+                else:
+                    tensor[target].copy_(spare if source is None else tensor[source])
         if any(self.left_padding):
-            self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
+            self._set_padding(tuple(self.left_padding[row] for row in sources))
 
     def batch_repeat_interleave(self, repeats):
         if self.is_initialized:
@@ -808,7 +817,9 @@ class QuestCache(Cache):
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
         self._settle()
-        super().reorder_cache(beam_idx)
+        sources = beam_idx.tolist()
+        for layer in self.layers:
+            layer.reorder(sources)
 
     def batch_repeat_interleave(self, repeats):
         self._settle()
@@ -848,6 +859,25 @@ class QuestCache(Cache):
     get_conv_state = update_conv_state = _no_state
     get_recurrent_state = update_recurrent_state = _no_state
     update_indexer = _no_state
+
+
+def copies_in_order(sources):
+    """(target, source) rows to copy one after the other, after which row i holds what row `sources[i]` held.
+
+    None is a row to spare, by which the first row of a cycle goes.
+    """
+    left = {target: source for target, source in enumerate(sources) if target != source}
+    copies = []
+    while left:
+        free = [target for target in left if target not in left.values()]
+        if not free:  # cycles are all that is left
+            first = next(iter(left))
+            copies.append((None, first))
+            left = {target: None if source == first else source for target, source in left.items()}
+            continue
+        for target in free:
+            copies.append((target, left.pop(target)))
+    return copies
 
 
 def cannot_be_written(tensor):

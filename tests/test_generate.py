@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from hf_quest import QuestCache
+from hf_quest.cache import copies_in_order
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +259,21 @@ def test_crop_then_append_is_append(model, new_cache, removed):
         model(kept, past_key_values=fresh)
     assert cropped.get_seq_length() == PROMPT - removed
     assert torch.equal(generate(model, prompt, cropped), generate(model, prompt, fresh))
+
+
+@pytest.mark.parametrize("num_rows", range(1, 5))
+def test_beams_change_places_without_overwriting_one_that_is_wanted(num_rows):
+    for sources in itertools.product(range(num_rows), repeat=num_rows):
+        rows, spare = list(range(num_rows)), None
+        copies = copies_in_order(sources)
+        for target, source in copies:
+            held = spare if source is None else rows[source]
+            if target is None:
+                spare = held
+            else:
+                rows[target] = held
+        assert rows == list(sources)
+        assert len(copies) <= sum(map(int.__ne__, sources, range(num_rows))) + num_rows // 2  # a spare for each cycle
 
 
 def test_crop_of_everything_is_a_new_cache(model, new_cache):
