@@ -67,12 +67,14 @@ def losses(model: PreTrainedModel, cache: Cache, ids: Tensor, num_scored: int) -
         [B, num_scored] negative log-likelihoods in nats, of the last tokens. The cache must have held none of them, nor
         the token before.
     """
-    by_token = []
+    # Written into one tensor: small ones that stay would keep a CPU's heap from using again what a growing cache leaves.
+    by_token = torch.empty(ids.shape[0], num_scored, device=ids.device)
+    first_scored = ids.shape[1] - num_scored
     for position in range(cache.get_seq_length(), ids.shape[1] - 1):
         logits = step(model, cache, ids[:, position : position + 1])
-        if position + 1 >= ids.shape[1] - num_scored:
-            by_token.append(cross_entropy(logits, ids[:, position + 1], reduction="none"))
-    return torch.stack(by_token, dim=1)
+        if position + 1 >= first_scored:
+            by_token[:, position + 1 - first_scored] = cross_entropy(logits, ids[:, position + 1], reduction="none")
+    return by_token
 
 
 def evaluate_perplexity(
