@@ -46,6 +46,22 @@ def model():
     return make_model(**LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("budget", "max_cache_len", "reads_everything"),
+    [
+        (2048, None, True),  # as many positions as the model has
+        (2032, None, False),  # which covers this text, but not every one
+        (2032, 1000, True),
+        (BUDGET, None, False),
+        (BUDGET, 1000, False),
+    ],
+)
+def test_a_captured_step_is_dense_where_the_budget_covers_all_to_come(budget, max_cache_len, reads_everything):
+    cache = QuestCache(budget, max_cache_len=max_cache_len)
+    greedy(make_model(**LAYERS), cache, tokens(PROMPT))
+    assert cache.settings.reads_everything == reads_everything
+
+
 class TestOneGraph:
     """Inductor compiles once, at the first prompt of the first test, for all of them."""
 
