@@ -78,7 +78,7 @@ def read_document(path):
 def make_document():
     """Real text that was held out of the tiny model's training, and the lines in it that mark a key point."""
     library = Library(AutoTokenizer.from_pretrained(tiny.PATH), heldout_text())
-    (document,) = documents(library, "digest", DOCUMENT_LENGTH, 1, seed=0)
+    (document,) = documents(library, "digest", DOCUMENT_LENGTH, 1, seed=1)
     return document.context, document.answer.split("\n")[1:]
 
 

@@ -29,7 +29,8 @@ from hf_quest.evaluation.calibration import line_of_code, recommended, write_htm
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, load, make_ways, new_cache, prefill, read
 from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
-from hf_quest.evaluation.perplexity import hub_text, losses, windows
+from hf_quest.evaluation.perplexity import draw_over_length, hub_text, losses, windows
+from hf_quest.evaluation.plots import draw_over_budget
 from hf_quest.evaluation.report import merged, read_text, spread
 from hf_quest.evaluation.top10 import top_tokens
 
@@ -202,6 +203,16 @@ class TestPerplexity:
         assert found[48, "dense"] == pytest.approx(expected[:47].mean().item(), rel=1e-3)
         assert found[64, "dense"] == pytest.approx(expected.mean().item(), rel=1e-3)
         assert found[64, "tova"] != pytest.approx(found[64, "dense"], rel=1e-4)
+
+    def test_no_plot_of_dense_attention_alone(self, loaded):
+        pytest.importorskip("matplotlib")
+        report = evaluate_perplexity(*loaded, TEXT, lengths=[64], methods=["dense"], num_scored=2, num_rows=1)
+        with pytest.raises(ValueError, match="no method here has a budget"):
+            draw_over_length(report | {"configuration": report["configuration"] | {"share": None}})
+        with pytest.raises(ValueError, match="no method here has a budget"):
+            draw_over_budget(
+                {"records": [{"length": 64, "method": "dense", "budget": None, "scores": [1.0]}]}, ["length"]
+            )
 
     def test_a_data_set_gives_its_first_text(self, tmp_path):
         pytest.importorskip("datasets")

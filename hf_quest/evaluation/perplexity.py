@@ -67,7 +67,6 @@ def losses(model: PreTrainedModel, cache: Cache, ids: Tensor, num_scored: int) -
         [B, num_scored] negative log-likelihoods in nats, of the last tokens. The cache must have held none of them, nor
         the token before.
     """
-    # Written into one tensor: small ones that stay would keep a CPU's heap from using again what a growing cache leaves.
     by_token = torch.empty(ids.shape[0], num_scored, device=ids.device)
     first_scored = ids.shape[1] - num_scored
     for position in range(cache.get_seq_length(), ids.shape[1] - 1):
@@ -189,10 +188,16 @@ def perplexity_table(report: dict[str, Any]) -> Table:
 
 
 def draw_over_length(report: dict[str, Any]) -> Any:
-    """Perplexity over length, one panel for each budget in tokens or one for a share of the length."""
+    """Perplexity over length, one panel for each budget in tokens or one for a share of the length.
+
+    Raises:
+        ValueError: where no method has a budget.
+    """
     found = perplexities(report)
     is_share = report["configuration"]["share"] is not None
     budgets = [None] if is_share else sorted({way.budget for _, way in found if way.budget})
+    if not budgets:
+        raise ValueError("Nothing is drawn, since no method here has a budget.")
     drawing = figure(figsize=(4 * len(budgets) + 1.4, 3.2))
     for budget, axes in zip(budgets, drawing.subplots(1, len(budgets), squeeze=False)[0], strict=True):
         points: dict[str, list[tuple[float, float]]] = {}

@@ -44,10 +44,16 @@ def add_legend(drawing: Any, axes: Any) -> None:
 
 
 def draw_over_budget(report: dict[str, Any], names: Sequence[str], label: str = "accuracy") -> Any:
-    """Scores from 0 to 1 over the budget, one panel for each value of `names`."""
+    """Scores from 0 to 1 over the budget, one panel for each value of `names`.
+
+    Raises:
+        ValueError: where no method has a budget.
+    """
     scores = merged(report["records"], names, "scores")
     panels = list(dict.fromkeys(key for key, _ in scores))
     budgets = sorted({way.budget for _, way in scores if way.budget})
+    if not budgets:
+        raise ValueError("Nothing is drawn, since no method here has a budget.")
     drawing = figure(figsize=(4 * len(panels) + 1.4, 3.2))
     for panel, axes in zip(panels, drawing.subplots(1, len(panels), squeeze=False)[0], strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
