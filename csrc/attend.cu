@@ -15,8 +15,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTilesPerWarp = 2;  // or more, where there are as many: every split makes the last block's sum longer
-constexpr int kMaxPageSize = 64;
 constexpr int kMergeBatch = 8;    // partial sums in flight at once
+constexpr int kMaxPageSize = 64;
 
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 4; }
 
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     if (num_tokens <= 0) return;  // a row of padding alone has no attention
     // No more than there are, but for a rest in which there is no page.
-    const int num_chosen = kIsDense ? num_tokens : min(params.num_selected * params.page_size, num_tokens + kMaxPageSize);
+    const int num_chosen =
+        kIsDense ? num_tokens : min(params.num_selected * params.page_size, num_tokens + kMaxPageSize);
     const int num_tiles = max(ceil_div(num_chosen, kTile), 1);
     const int tiles_per_split = ceil_div(num_tiles, int(gridDim.x));
     const int num_splits = ceil_div(num_tiles, tiles_per_split);
@@ -63,10 +64,11 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         return page_idx < 0 ? kNoToken : (page_idx << page_shift) + (chosen & (params.page_size - 1));
     };
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, query + first_head * params.query_strides[1], params.query_strides[1],
-                                      num_heads, static_cast<const T*>(storage.keys) + row_start,
-                                      static_cast<const T*>(storage.values) + row_start, num_tokens, first_tile,
-                                      end_tile, params.page_size, params.scaling, params.softcap, find_token);
+    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, query + first_head * params.query_strides[1],
+                                         params.query_strides[1], num_heads,
+                                         static_cast<const T*>(storage.keys) + row_start,
+                                         static_cast<const T*>(storage.values) + row_start, num_tokens, first_tile,
+                                         end_tile, params.page_size, params.scaling, params.softcap, find_token);
 
     T* output = static_cast<T*>(params.output);
     output += (int64_t(row_idx) * params.num_kv_heads * params.group_size + first_head) * kHeadDim;

@@ -296,9 +296,9 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 global_keys[page_idx] = key;
             }
         };
-        score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim,
-                                 (rank * kWarps + warp_idx) * kPagesPerWarp, cluster_size * kWarps * kPagesPerWarp,
-                                 newest_page, prepare, store);
+        const T* bounds = static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim;
+        score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, bounds, (rank * kWarps + warp_idx) * kPagesPerWarp,
+                                                 cluster_size * kWarps * kPagesPerWarp, newest_page, prepare, store);
         lowest = __reduce_min_sync(kWholeWarp, lowest);
         highest = __reduce_max_sync(kWholeWarp, highest);
         if (const int i = threadIdx.x % kWarpSize; i < cluster_size) {
@@ -336,11 +336,10 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         return (page_ids[chosen >> page_shift] << page_shift) + (chosen & (page_size - 1));
     };
     const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
-    attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(shared.warp_sums, query, params.query_strides[1], params.group_size,
-                                      static_cast<const T*>(storage.keys) + row_start,
-                                      static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
-                                      ceil_div(num_own << page_shift, kTile), page_size, params.scaling,
-                                      params.softcap, find_token);
+    attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(
+        shared.warp_sums, query, params.query_strides[1], params.group_size,
+        static_cast<const T*>(storage.keys) + row_start, static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
+        ceil_div(num_own << page_shift, kTile), page_size, params.scaling, params.softcap, find_token);
 
     // Quads of channels are dealt to the blocks, which get them from all.
     const int num_quads = params.group_size * kQuads, num_parts = divide(num_quads + cluster_size - 1, cluster_size);

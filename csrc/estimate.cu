@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
         if (threadIdx.x % 4 == 0) own.scores[page_idx] = score * params.scaling;
     };
     score_pages<T, kHeadDim, 1>(signed_query, ceil_div(params.group_size, kHeadTile), own.bounds, first_page,
-                             gridDim.x * kWarps * kPagesPerWarp, own.num_pages, prepare, store);
+                                gridDim.x * kWarps * kPagesPerWarp, own.num_pages, prepare, store);
 }
 
 }  // namespace
