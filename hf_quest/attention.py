@@ -183,10 +183,11 @@ def quest_mask(
     model_class = causal_lm_class(config)
     check_has_attention_interface(model_class, config)
     check_heads_split(config)
-    is_local = local_size is not None and local_size < getattr(config, "max_position_embeddings", math.inf)
+    max_positions = getattr(config, "max_position_embeddings", None) or math.inf
+    is_local = local_size is not None and local_size < max_positions
     cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
     if cache is not None:
-        cache.settings.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
+        cache.settings.max_positions = max_positions
     is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
     if is_plain and kv_length == 0:  # in a captured step of a QuestCache
         return None
