@@ -54,6 +54,7 @@ class Settings:
     page_size: int  # tokens
     dense_layers: int
     max_cache_len: int | None  # tokens
+    bounds_dtype: torch.dtype | None = None  # that of the keys
     prefill: CritiPrefill | None = None
     block_scores: BlockScores = field(default_factory=BlockScores)
     draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
@@ -135,7 +136,8 @@ class QuestLayer(CacheLayerMixin):
     """Keys, values and page bounds of one layer, and the attention of a decode step over them.
 
     `keys`, `values` [B, Hkv, capacity, D] and `bounds` [B, Hkv, capacity / S, 2, D] are appended to in place; the first
-    `length` slots are filled. A layer that is always dense has no bounds.
+    `length` slots are filled. Bounds in 8 bits have `scales` [B, Hkv, capacity / S, D / 32]. A layer that is always
+    dense has no bounds.
     """
 
     is_sliding = False
@@ -150,7 +152,7 @@ class QuestLayer(CacheLayerMixin):
         if settings.prefill is not None and layer_idx < settings.prefill.dense_layers:
             self.prefill = None
         self.num_kv_heads = 0
-        self.bounds = None
+        self.bounds = self.scales = None
         self.length = 0
         self.on_device = None  # settings.on the device of this layer
         self.has_kernels = False  # whether the CUDA kernels serve this layer; otherwise the reference does
@@ -183,6 +185,15 @@ class QuestLayer(CacheLayerMixin):
     def selects_pages(self):
         """Whether the next decode step does, as far as the last forward's attention mask tells."""
         return self.is_sparse and self.is_plainly_masked
+
+    @property
+    def bounds_in_tokens(self):
+        """The bytes of the bounds, in those of one token's key and value."""
+        of_tokens, of_pages = (
+            sum(tensor[0, 0, 0].nbytes for tensor in tensors if tensor is not None)
+            for tensors in ((self.keys, self.values), (self.bounds, self.scales))
+        )
+        return self.length / self.settings.page_size * of_pages / of_tokens
 
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
@@ -231,7 +242,7 @@ class QuestLayer(CacheLayerMixin):
             self.not_stored = None
 
     def _append(self, key_states, value_states, end):
-        stored, new = (self.keys, self.values, self.bounds), (key_states, value_states)
+        stored, new = (self.keys, self.values, self.bounds, self.scales), (key_states, value_states)
         if self.has_kernels:
             where = (self.on_device.length, self.padding, self.settings.page_size)
             torch.ops.hf_quest.append(*stored, *new, *where)
@@ -322,13 +333,18 @@ class QuestLayer(CacheLayerMixin):
         length = self.on_device.length if is_captured else self.length
         page_ids = None  # which is all of them
         if self.is_sparse:
-            num_pages = None if is_captured else self._num_pages(self.length)
-            scores = reference.estimate(query, self.bounds[:, :, :num_pages], scaling)
-            page_ids = reference.select(scores, length, self.padding, self.settings.num_selected, page_size)
+            page_ids = self.select(query, length, scaling)
             self._record(query, page_ids, scaling, softcap, sinks)
         return reference.attend(
             query, self.keys, self.values, page_ids, length, self.padding, page_size, scaling, softcap, sinks
         )
+
+    def select(self, query, length, scaling):
+        """The pages of the newest T tokens' queries, [B, Hq, T, D]: `reference.estimate` and `reference.select`."""
+        num_pages = None if self.settings.is_captured else self._num_pages(length)
+        bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
+        scores = reference.estimate(query, *bounds, scaling)
+        return reference.select(scores, length, self.padding, self.settings.num_selected, self.settings.page_size)
 
     def _record(self, query, page_ids, scaling, softcap, sinks):
         if self.settings.recorder is not None:
@@ -348,8 +364,8 @@ class QuestLayer(CacheLayerMixin):
     def attend_prompt(self, query, keys, values, scaling, softcap=None, sinks=None):
         """Attention [B, T, Hq, D] of the newest T of the tokens in `keys` and `values`, dense or by CritiPrefill."""
         self.settings.block_scores.enter(self.layer_idx)
-        stored = (keys, values, self.bounds, self.left_padding, self.settings.page_size)
-        return prompts.attend(query, *stored, self.prefill, self.settings.block_scores, scaling, softcap, sinks)
+        earlier = self.settings.block_scores
+        return prompts.attend(query, keys, values, self.left_padding, self.prefill, earlier, scaling, softcap, sinks)
 
     def newest(self, num_slots):
         """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
@@ -376,7 +392,7 @@ class QuestLayer(CacheLayerMixin):
         where = (length + offset if offset else length, self.padding)
         options = (settings.page_size, scaling, softcap, sinks)
         if self.is_sparse:
-            stored = (self.keys, self.values, self.bounds)
+            stored = (self.keys, self.values, self.bounds, self.scales)
             page_ids = None  # which nobody asks for
             if settings.recorder is not None:
                 page_ids = self.padding.new_empty(*self.keys.shape[:2], 1, settings.num_selected)
@@ -409,9 +425,9 @@ class QuestLayer(CacheLayerMixin):
     def find_addresses(self):
         """The row of this layer in `ops.decode`'s addresses."""
         if not self.has_kernels:
-            return [0] * 5
-        of_pages = (0, 0) if self.is_dense else (self.bounds.data_ptr(), self.scores.data_ptr())
-        return [self.keys.data_ptr(), self.values.data_ptr(), *of_pages, self.capacity]
+            return [0] * ops.NUM_ADDRESSES
+        tensors = [self.keys, self.values, self.bounds, self.scales, None if self.is_dense else self.scores]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.capacity]
 
     def get_seq_length(self):
         return self.length
@@ -452,11 +468,8 @@ class QuestLayer(CacheLayerMixin):
         """`reorder_cache` of a list of rows. A row that stays is not copied, and only a cycle needs a row to spare."""
         if not self.is_initialized:
             return
-        filled = [self.keys[:, :, : self.length], self.values[:, :, : self.length]]
-        if not self.is_dense:
-            filled.append(self.bounds[:, :, : self._num_pages(self.length)])
         copies = copies_in_order(sources)
-        for tensor in filled:
+        for tensor in self._filled():
             spare = None
             for target, source in copies:
                 if target is None:
@@ -494,14 +507,17 @@ class QuestLayer(CacheLayerMixin):
 
     def _reallocate(self, rows, num_slots):
         """Move the filled slots of `rows`, a slice or row numbers, to new storage of `num_slots`."""
-        keys = self.keys[rows, :, : self.length]
-        values = self.values[rows, :, : self.length]
-        bounds = None if self.is_dense else self.bounds[rows, :, : self._num_pages(self.length)]
+        filled = [tensor[rows] for tensor in self._filled()]
+        keys, values = filled[:2]
         self._allocate(keys, values, keys.shape[0], num_slots)
-        self.keys[:, :, : self.length] = keys
-        self.values[:, :, : self.length] = values
-        if bounds is not None:
-            self.bounds[:, :, : bounds.shape[2]] = bounds
+        for tensor, content in zip(self._filled(), filled, strict=True):
+            tensor.copy_(content)
+
+    def _filled(self):
+        """What is filled of all that is stored: views of keys and values, and of bounds and scales where there are."""
+        num_pages = self._num_pages(self.length)
+        of_pages = [tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales) if tensor is not None]
+        return [self.keys[:, :, : self.length], self.values[:, :, : self.length], *of_pages]
 
     def _allocate(self, like_keys, like_values, batch_size, num_slots):
         """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
@@ -514,7 +530,11 @@ class QuestLayer(CacheLayerMixin):
             self.keys = like_keys.new_empty(*slots, head_dim)
             self.values = like_values.new_empty(*slots, like_values.shape[-1])
             if not self.is_dense:
-                self.bounds = like_keys.new_empty(batch_size, num_kv_heads, num_pages, 2, head_dim)
+                pages, bounds_dtype = (batch_size, num_kv_heads, num_pages), self.settings.bounds_dtype
+                self.bounds = like_keys.new_empty(*pages, 2, head_dim, dtype=bounds_dtype)
+                if bounds_dtype is not None:
+                    num_scales = -(-head_dim // reference.SCALE_BLOCK)
+                    self.scales = like_keys.new_empty(*pages, num_scales, dtype=torch.uint8)
             self.has_kernels = ops.serves(self.keys, self.values, self.settings.page_size)
             if self.has_kernels:
                 self.counters = ops.new_counters(self.keys)
@@ -522,7 +542,7 @@ class QuestLayer(CacheLayerMixin):
         self.num_kv_heads = num_kv_heads
         self.on_device = self.settings.on(self.keys.device)
         # Without the kernels: one graph for every capacity, and one more recording of it where the storage moves.
-        for tensor in filter(torch.is_tensor, (self.keys, self.values, self.bounds)):
+        for tensor in filter(torch.is_tensor, (self.keys, self.values, self.bounds, self.scales)):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
             torch._dynamo.mark_static_address(tensor)
 
@@ -532,8 +552,8 @@ class QuestLayer(CacheLayerMixin):
 
     def _refresh_bounds(self, num_newest):
         if self.bounds is not None:
-            page_size = self.settings.page_size
-            reference.refresh_bounds(self.keys, self.bounds, num_newest, self.length, self.padding, page_size)
+            where = (num_newest, self.length, self.padding, self.settings.page_size)
+            reference.refresh_bounds(self.keys, self.bounds, self.scales, *where)
 
     def _num_pages(self, num_tokens):
         return -(-num_tokens // self.settings.page_size)
@@ -558,6 +578,8 @@ class QuestCache(Cache):
         compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache. Storage that
             grows costs one more recording of the CUDA graph, no compilation.
         prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
+        bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
+            bounds, and a step reads half as many bytes of them; or None for the dtype of the keys, as in the paper.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -565,7 +587,17 @@ class QuestCache(Cache):
         QuestError: for a model that Quest cannot serve.
     """
 
-    def __init__(self, budget=2048, *, page_size=16, dense_layers=2, max_cache_len=None, compile=True, prefill=None):
+    def __init__(
+        self,
+        budget=2048,
+        *,
+        page_size=16,
+        dense_layers=2,
+        max_cache_len=None,
+        compile=True,
+        prefill=None,
+        bounds_dtype=torch.int8,
+    ):
         if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
             raise ValueError(
                 f"page_size is a number of tokens and a power of two (16 in the paper), not {page_size!r}."
@@ -583,7 +615,10 @@ class QuestCache(Cache):
                 f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of {page_size}. "
                 "Make block_size a multiple of page_size."
             )
-        self.settings = Settings(_checked_budget(budget, page_size), page_size, dense_layers, max_cache_len, prefill)
+        if bounds_dtype not in (torch.int8, None):
+            raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
+        budget = _checked_budget(budget, page_size)
+        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
         self.compile = compile
         super().__init__(layers=[])
 
@@ -658,8 +693,7 @@ class QuestCache(Cache):
         stored = sum(layer.length for layer in self.layers)
         if stored == 0:
             return 1.0
-        # A page's bounds are as large as one token's key and value.
-        bounds = sum(layer.length / self.page_size for layer in self.layers if layer.selects_pages)
+        bounds = sum(layer.bounds_in_tokens for layer in self.layers if layer.selects_pages)
         return (sum(self.tokens_attended) + bounds) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

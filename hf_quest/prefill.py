@@ -48,7 +48,7 @@ class CritiPrefill:
         threshold: tokens below which everything is dense, at least `budget`; rounded up to whole segments.
         dense_layers: how many of the first layers attend everything.
         layer_fusion: share of the last layer's scores in a layer's own, from 0 to below 1.
-        score: "mass", the attention mass that Quest's page bounds let some of the segment's queries expect, or
+        score: "mass", the attention mass that a block's bounds let some of the segment's queries expect, or
             "published", the paper's, by the extremes of all its queries.
 
     Raises:
@@ -127,15 +127,13 @@ class BlockScores:
         self.layer_idx = layer_idx
 
 
-def attend(query, keys, values, bounds, left_padding, page_size, prefill, earlier, scaling, softcap=None, sinks=None):
+def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap=None, sinks=None):
     """Attention of the newest T tokens of every row, of whole segments by their blocks and of all others dense.
 
     Args:
         query: [B, Hq, T, D].
         keys, values: [B, Hkv, N, D], views of storage whose capacity is a multiple of the block size.
-        bounds: [B, Hkv, P, 2, D] of pages, or None in a layer that has none.
         left_padding: a tuple of B ints.
-        page_size: S.
         prefill: a CritiPrefill, or None for dense attention.
         earlier: BlockScores, mutated.
         scaling, softcap, sinks: as in `reference.attend`.
@@ -153,13 +151,12 @@ def attend(query, keys, values, bounds, left_padding, page_size, prefill, earlie
         first = keys.shape[2] - num_queries - padding  # position of the first query, negative in padding
         skipped = max(0, -first)
         output[row, :skipped] = 0
-        row_bounds = None if bounds is None else bounds[row]
-        tokens = (query[row, :, skipped:], keys[row, :, padding:], values[row, :, padding:], row_bounds)
-        attend_row(output[row, skipped:], *tokens, page_size, prefill, earlier, row, options)
+        tokens = (query[row, :, skipped:], keys[row, :, padding:], values[row, :, padding:])
+        attend_row(output[row, skipped:], *tokens, prefill, earlier, row, options)
     return output
 
 
-def attend_row(output, query, keys, values, bounds, page_size, prefill, earlier, row, options):
+def attend_row(output, query, keys, values, prefill, earlier, row, options):
     """`attend` of one row without padding: query [Hq, T, D], keys and values [Hkv, N, D], into `output` [T, Hq, D]."""
     end = keys.shape[1]
     first = end - query.shape[1]
@@ -175,7 +172,7 @@ def attend_row(output, query, keys, values, bounds, page_size, prefill, earlier,
         return
 
     segment_size, block_size = prefill.segment_size, prefill.block_size
-    blocks = block_bounds(keys, bounds, (stop - segment_size) // block_size, block_size, page_size)
+    blocks = block_bounds(keys, (stop - segment_size) // block_size, block_size)
     for slab, slab_end in slabs(start, stop, segment_size, segments_in_slab(query, keys, prefill, blocks.shape[1])):
         by_segment = (-1, segment_size)
         slab_query = query[:, slab - first : slab_end - first].unflatten(1, by_segment).transpose(0, 1)
@@ -216,14 +213,10 @@ def segments_in_slab(query, keys, prefill, num_blocks):
     return 1 << min(SLAB_SEGMENTS, max(1, num_segments)).bit_length() - 1
 
 
-def block_bounds(keys, bounds, num_blocks, block_size, page_size):
+def block_bounds(keys, num_blocks, block_size):
     """[Hkv, C, 2, D]: minimum and maximum of the keys in each of the first `num_blocks` blocks, [Hkv, N, D]."""
-    if bounds is None:
-        blocks = keys[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
-        return torch.stack(blocks.aminmax(dim=2), dim=2)
-    pages = block_size // page_size
-    lowest, highest = bounds[:, : num_blocks * pages].unflatten(1, (num_blocks, pages)).unbind(3)
-    return torch.stack([lowest.amin(dim=2), highest.amax(dim=2)], dim=2)
+    blocks = keys[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
+    return torch.stack(blocks.aminmax(dim=2), dim=2)
 
 
 def estimate(query, bounds, num_before, num_visible, scaling, score):

@@ -17,15 +17,19 @@ import torch
 import torch.nn.functional as F
 
 INT64 = torch.iinfo(torch.int64)
+SCALE_BLOCK = 32  # neighbouring channels that share a scale in bounds of 8 bits
+INFINITY_BITS = 0x7F800000
 
 
-def append(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
     """Store the keys and values of the newest tokens and bring the bounds of their pages up to date.
 
     Args:
         keys, values: [B, Hkv, capacity, D], mutated in the slots `length - T` to `length - 1`.
         bounds: [B, Hkv, capacity / S, 2, D], minimum and maximum over the page's tokens of every channel of the keys
             (Quest, section 3.3); mutated in the pages that the new tokens fall in. None in a layer that needs none.
+        scales: [B, Hkv, capacity / S, D / 32] uint8, mutated with `bounds`, which are int8 then; see `to_8_bits`. None
+            for bounds in the dtype of the keys.
         new_keys, new_values: [B, Hkv, T, D], keys after the rotary embedding.
         length: slots filled, the new tokens' included: an int, or in a captured graph, which outlives it, [1] int64.
         padding: [B] int64, slots at the start of each row that hold no token.
@@ -35,14 +39,14 @@ def append(keys, values, bounds, new_keys, new_values, length, padding, page_siz
     keys.index_copy_(2, slot, new_keys)
     values.index_copy_(2, slot, new_values)
     if bounds is not None:
-        refresh_bounds(keys, bounds, num_new, length, padding, page_size)
+        refresh_bounds(keys, bounds, scales, num_new, length, padding, page_size)
 
 
-def refresh_bounds(keys, bounds, num_new, length, padding, page_size):
+def refresh_bounds(keys, bounds, scales, num_new, length, padding, page_size):
     """Compute again, from the keys stored in the first `length` slots, the bounds of the pages of the newest `num_new`.
 
     A minimum cannot be un-merged, so what shortens a page (a crop, a rejected draft) calls this too. A page without a
-    token gets no bounds. `bounds` is mutated; shapes as in `append`.
+    token gets no bounds. `bounds` and `scales` are mutated; shapes as in `append`.
     """
     if num_new <= 0:
         return
@@ -60,10 +64,43 @@ def refresh_bounds(keys, bounds, num_new, length, padding, page_size):
     is_empty = ~is_token[..., None, None]
     lowest = page_keys.masked_fill(is_empty, torch.inf).amin(dim=2)
     highest = page_keys.masked_fill(is_empty, -torch.inf).amax(dim=2)
-    bounds[batch, :, page_idx] = torch.stack([lowest, highest], dim=3)
+    extremes = torch.stack([lowest, highest], dim=3)
+    if scales is None:
+        bounds[batch, :, page_idx] = extremes
+    else:
+        bounds[batch, :, page_idx], scales[batch, :, page_idx] = to_8_bits(extremes)
 
 
-def estimate(query, bounds, scaling):
+def to_8_bits(bounds):
+    """Bounds in 8 bits, the minimum rounded down and the maximum up, so that they stay bounds.
+
+    A power of two is the scale of 32 neighbouring channels, of minimum and maximum alike: the smallest with which none
+    exceeds 127 (OCP Microscaling formats, MXINT8). So rounding is exact, and widening what is rounded already gives what
+    rounding the widened bounds would. What is infinite or not a number is unbounded.
+
+    Args:
+        bounds: [..., 2, D], in any floating-point dtype.
+
+    Returns:
+        int8 [..., 2, D], and uint8 [..., D / 32], e for a scale of 2^(e - 127).
+    """
+    blocks = F.pad(bounds.float(), (0, -bounds.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+    largest = blocks.abs().amax(dim=(-3, -1)).view(torch.int32).clamp(max=INFINITY_BITS)
+    # One more than the exponent bits, if the mantissa is above that of 127.
+    scales = (((largest + 0x1FFFF) >> 23) - 6).clamp(min=1)
+    inverse = ((254 - scales) << 23).view(torch.float32)[..., None, :, None]
+    lowest, highest = (blocks * inverse).split(1, dim=-3)
+    rounded = torch.cat([lowest.floor().nan_to_num(-128.0), highest.ceil().nan_to_num(127.0)], dim=-3).clamp(-128, 127)
+    return rounded.flatten(-2)[..., : bounds.shape[-1]].to(torch.int8), scales.to(torch.uint8)
+
+
+def from_8_bits(bounds, scales):
+    """[..., 2, D] float32: what the result of `to_8_bits` stands for."""
+    by_channel = (scales.int() << 23).view(torch.float32).repeat_interleave(SCALE_BLOCK, dim=-1)
+    return bounds * by_channel[..., None, : bounds.shape[-1]]
+
+
+def estimate(query, bounds, scales, scaling):
     """Score every page by an upper bound of the attention logit of any key in it (Quest, section 3.3, algorithm 1).
 
     The bound of q·k over a page is Σ_d max(q_d·min_d, q_d·max_d): the minimum counts where q_d is negative, the
@@ -71,7 +108,7 @@ def estimate(query, bounds, scaling):
 
     Args:
         query: [B, Hq, T, D].
-        bounds: [B, Hkv, P, 2, D].
+        bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
         scaling: float, what the model multiplies q·k with.
 
     Returns:
@@ -83,7 +120,8 @@ def estimate(query, bounds, scaling):
     signed = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1).view(
         batch_size, num_kv_heads, -1, 2 * head_dim
     )
-    scores = signed @ bounds.float().flatten(3).transpose(-1, -2)
+    bounds = bounds.float() if scales is None else from_8_bits(bounds, scales)
+    scores = signed @ bounds.flatten(3).transpose(-1, -2)
     return reduce_group(scores.view(batch_size, num_kv_heads, -1, num_queries, num_pages)) * scaling
 
 

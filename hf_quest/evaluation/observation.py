@@ -44,13 +44,11 @@ def attended(layer: QuestLayer | EvictingLayer, query: Tensor, scaling: float) -
     tokens = torch.ones(*layer.keys.shape[:2], layer.length, dtype=torch.bool, device=query.device)
     if not layer.selects_pages:
         return tokens
-    settings = layer.settings
-    num_pages = -(-layer.length // settings.page_size)
-    scores = reference.estimate(query, layer.bounds[:, :, :num_pages], scaling)
-    where = (layer.length, layer.padding)
-    page_ids = reference.select(scores, *where, settings.num_selected, settings.page_size)[:, :, 0]
+    page_size = layer.settings.page_size
+    page_ids = layer.select(query, layer.length, scaling)[:, :, 0]
+    num_pages = -(-layer.length // page_size)
     pages = torch.zeros(*tokens.shape[:2], num_pages, dtype=torch.bool, device=query.device).scatter(2, page_ids, True)
-    return pages.repeat_interleave(settings.page_size, dim=2)[:, :, : layer.length]
+    return pages.repeat_interleave(page_size, dim=2)[:, :, : layer.length]
 
 
 def logits(layer: QuestLayer, query: Tensor, scaling: float) -> Tensor:
