@@ -1,5 +1,6 @@
 """The laws of the four stages (hf_quest/reference.py), each against its definition in loops or in dense attention."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -10,16 +11,22 @@ from hypothesis import strategies as st
 
 from hf_quest import reference
 
+FLOAT32 = torch.finfo(torch.float32)
 LENGTHS = [1, 15, 16, 17, 31, 33, 100]
+BOUNDS = pytest.mark.parametrize("bounds_dtype", [None, torch.int8], ids=["wide", "8 bits"])
+UNWRITTEN = 255  # no scale: it stands for an infinite one
+UNDERFLOW = 2.0**-150  # of a step: what is not larger is zero in float32, and rounded like it
+LAST_SCALE = 249  # 2^122, of a block with a bound above 127 * 2^121
 
 
 @dataclass
 class Stored:
-    """Random tokens as a layer stores them, poisoned with NaN wherever there is no token."""
+    """Random tokens as a layer stores them, poisoned with NaN, or UNWRITTEN, wherever there is no token."""
 
     keys: torch.Tensor  # [B, Hkv, capacity, D]
     values: torch.Tensor
     bounds: torch.Tensor  # [B, Hkv, capacity / S, 2, D]
+    scales: torch.Tensor | None  # [B, Hkv, capacity / S, D / 32], of bounds in 8 bits
     padding: torch.Tensor  # [B]
     query: torch.Tensor  # [B, Hq, T, D]
     length: int
@@ -36,8 +43,18 @@ class Stored:
     def row_values(self, row):
         return self.values[row, :, self.padding[row] : self.length]
 
+    def read_bounds(self):
+        """[B, Hkv, P, 2, D]: what the bounds stand for."""
+        bounds = self.bounds if self.scales is None else reference.from_8_bits(self.bounds, self.scales)
+        return bounds[:, :, : self.num_pages]
+
+    def refresh_bounds(self, num_new):
+        where = (self.length, self.padding, self.page_size)
+        reference.refresh_bounds(self.keys, self.bounds, self.scales, num_new, *where)
+
     def estimate(self, scaling=1.0):
-        return reference.estimate(self.query, self.bounds[:, :, : self.num_pages], scaling)
+        bounds = [None if tensor is None else tensor[:, :, : self.num_pages] for tensor in (self.bounds, self.scales)]
+        return reference.estimate(self.query, *bounds, scaling)
 
     def select(self, num_selected, scores=None):
         scores = self.estimate() if scores is None else scores
@@ -50,7 +67,19 @@ class Stored:
         )
 
 
-def store(padding, length, *, heads=(2, 3), dim=8, page_size=16, num_queries=1, dtype=torch.float32, seed=0, chunks=()):
+def store(
+    padding,
+    length,
+    *,
+    heads=(2, 3),
+    dim=8,
+    page_size=16,
+    num_queries=1,
+    dtype=torch.float32,
+    bounds_dtype=None,
+    seed=0,
+    chunks=(),
+):
     """Append `length` slots to an empty layer, at once or in `chunks`."""
     generator = torch.Generator().manual_seed(seed)
     num_kv_heads, group = heads
@@ -62,8 +91,13 @@ def store(padding, length, *, heads=(2, 3), dim=8, page_size=16, num_queries=1, 
     for row, start in enumerate(padding.tolist()):
         new_keys[row, :, :start] = new_values[row, :, :start] = torch.nan
     nan = torch.full((batch_size, num_kv_heads, capacity, dim), torch.nan, dtype=dtype)
-    bounds = torch.full((batch_size, num_kv_heads, capacity // page_size, 2, dim), torch.nan, dtype=dtype)
-    stored = Stored(nan, nan.clone(), bounds, padding, None, length, page_size)
+    pages, scales = (batch_size, num_kv_heads, capacity // page_size), None
+    if bounds_dtype is None:
+        bounds = torch.full((*pages, 2, dim), torch.nan, dtype=dtype)
+    else:
+        bounds = torch.ones(*pages, 2, dim, dtype=bounds_dtype)
+        scales = torch.full((*pages, -(-dim // 32)), UNWRITTEN, dtype=torch.uint8)
+    stored = Stored(nan, nan.clone(), bounds, scales, padding, None, length, page_size)
     start = 0
     for end in (*chunks, length):
         chunk = slice(start, end)
@@ -71,6 +105,7 @@ def store(padding, length, *, heads=(2, 3), dim=8, page_size=16, num_queries=1, 
             stored.keys,
             stored.values,
             bounds,
+            scales,
             new_keys[:, :, chunk],
             new_values[:, :, chunk],
             end,
@@ -84,7 +119,7 @@ def store(padding, length, *, heads=(2, 3), dim=8, page_size=16, num_queries=1, 
 
 @st.composite
 def any_stored(draw):
-    """A layer of any shape, left padding and number of new queries."""
+    """A layer of any shape, kind of bounds, left padding and number of new queries."""
     length = draw(st.integers(1, 70))
     num_queries = draw(st.integers(1, min(4, length)))
     padding = draw(st.lists(st.integers(0, length - num_queries), min_size=1, max_size=3))
@@ -93,13 +128,38 @@ def any_stored(draw):
         padding,
         length,
         heads=(draw(st.integers(1, 3)), draw(st.integers(1, 4))),
-        dim=draw(st.sampled_from([1, 4, 8])),
+        dim=draw(st.sampled_from([1, 4, 8, 32, 40])),
         page_size=draw(st.sampled_from([1, 2, 8, 16])),
         num_queries=num_queries,
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        bounds_dtype=draw(st.sampled_from([None, torch.int8])),
         seed=draw(st.integers(0, 2**16)),
         chunks=chunks,
     )
+
+
+@st.composite
+def any_keys(draw, largest=math.inf):
+    """[n, D] float32 keys of a page, of any size up to `largest`, among them those at which scales change."""
+    exponent = draw(st.integers(-149, 103))
+    floats = st.one_of(
+        st.floats(-min(largest, FLOAT32.max), min(largest, FLOAT32.max), width=32),
+        st.integers(-(2**24), 2**24).map(lambda mantissa: mantissa * 2.0**exponent),  # of about the same size
+        st.builds(at_a_scale, st.integers(-149, 121), st.sampled_from([-1, 1]), st.sampled_from([-1, 0, 1])),
+    )
+    if largest == math.inf:
+        floats = st.one_of(floats, st.sampled_from([math.inf, -math.inf, math.nan]))
+    values = torch.tensor(draw(st.lists(floats, min_size=1, max_size=12)), dtype=torch.float32)
+    values = values.clamp(-largest, largest)
+    shape = (draw(st.integers(1, 4)), draw(st.sampled_from([1, 8, 31, 32, 33, 40, 64])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    return values[torch.randint(len(values), shape, generator=generator)]
+
+
+def at_a_scale(exponent, sign, step):
+    """127 * 2^exponent or the float32 next to it, towards zero (-1) or away from it (1)."""
+    value = torch.tensor(127 * 2.0**exponent)
+    return sign * (value.view(torch.int32) + step).view(torch.float32).item()
 
 
 def dense(stored, row, head, query_idx, tokens=slice(None), scaling=None, softcap=None, sink=None):
@@ -133,27 +193,41 @@ def tolerance(stored):
     return {"rtol": 0, "atol": 1e-5 if stored.query.dtype == torch.float32 else 4 * torch.finfo(stored.query.dtype).eps}
 
 
+def assert_bounds(stored, row, page, keys):
+    """The bounds of a page are minimum and maximum of `keys` [Hkv, n, D], or these in 8 bits."""
+    expected = torch.stack(keys.aminmax(dim=1), dim=1)
+    if stored.scales is not None:
+        expected, scales = reference.to_8_bits(expected)
+        assert torch.equal(stored.scales[row, :, page], scales)
+    assert torch.equal(stored.bounds[row, :, page], expected)
+
+
 class TestAppend:
     @settings(max_examples=60, deadline=None)
     @given(any_stored())
     def test_bounds_are_the_minimum_and_maximum_of_the_tokens_in_each_page(self, stored):
+        """Exactly, or in 8 bits."""
         for row in range(len(stored.padding)):
             for page, keys in enumerate(stored.row_keys(row).split(stored.page_size, dim=1)):
-                assert torch.equal(stored.bounds[row, :, page, 0], keys.amin(dim=1))
-                assert torch.equal(stored.bounds[row, :, page, 1], keys.amax(dim=1))
+                assert_bounds(stored, row, page, keys)
 
     @settings(max_examples=30, deadline=None)
     @given(any_stored())
     def test_pages_without_a_token_get_no_bounds(self, stored):
         for row, padding in enumerate(stored.padding.tolist()):
             first_unused = -(-(stored.length - padding) // stored.page_size)
-            assert stored.bounds[row, :, first_unused:].isnan().all()
+            if stored.scales is None:
+                assert stored.bounds[row, :, first_unused:].isnan().all()
+            else:
+                assert (stored.bounds[row, :, first_unused:] == 1).all()
+                assert (stored.scales[row, :, first_unused:] == UNWRITTEN).all()
 
+    @BOUNDS
     @pytest.mark.parametrize("length", LENGTHS)
-    def test_one_by_one_is_at_once(self, length):
-        at_once = store([0, length // 2], length)
-        one_by_one = store([0, length // 2], length, chunks=range(1, length))
-        for name in ("keys", "values", "bounds"):
+    def test_one_by_one_is_at_once(self, length, bounds_dtype):
+        at_once = store([0, length // 2], length, bounds_dtype=bounds_dtype)
+        one_by_one = store([0, length // 2], length, bounds_dtype=bounds_dtype, chunks=range(1, length))
+        for name in ("keys", "values", "bounds", "scales"):
             torch.testing.assert_close(
                 getattr(one_by_one, name), getattr(at_once, name), rtol=0, atol=0, equal_nan=True
             )
@@ -163,14 +237,127 @@ class TestAppend:
         assert stored.keys[:, :, 20:].isnan().all()
         assert stored.values[:, :, 20:].isnan().all()
 
+    @BOUNDS
     @pytest.mark.parametrize("end", [1, 15, 16, 17, 32])
-    def test_bounds_of_a_cut_page_come_from_the_tokens_that_are_left(self, end):
-        stored = store([0, 3], 40)
-        reference.refresh_bounds(stored.keys, stored.bounds, 1, end, stored.padding.clamp(max=end - 1), 16)
+    def test_bounds_of_a_cut_page_come_from_the_tokens_that_are_left(self, end, bounds_dtype):
+        stored = store([0, 3], 40, bounds_dtype=bounds_dtype)
+        stored.length, stored.padding = end, stored.padding.clamp(max=end - 1)
+        stored.refresh_bounds(1)
         page = (end - 1) // 16
-        left = stored.keys[0, :, page * 16 : end]
-        assert torch.equal(stored.bounds[0, :, page, 0], left.amin(dim=1))
-        assert torch.equal(stored.bounds[0, :, page, 1], left.amax(dim=1))
+        assert_bounds(stored, 0, page, stored.keys[0, :, page * 16 : end])
+
+
+class TestEightBits:
+    """Bounds [2, D] of the keys of one page."""
+
+    @settings(max_examples=300, deadline=None)
+    @given(any_keys(largest=FLOAT32.max))
+    def test_minimum_and_maximum_are_in_the_step_within_their_bound(self, keys):
+        exact = torch.stack(keys.aminmax(dim=0)).double()
+        bounds, scales = reference.to_8_bits(exact.float())
+        step = steps(scales, keys.shape[1])
+        exact[exact.abs() <= step * UNDERFLOW] = 0
+        (lowest, highest), (low, high) = exact, bounds.double() * step
+        assert ((low <= lowest) & (lowest < low + step)).all()
+        assert ((high - step < highest) & (highest <= high)).all()
+
+    @settings(max_examples=300, deadline=None)
+    @given(any_keys())
+    def test_no_key_is_outside_of_the_bounds_that_are_read(self, keys):
+        bounds, scales = reference.to_8_bits(torch.stack(keys.aminmax(dim=0)))
+        low, high = reference.from_8_bits(bounds, scales)
+        keys[keys.abs() <= steps(scales, keys.shape[1]) * UNDERFLOW] = 0
+        assert ((low <= keys) & (keys <= high) | keys.isnan()).all()
+        is_nan = keys.isnan().any(dim=0)
+        assert (low[is_nan] == -torch.inf).all()
+        assert (high[is_nan] == torch.inf).all()
+
+    @settings(max_examples=300, deadline=None)
+    @given(any_keys())
+    def test_scale_is_the_smallest_power_of_two_with_which_no_bound_exceeds_127(self, keys):
+        _, scales = reference.to_8_bits(torch.stack(keys.aminmax(dim=0)))
+        for scale, block in zip(scales.tolist(), keys.double().abs().split(32, dim=1), strict=True):
+            if not block.isfinite().all():
+                assert scale == LAST_SCALE
+                continue
+            assert block.max() <= 127 * 2.0 ** (scale - 127)
+            assert scale == 1 or block.max() > 127 * 2.0 ** (scale - 128)
+
+    @settings(max_examples=100, deadline=None)
+    @given(any_keys())
+    def test_what_is_read_is_the_product_of_bound_and_scale(self, keys):
+        bounds, scales = reference.to_8_bits(torch.stack(keys.aminmax(dim=0)))
+        assert (bounds.dtype, scales.dtype) == (torch.int8, torch.uint8)
+        assert (bounds.shape, scales.shape) == ((2, keys.shape[1]), (-(-keys.shape[1] // 32),))
+        expected = (bounds.double() * steps(scales, keys.shape[1])).float()
+        assert torch.equal(reference.from_8_bits(bounds, scales), expected)
+
+    @settings(max_examples=300, deadline=None)
+    @given(any_keys(largest=127 * 2.0**121))  # a larger one is read as infinite
+    def test_widening_token_by_token_is_rounding_at_once(self, keys):
+        _, scales = reference.to_8_bits(torch.stack(keys.aminmax(dim=0)))
+        keys[keys.abs() <= steps(scales, keys.shape[1]) * UNDERFLOW] = 0
+        at_once = reference.to_8_bits(torch.stack(keys.aminmax(dim=0)))
+        widened = reference.to_8_bits(keys[:1].expand(2, -1))
+        for key in keys[1:]:
+            low, high = reference.from_8_bits(*widened)
+            widened = reference.to_8_bits(torch.stack([low.minimum(key), high.maximum(key)]))
+        assert torch.equal(widened[0], at_once[0])
+        assert torch.equal(widened[1], at_once[1])
+
+    @settings(max_examples=50, deadline=None)
+    @given(any_keys(), st.sampled_from([torch.float16, torch.bfloat16]))
+    def test_half_precision_is_rounded_like_the_same_numbers_in_float32(self, keys, dtype):
+        bounds = torch.stack(keys.to(dtype).aminmax(dim=0))
+        for half, single in zip(reference.to_8_bits(bounds), reference.to_8_bits(bounds.float()), strict=True):
+            assert torch.equal(half, single)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(any_keys(), min_size=1, max_size=3))
+    def test_blocks_are_each_block_alone(self, pages):
+        head_dim = min(keys.shape[1] for keys in pages)
+        bounds = torch.stack([torch.stack(keys[:, :head_dim].aminmax(dim=0)) for keys in pages])
+        rounded, scales = reference.to_8_bits(bounds)
+        for idx in range(0, head_dim, 32):
+            for page in range(len(pages)):
+                alone = reference.to_8_bits(bounds[page, :, idx : idx + 32])
+                assert torch.equal(rounded[page, :, idx : idx + 32], alone[0])
+                assert scales[page, idx // 32] == alone[1]
+
+    @pytest.mark.parametrize(
+        ("bound", "expected"),
+        [
+            ((0.0, 0.0), (0, 0, 1)),
+            ((-0.0, 2.0**-149), (0, 1, 1)),
+            ((-(2.0**-126), 127 * 2.0**-126), (-1, 127, 1)),
+            ((-1.0, 1.0), (-64, 64, 121)),
+            ((1.0, 127.0), (1, 127, 127)),
+            ((-1.0, 127.00001), (-1, 64, 128)),
+            ((-FLOAT32.max, FLOAT32.max), (-64, 64, LAST_SCALE)),
+            ((-math.inf, 1.0), (-128, 1, LAST_SCALE)),
+            ((math.inf, math.inf), (127, 127, LAST_SCALE)),
+            ((-math.inf, -math.inf), (-128, -128, LAST_SCALE)),
+            ((math.nan, math.nan), (-128, 127, LAST_SCALE)),
+        ],
+        ids=str,
+    )
+    def test_by_hand(self, bound, expected):
+        bounds, scales = reference.to_8_bits(torch.tensor(bound)[:, None])
+        assert (*bounds.flatten().tolist(), *scales.tolist()) == expected
+
+    def test_not_a_number_is_unbounded_in_any_layout(self):
+        """What a reduction makes of it may have any sign, by which way through memory it goes."""
+        for order in itertools.permutations(range(3)):
+            bounds = torch.zeros([(64, 2, 32)[dim] for dim in order]).permute(*map(order.index, range(3)))
+            bounds[:, :, 5] = torch.nan
+            rounded, scales = reference.to_8_bits(bounds)
+            assert rounded[:, :, 5].unique(dim=0).tolist() == [[-128, 127]]
+            assert scales.unique().tolist() == [LAST_SCALE]
+
+
+def steps(scales, head_dim):
+    """[D] float64, the scale of every channel."""
+    return (2.0 ** (scales.double() - 127)).repeat_interleave(32)[:head_dim]
 
 
 class TestEstimate:
@@ -194,11 +381,23 @@ class TestEstimate:
         group = stored.query.shape[1] // stored.keys.shape[1]
         for row, kv_head, query_idx in all_queries(stored):
             num_pages = -(-(stored.length - int(stored.padding[row])) // stored.page_size)
-            low, high = stored.bounds[row, kv_head, :num_pages].double().unbind(dim=1)  # [P, D] each
+            low, high = stored.read_bounds()[row, kv_head, :num_pages].double().unbind(dim=1)  # [P, D] each
             queries = stored.query[row, kv_head * group : (kv_head + 1) * group, query_idx].double()[:, None]
             expected = 0.25 * torch.maximum(queries * low, queries * high).sum(dim=-1).amax(dim=0)
             actual = scores[row, kv_head, query_idx, :num_pages].double()
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+
+    @pytest.mark.parametrize("dim", [1, 8, 40, 64])
+    def test_8_bits_add_to_a_score_less_than_a_step_in_every_channel(self, dim):
+        wide, rounded = (
+            store([0, 3], 100, dim=dim, num_queries=3, bounds_dtype=bounds_dtype) for bounds_dtype in (None, torch.int8)
+        )
+        added = rounded.estimate() - wide.estimate()  # [B, Hkv, T, P]
+        step = 2.0 ** (rounded.scales[:, :, :7].float() - 127).repeat_interleave(32, dim=-1)[..., :dim]
+        most = (rounded.query.abs().unflatten(1, (2, 3)) @ step[:, :, None].transpose(-1, -2)).amax(dim=2)
+        assert (added > -1e-5).all()  # float32 sums in another order
+        assert (added < most).all()
+        assert added.mean() > 0.1 * most.mean()
 
     def test_scores_are_float32(self):
         assert store([0], 40, dtype=torch.bfloat16).estimate().dtype == torch.float32
@@ -290,25 +489,27 @@ class TestAttend:
         stored.values[~selected] = torch.nan
         assert torch.equal(stored.attend(page_ids), expected)
 
-    def test_left_padded_row_is_the_row_alone(self):
-        padded = store([0, 21], 100)
-        alone = store([0], 79)
+    @BOUNDS
+    def test_left_padded_row_is_the_row_alone(self, bounds_dtype):
+        padded = store([0, 21], 100, bounds_dtype=bounds_dtype)
+        alone = store([0], 79, bounds_dtype=bounds_dtype)
         alone.keys[:, :, :79], alone.values[:, :, :79] = padded.row_keys(1), padded.row_values(1)
         alone.query = padded.query[1:]
-        reference.refresh_bounds(alone.keys, alone.bounds, 79, 79, alone.padding, 16)
+        alone.refresh_bounds(79)
         page_ids = padded.select(3)
         assert torch.equal(page_ids[1:], alone.select(3))
         assert torch.equal(padded.attend(page_ids)[1:], alone.attend(page_ids[1:]))
 
-    def test_several_queries_are_each_query_alone(self):
-        together = store([0, 21], 100, num_queries=5)
+    @BOUNDS
+    def test_several_queries_are_each_query_alone(self, bounds_dtype):
+        together = store([0, 21], 100, num_queries=5, bounds_dtype=bounds_dtype)
         page_ids = together.select(3)
         output = together.attend(page_ids)
         for query_idx in range(5):
-            alone = store([0, 21], 100)
+            alone = store([0, 21], 100, bounds_dtype=bounds_dtype)
             alone.query = together.query[:, :, query_idx : query_idx + 1]
             alone.length = 96 + query_idx
-            reference.refresh_bounds(alone.keys, alone.bounds, 1, alone.length, alone.padding, 16)
+            alone.refresh_bounds(1)
             assert torch.equal(alone.select(3), page_ids[:, :, query_idx : query_idx + 1])
             # The same products in a matrix of another shape: float32 sums in another order.
             torch.testing.assert_close(alone.attend(alone.select(3))[:, :, 0], output[:, :, query_idx])
@@ -325,9 +526,10 @@ class TestAttend:
                 expected = dense(stored, row, head, 0, softcap=softcap, sink=sink)
                 torch.testing.assert_close(output[row, head, 0].double(), expected, **tolerance(stored))
 
+    @BOUNDS
     @pytest.mark.parametrize("scale", [1e-20, 1e18])
-    def test_huge_and_tiny_keys_give_finite_output(self, scale):
-        stored = store([0], 50)
+    def test_huge_and_tiny_keys_give_finite_output(self, scale, bounds_dtype):
+        stored = store([0], 50, bounds_dtype=bounds_dtype)
         stored.keys *= scale
-        reference.refresh_bounds(stored.keys, stored.bounds, 50, 50, stored.padding, 16)
+        stored.refresh_bounds(50)
         assert stored.attend(stored.select(2)).isfinite().all()
