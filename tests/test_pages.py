@@ -19,10 +19,10 @@ def model():
     return make_model()
 
 
-@pytest.fixture
-def read(model, monkeypatch):
+@pytest.fixture(params=[torch.int8, None], ids=["8 bits", "wide"])
+def read(request, model, monkeypatch):
     """(reads, cache, the selections that the reference makes from the same queries and cache)."""
-    cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1)
+    cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1, bounds_dtype=request.param)
     cache.recorder = reads = PageReads()
     expected = []
     attend = QuestLayer.attend
@@ -30,7 +30,8 @@ def read(model, monkeypatch):
     def watched(layer, query, scaling, softcap=None, sinks=None):
         if layer.is_sparse:
             num_pages = -(-layer.length // PAGE_SIZE)
-            scores = reference.estimate(query, layer.bounds[:, :, :num_pages], scaling)
+            bounds = [None if each is None else each[:, :, :num_pages] for each in (layer.bounds, layer.scales)]
+            scores = reference.estimate(query, *bounds, scaling)
             page_ids = reference.select(scores, layer.length, layer.padding, BUDGET // PAGE_SIZE, PAGE_SIZE)
             expected.append((layer.layer_idx, layer.length, page_ids))
         return attend(layer, query, scaling, softcap, sinks)

@@ -10,10 +10,9 @@ from small_llama import PROMPT, generate, make_model, tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, Gemma2ForCausalLM, GptOssForCausalLM, MistralForCausalLM
 
-from hf_quest import CritiPrefill, QuestCache, attention, prefill, prefill_progress, reference
+from hf_quest import CritiPrefill, QuestCache, attention, prefill, prefill_progress
 from hf_quest.evaluation import prompts
 
-PAGE = 4
 SMALL = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, dense_layers=0)
 HEADS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
 SCORE = pytest.mark.parametrize("score", prefill.SCORES)
@@ -36,21 +35,13 @@ class Prompt:
                 new = torch.randn(num_kv_heads, self.num_tokens - padding, head_dim, generator=generator)
                 stored[row, :, padding : self.num_tokens] = new
             self.query[row, :, :padding] = torch.nan
-        self.refresh_bounds()
 
-    def refresh_bounds(self):
-        batch_size, num_kv_heads, capacity, head_dim = self.keys.shape
-        self.bounds = torch.full((batch_size, num_kv_heads, capacity // PAGE, 2, head_dim), torch.nan)
-        padding = torch.tensor(self.padding)
-        reference.refresh_bounds(self.keys, self.bounds, self.num_tokens, self.num_tokens, padding, PAGE)
-
-    def attend(self, config, first=0, end=None, bounds=True, earlier=None, **options):
+    def attend(self, config, first=0, end=None, earlier=None, **options):
         """[B, T, Hq, D] of the queries in slots `first` to `end` - 1."""
         end = self.num_tokens if end is None else end
-        stored = (self.keys[:, :, :end], self.values[:, :, :end], self.bounds if bounds else None)
         earlier = prefill.BlockScores() if earlier is None else earlier
-        query = self.query[:, :, first:end]
-        return prefill.attend(query, *stored, self.padding, PAGE, config, earlier, SCALING, **options)
+        query, stored = self.query[:, :, first:end], (self.keys[:, :, :end], self.values[:, :, :end])
+        return prefill.attend(query, *stored, self.padding, config, earlier, SCALING, **options)
 
     def row(self, row):
         """Query [Hq, n, D], keys and values [Hkv, n, D] of the tokens of one row."""
@@ -125,12 +116,14 @@ def same(output, expected):
 
 class TestStages:
     @HEADS
-    def test_block_bounds_of_pages_are_those_of_keys(self, num_heads, num_kv_heads):
-        prompt = Prompt([100], num_heads, num_kv_heads)
-        keys = prompt.keys[0, :, : prompt.num_tokens]
-        expected = torch.stack(keys[:, :96].unflatten(1, (12, 8)).aminmax(dim=2), dim=2)
-        assert torch.equal(prefill.block_bounds(keys, prompt.bounds[0], 12, 8, PAGE), expected)
-        assert torch.equal(prefill.block_bounds(keys, None, 12, 8, PAGE), expected)
+    def test_block_bounds_are_minimum_and_maximum_of_each_block(self, num_heads, num_kv_heads):
+        _, keys, _ = Prompt([100], num_heads, num_kv_heads).row(0)
+        bounds = prefill.block_bounds(keys, 12, 8)
+        assert bounds.shape == (num_kv_heads, 12, 2, 8)
+        for block_idx in range(12):
+            block = keys[:, 8 * block_idx : 8 * block_idx + 8]
+            assert torch.equal(bounds[:, block_idx, 0], block.amin(dim=1))
+            assert torch.equal(bounds[:, block_idx, 1], block.amax(dim=1))
 
     @SCORE
     @HEADS
@@ -138,7 +131,7 @@ class TestStages:
         config = CritiPrefill(budget=16, segment_size=32, block_size=8, threshold=32, score=score)
         prompt = Prompt([160], num_heads, num_kv_heads)
         query, keys, _ = prompt.row(0)
-        bounds = prefill.block_bounds(keys, None, 16, 8, PAGE)
+        bounds = prefill.block_bounds(keys, 16, 8)
         num_before = torch.arange(4, 20, 4)
         segments = query[:, 32:].unflatten(1, (4, 32)).transpose(0, 1)
         scores = prefill.estimate(segments, bounds, num_before, 4, SCALING, score)
@@ -245,11 +238,10 @@ class TestAttend:
         same(prompt.attend(SMALL)[:, 96:], prompt.attend(None)[:, 96:])
 
     @SCORE
-    @pytest.mark.parametrize("bounds", [True, False], ids=["pages", "keys"])
-    def test_padded_row_is_the_row_alone(self, score, bounds):
+    def test_padded_row_is_the_row_alone(self, score):
         config = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, score=score)
         prompt = Prompt([150, 149, 97, 40, 1])
-        output = prompt.attend(config, bounds=bounds)
+        output = prompt.attend(config)
         for row, padding in enumerate(prompt.padding):
             assert not output[row, :padding].any()
             same(output[row, padding:], expected_attention(*prompt.row(row), config)[0])
@@ -262,7 +254,6 @@ class TestAttend:
         expected = prompt.attend(config)[:, :first].clone()
         for tensor in (prompt.query, prompt.keys, prompt.values):
             tensor[:, :, first:] = torch.nan
-        prompt.refresh_bounds()
         assert torch.equal(prompt.attend(config)[:, :first], expected)
 
     def test_only_the_chosen_blocks_are_read(self, monkeypatch):
@@ -289,7 +280,7 @@ class TestAttend:
         config = CritiPrefill(budget=64, segment_size=16, block_size=8, threshold=64)  # every block, so nothing flips
         prompt = Prompt([80])
         exact = prompt.attend(None)
-        for name in ("query", "keys", "values", "bounds"):
+        for name in ("query", "keys", "values"):
             setattr(prompt, name, getattr(prompt, name).to(dtype))
         yardstick = (prompt.attend(None).float() - exact).abs().max()
         assert (prompt.attend(config).float() - exact).abs().max() <= 2 * yardstick

@@ -45,7 +45,7 @@ def test_attend(score, left_padding):
     def attend(device, dtype):
         earlier = prefill.BlockScores(watch=lambda *args: chosen[device].append(args[-1].sort().values.flatten().cpu()))
         tensors = (query.to(device, dtype), *stored.to(device, dtype))
-        return prefill.attend(*tensors, None, left_padding, 16, config, earlier, 0.125).float().cpu()
+        return prefill.attend(*tensors, left_padding, config, earlier, 0.125).float().cpu()
 
     expected, output = attend("cpu", torch.float32), attend("cuda", torch.bfloat16)
     on_cpu, on_gpu = (torch.cat(chosen[device]) for device in ("cpu", "cuda"))
