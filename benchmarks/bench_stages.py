@@ -6,7 +6,7 @@ A measurement is one CUDA graph of up to 32 layers, each on buffers of its own, 
 start of a graph is shared as in a real decode step. Its time is the median over the replays, divided by the layers.
 Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
-too, stands beside it.
+too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
 """
 
 import argparse
@@ -37,7 +37,8 @@ class Layer:
 
     keys: torch.Tensor
     values: torch.Tensor
-    bounds: torch.Tensor
+    bounds: tuple  # with scales
+    wide_bounds: tuple  # without
     query: torch.Tensor
     new_key: torch.Tensor
     new_value: torch.Tensor
@@ -49,10 +50,10 @@ class Layer:
 
     def append(self):
         tokens = (self.new_key, self.new_value)
-        ops.append(self.keys, self.values, self.bounds, *tokens, *self.where, PAGE_SIZE)
+        ops.append(self.keys, self.values, *self.bounds, *tokens, *self.where, PAGE_SIZE)
 
     def estimate(self):
-        self.scores = ops.estimate(self.query, self.bounds, *self.where, PAGE_SIZE, HEAD_DIM**-0.5)
+        self.scores = ops.estimate(self.query, *self.bounds, *self.where, PAGE_SIZE, HEAD_DIM**-0.5)
 
     def select(self):
         self.page_ids = ops.select(self.scores, *self.where, self.num_selected, PAGE_SIZE)
@@ -64,8 +65,10 @@ class Layer:
         self._attend(None)
 
     def chain(self):
-        where = (*self.where, self.num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
-        ops.chain(self.query, self.keys, self.values, self.bounds, *where)
+        self._chain(self.bounds)
+
+    def chain_with_wide_bounds(self):
+        self._chain(self.wide_bounds)
 
     def chain_with_append(self):
         self.append()
@@ -74,6 +77,10 @@ class Layer:
     def sdpa(self):
         has_groups = self.query.shape[1] != self.keys.shape[1]
         F.scaled_dot_product_attention(self.query, self.keys, self.values, enable_gqa=has_groups)
+
+    def _chain(self, bounds):
+        where = (*self.where, self.num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
+        ops.chain(self.query, self.keys, self.values, *bounds, *where)
 
     def _attend(self, page_ids):
         where = (*self.where, PAGE_SIZE, HEAD_DIM**-0.5)
@@ -85,14 +92,18 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
         return torch.empty(*shape, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
 
     keys, values = (normal(batch_size, num_kv_heads, context) for _ in range(2))
-    bounds = keys.new_empty(batch_size, num_kv_heads, context // PAGE_SIZE, 2, HEAD_DIM)
+    pages = (batch_size, num_kv_heads, context // PAGE_SIZE)
+    scales = keys.new_empty(*pages, HEAD_DIM // ops.SCALE_BLOCK, dtype=torch.uint8)
+    bounds = (keys.new_empty(*pages, 2, HEAD_DIM, dtype=torch.int8), scales)
+    wide_bounds = (keys.new_empty(*pages, 2, HEAD_DIM), None)
     query = normal(batch_size, num_heads, 1)
     new_key, new_value = (normal(batch_size, num_kv_heads, 1) for _ in range(2))
     length = torch.tensor([context], device="cuda")
     where = (length, torch.zeros(batch_size, dtype=torch.int64, device="cuda"))
-    ops.append(keys, values, bounds, keys, values, *where, PAGE_SIZE)
-    num_selected = budget // PAGE_SIZE
-    layer = Layer(keys, values, bounds, query, new_key, new_value, ops.new_counters(keys), where, num_selected)
+    for each in (bounds, wide_bounds):
+        ops.append(keys, values, *each, keys, values, *where, PAGE_SIZE)
+    tokens = (query, new_key, new_value)
+    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, budget // PAGE_SIZE)
     layer.estimate()
     layer.select()
     return layer
@@ -122,20 +133,22 @@ def microseconds(layers, run, num_replays):
 def measure(case, budget, num_replays):
     """A dict of one case: microseconds and bytes of every stage and baseline."""
     batch_size, num_heads, num_kv_heads, context = case
-    token_bytes = 2 * HEAD_DIM * DTYPE.itemsize * batch_size * num_kv_heads  # of keys and values; a page's bounds too
+    token_bytes = 2 * HEAD_DIM * DTYPE.itemsize * batch_size * num_kv_heads  # of keys and values
+    page_bytes = (2 * HEAD_DIM + HEAD_DIM // ops.SCALE_BLOCK) * batch_size * num_kv_heads  # of bounds
     num_layers = min(MAX_LAYERS, int(MAX_BYTES / (token_bytes * context)))
     layers = [make_layer(*case, budget) for _ in range(num_layers)]
     num_pages = context // PAGE_SIZE
     score_bytes = 4 * batch_size * num_kv_heads * num_pages
     moved = {
-        "append": 2 * token_bytes + 2 * token_bytes,
-        "estimate": token_bytes * num_pages + score_bytes,
+        "append": 2 * token_bytes + 2 * page_bytes,
+        "estimate": page_bytes * num_pages + score_bytes,
         "select": score_bytes,
         "attend": token_bytes * min(budget, context),
         "dense": token_bytes * context,
     }
     moved["chain"] = moved["estimate"] + moved["select"] + moved["attend"]
     moved["chain with append"] = moved["chain"] + moved["append"]
+    moved["chain with wide bounds"] = moved["chain"] + (token_bytes - page_bytes) * num_pages
     stages = {}
     for name, num_bytes in moved.items():
         run = getattr(Layer, name.replace(" ", "_"))

@@ -2,7 +2,8 @@
 //
 // A thread owns 8 channels (16 bytes) of one page of one KV head. It copies the page's new tokens, 8 at a time with all
 // loads before the stores, and keeps the minimum and maximum of the keys in registers. A page that begins among the new
-// tokens starts its bounds afresh; an older one starts from the bounds that it has, and no stored key is read again.
+// tokens starts its bounds afresh; an older one starts from the bounds that it has, and no stored key is read again:
+// bounds of 8 bits, once rounded outwards, widen to what rounding the bounds of all keys would give.
 // Slots before a row's padding are cut into pages as well, of negative index: they are copied and have no bounds.
 
 #include "common.cuh"
@@ -20,6 +21,48 @@ __device__ void widen(uint4& lowest, uint4& highest, uint4 key) {
     const auto high = [](uint32_t a, uint32_t b) { return as_bits(__hmax2_nan(as_pair<T>(a), as_pair<T>(b))); };
     lowest = {low(lowest.x, key.x), low(lowest.y, key.y), low(lowest.z, key.z), low(lowest.w, key.w)};
     highest = {high(highest.x, key.x), high(highest.y, key.y), high(highest.z, key.z), high(highest.w, key.w)};
+}
+
+struct Bounds8 {  // of kVector channels
+    uint2 lowest, highest;
+    int exponent;  // of the scale, and 0 where there are no bounds
+};
+
+// Widens bounds in 8 bits. Four neighbouring lanes have the channels of one scale, which becomes the smallest power of two
+// with which none of their bounds exceeds 127. What is infinite or not a number is unbounded.
+template <typename T>
+__device__ void widen(Bounds8& bounds, uint4 lowest, uint4 highest) {
+    constexpr unsigned kInfinity = 0x7f800000u;
+    float values[2][kVector];
+    unsigned largest = 0;  // as bits, which have the order of what they stand for
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        values[0][i] = to_float(reinterpret_cast<const T*>(&lowest)[i]);
+        values[1][i] = to_float(reinterpret_cast<const T*>(&highest)[i]);
+        largest = max(largest, max(__float_as_uint(fabsf(values[0][i])), __float_as_uint(fabsf(values[1][i]))));
+    }
+    const int lane_idx = threadIdx.x % kWarpSize;
+    const unsigned lanes = 0xfu << (lane_idx & ~3);  // the others may have left
+    largest = max(largest, __shfl_xor_sync(lanes, largest, 1));
+    largest = max(largest, __shfl_xor_sync(lanes, largest, 2));
+    // One more than the exponent bits, if the mantissa is above that of 127.
+    const int exponent = max(max(int((min(largest, kInfinity) + 0x1ffff) >> 23) - 6, 1), bounds.exponent);
+    const int shift = min(exponent - bounds.exponent, 31);
+    const float inverse = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        auto& lowest8 = reinterpret_cast<int8_t*>(&bounds.lowest)[i];
+        auto& highest8 = reinterpret_cast<int8_t*>(&bounds.highest)[i];
+        int low = __float2int_rd(fminf(fmaxf(values[0][i] * inverse, -128.0f), 127.0f));
+        int high = __float2int_ru(fmaxf(fminf(values[1][i] * inverse, 127.0f), -128.0f));
+        if (bounds.exponent > 0) {
+            low = min(low, lowest8 >> shift);
+            high = max(high, -(-highest8 >> shift));
+        }
+        lowest8 = int8_t(low);
+        highest8 = int8_t(high);
+    }
+    bounds.exponent = exponent;
 }
 
 template <typename T>
@@ -56,15 +99,20 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
 
     const int64_t num_pages = count_pages(storage, params.page_size);
     const bool has_bounds = storage.bounds != nullptr && page_idx >= 0 && page_idx < num_pages;
-    uint4* bounds = nullptr;
+    const int64_t first_vector = (head_idx * num_pages + page_idx) * 2 * num_vectors + vector_idx;
+    uint4* bounds = static_cast<uint4*>(storage.bounds) + first_vector;
+    const bool has_bounds8 = has_bounds && storage.scales != nullptr;
+    uint2* bounds8 = static_cast<uint2*>(storage.bounds) + first_vector;
+    uint8_t* scale = storage.scales + ((head_idx * num_pages + page_idx) * num_vectors + vector_idx) / 4;
+    Bounds8 widest = {};
     constexpr uint32_t kInfinity = std::is_same_v<T, __half> ? 0x7c007c00u : 0x7f807f80u;
     constexpr uint32_t kMinusInfinity = kInfinity | 0x80008000u;
     uint4 lowest = {kInfinity, kInfinity, kInfinity, kInfinity};
     uint4 highest = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-    if (has_bounds) {
-        bounds = static_cast<uint4*>(storage.bounds) + (head_idx * num_pages + page_idx) * 2 * num_vectors;
-        bounds += vector_idx;
-        if (page_start < first) {
+    if (has_bounds && page_start < first) {
+        if (has_bounds8) {
+            widest = {bounds8[0], bounds8[num_vectors], *scale};
+        } else {
             lowest = bounds[0];
             highest = bounds[num_vectors];
         }
@@ -88,7 +136,12 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
             }
         }
     }
-    if (has_bounds) {
+    if (has_bounds8) {
+        widen<T>(widest, lowest, highest);
+        bounds8[0] = widest.lowest;
+        bounds8[num_vectors] = widest.highest;
+        if (vector_idx % 4 == 0) *scale = uint8_t(widest.exponent);
+    } else if (has_bounds) {
         bounds[0] = lowest;
         bounds[num_vectors] = highest;
     }

@@ -47,6 +47,12 @@ void* rows_of(const Tensor& tokens, at::ScalarType type) {
     return address_of(tokens);
 }
 
+// The bounds of pages, in 8 bits if they have scales.
+void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tensor>& scales) {
+    storage.bounds = address_of(bounds);
+    storage.scales = scales ? scales->data_ptr<uint8_t>() : nullptr;
+}
+
 // What a launch with storage of unknown capacity must be ready for.
 constexpr int64_t kAnyCapacity = int64_t(1) << 40;
 
@@ -189,27 +195,29 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     attend_pages(params, page_ids, counters);
 }
 
-void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds, const Tensor& new_keys,
-            const Tensor& new_values, const Tensor& length, const Tensor& padding, int64_t page_size) {
+void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds,
+            const std::optional<Tensor>& scales, const Tensor& new_keys, const Tensor& new_values, const Tensor& length,
+            const Tensor& padding, int64_t page_size) {
     const c10::cuda::CUDAGuard guard(keys.device());
     Storage storage = {};
     storage.keys = address_of(keys);
     storage.values = address_of(values);
-    storage.bounds = bounds ? address_of(*bounds) : nullptr;
+    if (bounds) set_bounds(storage, *bounds, scales);
     storage.capacity = keys.size(2);
     append_to(storage, keys.scalar_type(), new_keys, new_values, length, padding, page_size);
 }
 
-Tensor estimate(const Tensor& query, const Tensor& bounds, const Tensor& length, const Tensor& padding,
-                int64_t page_size, double scaling) {
+Tensor estimate(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& length,
+                const Tensor& padding, int64_t page_size, double scaling) {
     const c10::cuda::CUDAGuard guard(query.device());
     const Tensor scores =
         at::empty({bounds.size(0), bounds.size(1), 1, bounds.size(2)}, query.options().dtype(at::kFloat));
     Storage storage = {};
-    storage.bounds = address_of(bounds);
+    set_bounds(storage, bounds, scales);
     storage.scores = scores.data_ptr<float>();
     storage.capacity = bounds.size(2) * page_size;
-    estimate_pages(storage, bounds.scalar_type(), query, bounds.size(1), length, padding, page_size, scaling);
+    const at::ScalarType type = scales ? query.scalar_type() : bounds.scalar_type();
+    estimate_pages(storage, type, query, bounds.size(1), length, padding, page_size, scaling);
     return scores;
 }
 
@@ -237,15 +245,15 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     return output;
 }
 
-Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bounds, const Tensor& length,
-             const Tensor& padding, int64_t num_selected, int64_t page_size, double scaling,
-             std::optional<double> softcap, const std::optional<Tensor>& sinks,
+Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bounds,
+             const std::optional<Tensor>& scales, const Tensor& length, const Tensor& padding, int64_t num_selected,
+             int64_t page_size, double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks,
              const std::optional<Tensor>& page_ids) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.keys = address_of(keys);
     storage.values = address_of(values);
-    storage.bounds = address_of(bounds);
+    set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
     const Tensor output = at::empty(query.sizes(), query.options());
     attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling, softcap,

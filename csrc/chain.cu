@@ -296,9 +296,15 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 global_keys[page_idx] = key;
             }
         };
-        const T* bounds = static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim;
-        score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, bounds, (rank * kWarps + warp_idx) * kPagesPerWarp,
-                                                 cluster_size * kWarps * kPagesPerWarp, newest_page, prepare, store);
+        const auto score = [&](auto bounds) {
+            score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, bounds, (rank * kWarps + warp_idx) * kPagesPerWarp,
+                                                     cluster_size * kWarps * kPagesPerWarp, newest_page, prepare, store);
+        };
+        if (storage.scales == nullptr) {
+            score(WideBounds<T, kHeadDim>(storage, first_page));
+        } else {
+            score(NarrowBounds<T, kHeadDim>(storage, first_page));
+        }
         lowest = __reduce_min_sync(kWholeWarp, lowest);
         highest = __reduce_max_sync(kWholeWarp, highest);
         if (const int i = threadIdx.x % kWarpSize; i < cluster_size) {

@@ -25,9 +25,10 @@ struct Storage {
     void* keys;                // [B, Hkv, capacity, D]
     void* values;              // [B, Hkv, capacity, D]
     void* bounds;              // [B, Hkv, pages, 2, D] or null; pages = capacity / S, rounded up
+    uint8_t* scales;           // [B, Hkv, pages, D / 32], with which bounds are int8, or null: bounds are like keys
     float* scores;             // [B, Hkv, 1, pages]
     int64_t capacity;          // slots
-    const int64_t* addresses;  // [5] on the device, or null: the five members above, which count instead of them
+    const int64_t* addresses;  // [6] on the device, or null: the six members above, which count instead of them
 };
 
 struct AppendParams {

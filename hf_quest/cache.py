@@ -34,7 +34,7 @@ class OnDevice:
 
     length: torch.Tensor = None  # [1] int64, slots filled, those of the forward under way included
     padding: torch.Tensor = None  # [B] int64, slots at the start of each row that hold no token
-    addresses: torch.Tensor = None  # [layers, 5] int64, see ops.decode
+    addresses: torch.Tensor = None  # [layers, 6] int64, see ops.decode
 
 
 class MaskLength(int):

@@ -17,14 +17,17 @@ PAGE_SIZES = (8, 16, 32, 64)
 MAX_GROUP = 32
 MAX_SLOTS = 2**30
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
+SCALE_BLOCK = 32  # channels that share a scale in bounds of 8 bits
+NUM_ADDRESSES = 6  # of a layer, see decode
 
 library = torch.library.Library("hf_quest", "DEF")
 library.define(
-    "append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? bounds, Tensor new_keys, Tensor new_values, "
-    "Tensor length, Tensor padding, int page_size) -> ()"
+    "append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? bounds, Tensor(d!)? scales, Tensor new_keys, "
+    "Tensor new_values, Tensor length, Tensor padding, int page_size) -> ()"
 )
 library.define(
-    "estimate(Tensor query, Tensor bounds, Tensor length, Tensor padding, int page_size, float scaling) -> Tensor"
+    "estimate(Tensor query, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, int page_size, "
+    "float scaling) -> Tensor"
 )
 library.define("select(Tensor scores, Tensor length, Tensor padding, int num_selected, int page_size) -> Tensor")
 library.define(
@@ -32,8 +35,9 @@ library.define(
     "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
 )
 library.define(
-    "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor length, Tensor padding, int num_selected, "
-    "int page_size, float scaling, float? softcap=None, Tensor? sinks=None, Tensor(a!)? page_ids=None) -> Tensor"
+    "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, "
+    "int num_selected, int page_size, float scaling, float? softcap=None, Tensor? sinks=None, "
+    "Tensor(a!)? page_ids=None) -> Tensor"
 )
 library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
@@ -58,12 +62,13 @@ def serves(keys, values, page_size):
     return _build.load()
 
 
-def append(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
     """Store new keys and values in the last T of the `length` filled slots and update the bounds of their pages.
 
     Args:
         keys, values: [B, Hkv, capacity, D], mutated.
-        bounds: [B, Hkv, P, 2, D], mutated, or None.
+        bounds: [B, Hkv, P, 2, D], mutated, or None. scales: [B, Hkv, P, D / 32] uint8, mutated, with which bounds are
+            int8 (`reference.to_8_bits`), or None for bounds in the dtype of the keys.
         new_keys, new_values: [B, Hkv, T, D], in any layout with 16-byte aligned rows.
         length: [1] int64. padding: [B] int64.
     """
@@ -73,32 +78,31 @@ def append(keys, values, bounds, new_keys, new_values, length, padding, page_siz
     _check("keys", keys, keys.device, DTYPES, stored)
     _check("values", values, keys.device, (keys.dtype,), stored)
     if bounds is not None:
-        num_pages = -(-keys.shape[2] // page_size)
-        _check("bounds", bounds, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_pages, 2, head_dim))
+        _check_bounds(bounds, scales, keys, (batch_size, num_kv_heads, -(-keys.shape[2] // page_size)))
     _check_rows("new_keys", new_keys, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_new, head_dim))
     _check_rows("new_values", new_values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_new, head_dim))
     _check("length", length, keys.device, (torch.int64,), (1,))
     _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
     if not 1 <= num_new <= keys.shape[2]:
         raise ValueError(f"append takes 1 to {keys.shape[2]} new tokens, the capacity, not {num_new}.")
-    torch.ops.hf_quest.append(keys, values, bounds, new_keys, new_values, length, padding, page_size)
+    torch.ops.hf_quest.append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size)
 
 
-def estimate(query, bounds, length, padding, page_size, scaling):
+def estimate(query, bounds, scales, length, padding, page_size, scaling):
     """Page scores [B, Hkv, 1, P] float32; those of pages without a token are undefined.
 
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
-        bounds: [B, Hkv, P, 2, D].
+        bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
         length: [1] int64. padding: [B] int64.
     """
     batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
     _check_page_size(page_size)
-    _check("bounds", bounds, bounds.device, DTYPES, (batch_size, num_kv_heads, num_pages, 2, head_dim))
-    _check_query(query, num_kv_heads, head_dim, bounds)
+    _check_query(query, num_kv_heads, head_dim)
+    _check_bounds(bounds, scales, query, (query.shape[0], num_kv_heads, num_pages))
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
-    return torch.ops.hf_quest.estimate(query, bounds, length, padding, page_size, scaling)
+    return torch.ops.hf_quest.estimate(query, bounds, scales, length, padding, page_size, scaling)
 
 
 def select(scores, length, padding, num_selected, page_size):
@@ -154,6 +158,7 @@ def chain(
     keys,
     values,
     bounds,
+    scales,
     length,
     padding,
     num_selected,
@@ -175,8 +180,7 @@ def chain(
     _check_page_size(page_size)
     _check("keys", keys, keys.device, DTYPES, (batch_size, num_kv_heads, capacity, head_dim))
     _check("values", values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, capacity, head_dim))
-    num_pages = -(-capacity // page_size)
-    _check("bounds", bounds, keys.device, (keys.dtype,), (batch_size, num_kv_heads, num_pages, 2, head_dim))
+    _check_bounds(bounds, scales, keys, (batch_size, num_kv_heads, -(-capacity // page_size)))
     _check_query(query, num_kv_heads, head_dim, keys)
     _check("length", length, keys.device, (torch.int64,), (1,))
     _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
@@ -186,7 +190,7 @@ def chain(
     if page_ids is not None:
         _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, num_selected))
     return torch.ops.hf_quest.chain(
-        query, keys, values, bounds, length, padding, num_selected, page_size, scaling, softcap, sinks, page_ids
+        query, keys, values, bounds, scales, length, padding, num_selected, page_size, scaling, softcap, sinks, page_ids
     )
 
 
@@ -214,8 +218,8 @@ def decode(
     Args:
         query: [B, Hq, 1, D].
         new_keys, new_values: [B, Hkv, 1, D], or None where they are stored already.
-        addresses: [layers, 5] int64, a row for every layer: the addresses of its keys, values, bounds and scores
-            ([B, Hkv, 1, P] float32, to work in; bounds and scores 0 in a dense layer), and its capacity in slots.
+        addresses: [layers, 6] int64, a row for every layer: the addresses of its keys, values, bounds, scales and
+            scores ([B, Hkv, 1, P] float32, to work in), each 0 where there are none, and its capacity in slots.
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
 
@@ -227,8 +231,8 @@ def decode(
     for name, tensor in (("new_keys", new_keys), ("new_values", new_values)):
         if tensor is not None:
             _check_rows(name, tensor, query.device, (query.dtype,), (batch_size, num_kv_heads, 1, head_dim))
-    _check_query(query, num_kv_heads, head_dim, query)
-    _check("addresses", addresses, query.device, (torch.int64,), (len(addresses), 5))
+    _check_query(query, num_kv_heads, head_dim)
+    _check("addresses", addresses, query.device, (torch.int64,), (len(addresses), NUM_ADDRESSES))
     _check("length", length, query.device, (torch.int64,), (1,))
     _check("padding", padding, query.device, (torch.int64,), (batch_size,))
     return torch.ops.hf_quest.decode(
@@ -266,12 +270,24 @@ def _check_num_selected(num_selected):
         raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
 
 
-def _check_query(query, num_kv_heads, head_dim, like):
+def _check_bounds(bounds, scales, keys, pages):
+    """Raise unless these are bounds in the dtype of `keys` and on its device, or in 8 bits, of `pages`, (B, Hkv, P)."""
+    head_dim = keys.shape[-1]
+    dtype = keys.dtype if scales is None else torch.int8
+    _check("bounds", bounds, keys.device, (dtype,), (*pages, 2, head_dim))
+    if scales is not None:
+        _check("scales", scales, keys.device, (torch.uint8,), (*pages, head_dim // SCALE_BLOCK))
+
+
+def _check_query(query, num_kv_heads, head_dim, like=None):
     if query.dim() == 4 and query.shape[2] != 1:
         raise ValueError(
             f"The CUDA kernels take one query per row, not {query.shape[2]}; hf_quest.reference takes more."
         )
-    _check_rows("query", query, like.device, (like.dtype,), (like.shape[0], query.shape[1], 1, head_dim))
+    device, dtypes, batch_size = query.device, DTYPES, query.shape[0]
+    if like is not None:
+        device, dtypes, batch_size = like.device, (like.dtype,), like.shape[0]
+    _check_rows("query", query, device, dtypes, (batch_size, query.shape[1], 1, head_dim))
     if query.shape[1] % num_kv_heads or not 1 <= query.shape[1] // num_kv_heads <= MAX_GROUP:
         raise ValueError(
             f"query must have 1 to {MAX_GROUP} heads for each of {num_kv_heads} KV heads, not {query.shape[1]} in all."
@@ -308,12 +324,12 @@ def _check_rows(name, tensor, device, dtypes, shape):
 
 
 @torch.library.register_fake("hf_quest::append", lib=library)
-def _(keys, values, bounds, new_keys, new_values, length, padding, page_size):
+def _(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
     return None
 
 
 @torch.library.register_fake("hf_quest::estimate", lib=library)
-def _(query, bounds, length, padding, page_size, scaling):
+def _(query, bounds, scales, length, padding, page_size, scaling):
     batch_size, num_kv_heads, num_pages = bounds.shape[:3]
     return query.new_empty((batch_size, num_kv_heads, 1, num_pages), dtype=torch.float32)
 

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = "cuda"
 LENGTHS = [1, 15, 16, 17, 31, 33, 1000, 4096, 4097, 131072]
 GUARD = 1024  # elements around a buffer
+POISON = {torch.int8: 127, torch.uint8: 255}  # elsewhere NaN; as a scale of bounds that is infinity
+BOUNDS_DTYPES = [None, torch.int8]
 SHAPES = {  # Hkv, G, D, S
     "gqa4-128-page16": (2, 4, 128, 16),
     "mha-128-page16": (3, 1, 128, 16),
@@ -37,6 +39,7 @@ class Stored:
     keys: torch.Tensor  # [B, Hkv, capacity, D]
     values: torch.Tensor
     bounds: torch.Tensor  # [B, Hkv, capacity / S, 2, D]
+    scales: torch.Tensor | None  # [B, Hkv, capacity / S, D / 32]
     new_keys: torch.Tensor  # [B, Hkv, N, D]
     new_values: torch.Tensor
     query: torch.Tensor  # [B, Hq, 1, D]
@@ -53,8 +56,15 @@ class Stored:
     def where(self):
         return self.length, self.padding
 
+    @property
+    def buffers(self):
+        return self.keys, self.values, self.bounds, self.scales
+
     def estimate(self):
-        return ops.estimate(self.query, self.bounds, *self.where, self.page_size, self.scaling)
+        return ops.estimate(self.query, self.bounds, self.scales, *self.where, self.page_size, self.scaling)
+
+    def reference_estimate(self):
+        return reference.estimate(self.query, self.bounds, self.scales, self.scaling)
 
     def select(self, scores, num_selected):
         return ops.select(scores, *self.where, num_selected, self.page_size)
@@ -89,21 +99,45 @@ def kernels():
 
 
 def poisoned(*shape, dtype):
-    """A tensor of NaN with a guard of NaN before and behind it."""
+    """A tensor of NaN, or what stands for it, with a guard of the same before and behind it."""
     size = torch.Size(shape).numel()
-    return torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=DEVICE)[GUARD : GUARD + size].view(shape)
+    whole = torch.full((size + 2 * GUARD,), POISON.get(dtype, torch.nan), dtype=dtype, device=DEVICE)
+    return whole[GUARD : GUARD + size].view(shape)
+
+
+def poisoned_like(tensors):
+    return [None if tensor is None else poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+
+
+def copies_of(tensors):
+    return [None if tensor is None else tensor.clone() for tensor in tensors]
+
+
+def is_poison(tensor):
+    return tensor == POISON[tensor.dtype] if tensor.dtype in POISON else tensor.isnan()
 
 
 def guards_are_intact(tensor):
     whole = tensor.new_empty(0).set_(tensor.untyped_storage())
-    return bool(whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all())
+    return bool(is_poison(whole[:GUARD]).all() and is_poison(whole[-GUARD:]).all())
 
 
 def bits(tensor):
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def store(shape, num_tokens, padding=(0,), dtype=torch.bfloat16, scale=1.0, spare_pages=3, seed=0):
+def assert_equal_buffers(buffers, expected):
+    """Bit for bit, in the slots that both have, and nothing is written around `buffers`."""
+    for buffer, tensor in zip(buffers, expected, strict=True):
+        if tensor is not None:
+            size = min(buffer.shape[2], tensor.shape[2])
+            assert torch.equal(bits(buffer[:, :, :size]), bits(tensor[:, :, :size]))
+            assert guards_are_intact(buffer)
+
+
+def store(
+    shape, num_tokens, padding=(0,), dtype=torch.bfloat16, scale=1.0, spare_pages=3, seed=0, bounds_dtype=torch.int8
+):
     """`num_tokens` slots that the reference has stored, `padding` of them no tokens, in a buffer with room for more."""
     num_kv_heads, group_size, head_dim, page_size = shape
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -120,10 +154,12 @@ def store(shape, num_tokens, padding=(0,), dtype=torch.bfloat16, scale=1.0, spar
     query = normal(batch_size, 1, (group_size + 2) * num_kv_heads, head_dim).div(scale)[
         :, :, : group_size * num_kv_heads
     ]
+    pages = (batch_size, num_kv_heads, capacity // page_size)
     stored = Stored(
         keys=poisoned(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype),
         values=poisoned(batch_size, num_kv_heads, capacity, head_dim, dtype=dtype),
-        bounds=poisoned(batch_size, num_kv_heads, capacity // page_size, 2, head_dim, dtype=dtype),
+        bounds=poisoned(*pages, 2, head_dim, dtype=bounds_dtype or dtype),
+        scales=None if bounds_dtype is None else poisoned(*pages, head_dim // 32, dtype=torch.uint8),
         new_keys=new_keys,
         new_values=new_values,
         query=query.transpose(1, 2),
@@ -132,8 +168,7 @@ def store(shape, num_tokens, padding=(0,), dtype=torch.bfloat16, scale=1.0, spar
         page_size=page_size,
         scaling=head_dim**-0.5,
     )
-    buffers = (stored.keys, stored.values, stored.bounds)
-    reference.append(*buffers, new_keys, new_values, num_tokens, stored.padding, page_size)
+    reference.append(*stored.buffers, new_keys, new_values, num_tokens, stored.padding, page_size)
     return stored
 
 
@@ -187,74 +222,93 @@ def attend_at_same_precision(stored, page_ids, softcap=None, sinks=None):
     return torch.stack(outputs).view(stored.query.shape)
 
 
+@pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 class TestAppend:
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 33, 300])
-    def test_a_prompt_is_what_the_reference_stores(self, shape, num_tokens):
-        self.check(store(shape, num_tokens, paddings(num_tokens)), [num_tokens])
+    def test_a_prompt_is_what_the_reference_stores(self, shape, num_tokens, bounds_dtype):
+        self.check(store(shape, num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype), [num_tokens])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 1, 30, 1, 16, 33, 2, 1], [64, 1, 1]], ids=str)
-    def test_chunks_and_single_tokens_are_what_the_reference_stores(self, chunks, dtype):
-        self.check(store((2, 1, 128, 16), sum(chunks), paddings(sum(chunks)), dtype), chunks)
+    @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+    def test_chunks_and_single_tokens_are_what_the_reference_stores(self, chunks, dtype, head_dim, bounds_dtype):
+        shape, padding = (2, 1, head_dim, 16), paddings(sum(chunks))
+        self.check(store(shape, sum(chunks), padding, dtype, bounds_dtype=bounds_dtype), chunks)
 
-    def test_a_long_prompt_and_a_token_are_what_the_reference_stores(self):
-        self.check(store((2, 1, 128, 16), 131073, (0, 77)), [131072, 1])
+    def test_a_long_prompt_and_a_token_are_what_the_reference_stores(self, bounds_dtype):
+        self.check(store((2, 1, 128, 16), 131073, (0, 77), bounds_dtype=bounds_dtype), [131072, 1])
+
+    @pytest.mark.parametrize(
+        ("dtype", "scale"),
+        [(torch.float16, 2e4), (torch.float16, 1e-6), (torch.bfloat16, 1e38), (torch.bfloat16, 1e-38)],
+    )
+    def test_huge_and_tiny_keys(self, dtype, scale, bounds_dtype):
+        """Some overflow to infinity, some are subnormal, and neighbouring tokens are of very different size."""
+        chunks = [1] * 20 + [50]
+        stored = store((2, 1, 128, 16), sum(chunks), (0, 3), dtype, scale, bounds_dtype=bounds_dtype)
+        shrinking = torch.logspace(0, -12, sum(chunks), device=DEVICE)[torch.randperm(sum(chunks), device=DEVICE)]
+        stored.new_keys = (stored.new_keys.float() * shrinking[:, None]).to(dtype)
+        reference.append(
+            *stored.buffers, stored.new_keys, stored.new_values, stored.num_tokens, stored.padding, stored.page_size
+        )
+        self.check(stored, chunks)
 
     @staticmethod
     def check(stored, chunks):
-        expected = (stored.keys, stored.values, stored.bounds)
-        buffers = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in expected]
+        buffers = poisoned_like(stored.buffers)
         end = 0
         for num_new in chunks:
             new = slice(end, end := end + num_new)
             length = torch.tensor([end], device=DEVICE)
             new_tokens = (stored.new_keys[:, :, new], stored.new_values[:, :, new])
             ops.append(*buffers, *new_tokens, length, stored.padding, stored.page_size)
-        for buffer, tensor in zip(buffers, expected, strict=True):
-            assert torch.equal(bits(buffer), bits(tensor))
-            assert guards_are_intact(buffer)
+        assert_equal_buffers(buffers, stored.buffers)
 
-    def test_a_layer_without_bounds_needs_none(self):
-        stored = store((2, 1, 64, 16), 50)
+    def test_a_layer_without_bounds_needs_none(self, bounds_dtype):
+        stored = store((2, 1, 64, 16), 50, bounds_dtype=bounds_dtype)
         keys, values = torch.zeros_like(stored.keys), torch.zeros_like(stored.values)
-        ops.append(keys, values, None, stored.new_keys, stored.new_values, *stored.where, stored.page_size)
+        ops.append(keys, values, None, None, stored.new_keys, stored.new_values, *stored.where, stored.page_size)
         assert torch.equal(keys[:, :, :50], stored.new_keys)
         assert torch.equal(values[:, :, :50], stored.new_values)
 
 
+@pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 class TestEstimate:
     @pytest.mark.parametrize("num_tokens", LENGTHS)
-    def test_scores_are_those_of_the_reference_at_every_length(self, num_tokens):
-        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)[:2]))
+    def test_scores_are_those_of_the_reference_at_every_length(self, num_tokens, bounds_dtype):
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)[:2], bounds_dtype=bounds_dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-    def test_scores_are_those_of_the_reference_for_every_shape(self, shape, dtype):
-        self.check(store(shape, 700, paddings(700), dtype))
+    def test_scores_are_those_of_the_reference_for_every_shape(self, shape, dtype, bounds_dtype):
+        self.check(store(shape, 700, paddings(700), dtype, bounds_dtype=bounds_dtype))
 
     @pytest.mark.parametrize(
         ("dtype", "scale"),
         [(torch.float16, 1e3), (torch.float16, 1e-5), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-30)],
     )
-    def test_huge_and_tiny_keys(self, dtype, scale):
-        self.check(store((2, 4, 128, 16), 300, (0, 3), dtype, scale))
+    def test_huge_and_tiny_keys(self, dtype, scale, bounds_dtype):
+        self.check(store((2, 4, 128, 16), 300, (0, 3), dtype, scale, bounds_dtype=bounds_dtype))
 
     @staticmethod
     def check(stored):
         scores = stored.estimate()
-        expected = reference.estimate(stored.query, stored.bounds, stored.scaling)
+        expected = stored.reference_estimate()
+        bounds = stored.bounds
+        if stored.scales is not None:
+            bounds = reference.from_8_bits(bounds, stored.scales).to(stored.query.dtype)
         signed = torch.cat([stored.query.clamp(max=0), stored.query.clamp(min=0)], dim=-1)
         signed = signed.unflatten(1, (stored.keys.shape[1], -1))[..., 0, :]
-        same_precision = ((signed @ stored.bounds.flatten(3).transpose(-1, -2)).amax(2, keepdim=True)) * stored.scaling
+        same_precision = (signed @ bounds.flatten(3).transpose(-1, -2)).amax(2, keepdim=True) * stored.scaling
         for row, padding in enumerate(stored.padding.tolist()):
             pages = slice(-(-(stored.num_tokens - padding) // stored.page_size))
             row_of = (tensor[row, ..., pages] for tensor in (scores, expected, same_precision))
             assert_within_twice(*row_of)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_a_score_is_an_upper_bound_of_every_logit_in_its_page(self, dtype):
-        stored = store((2, 4, 128, 16), 1600, dtype=dtype)
+    def test_a_score_is_an_upper_bound_of_every_logit_in_its_page(self, dtype, bounds_dtype):
+        stored = store((2, 4, 128, 16), 1600, dtype=dtype, bounds_dtype=bounds_dtype)
         keys = stored.new_keys.float().unflatten(2, (-1, 16))
         query = stored.query.float().view(1, 2, 4, 1, 1, 128)
         products = query * keys[:, :, None]
@@ -370,14 +424,15 @@ class TestAttend:
 class TestChain:
     @pytest.mark.parametrize("num_selected", [2, 16, 64, 128])
     @pytest.mark.parametrize("num_tokens", [17, 1000, 1024, 1025, 4097, 131072])
-    def test_the_stages_together_do_what_the_reference_does(self, num_tokens, num_selected):
-        stored = store((2, 4, 128, 16), num_tokens, (0, num_tokens // 3))
+    @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
+    def test_the_stages_together_do_what_the_reference_does(self, num_tokens, num_selected, bounds_dtype):
+        stored = store((2, 4, 128, 16), num_tokens, (0, num_tokens // 3), bounds_dtype=bounds_dtype)
         scores = stored.estimate()
         page_ids = stored.select(scores, num_selected)
         where = (num_tokens, stored.padding, num_selected, stored.page_size)
         assert torch.equal(page_ids, reference.select(scores, *where))
         # Where the reference's own choice is another, the scores differ by no more than their rounding.
-        exact = reference.estimate(stored.query, stored.bounds, stored.scaling)
+        exact = stored.reference_estimate()
         expected_ids = reference.select(exact, *where)
         chosen, expected = (
             exact.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0).sort(dim=-1).values
@@ -393,13 +448,12 @@ class TestChain:
         expected = stored.attend(None)
         assert_within_twice(stored.attend(page_ids), stored.reference_attend(None), expected)
 
-    def test_a_captured_graph_is_right_while_the_sequence_grows(self):
+    @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
+    def test_a_captured_graph_is_right_while_the_sequence_grows(self, bounds_dtype):
         """Over page boundaries, and over 128, 256 and 512 tokens, where sparse attention begins."""
         num_prompt, num_steps, num_selected = 100, 450, 8
-        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9))
-        buffers = [
-            poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in (stored.keys, stored.values, stored.bounds)
-        ]
+        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
+        buffers = poisoned_like(stored.buffers)
         prompt = (stored.new_keys[:, :, :num_prompt], stored.new_values[:, :, :num_prompt])
         stored.length.fill_(num_prompt)
         ops.append(*buffers, *prompt, *stored.where, 16)
@@ -409,18 +463,18 @@ class TestChain:
 
         def step(buffers, length):
             length.add_(1)
-            keys, values, bounds = buffers
-            ops.append(keys, values, bounds, key, value, length, stored.padding, 16)
-            scores = ops.estimate(query, bounds, length, stored.padding, 16, stored.scaling)
+            keys, values, *bounds = buffers
+            ops.append(*buffers, key, value, length, stored.padding, 16)
+            scores = ops.estimate(query, *bounds, length, stored.padding, 16, stored.scaling)
             page_ids = ops.select(scores, length, stored.padding, num_selected, 16)
             where = (length, stored.padding, 16, stored.scaling)
             sparse = ops.attend(query, keys, values, page_ids, *where, counters=counters)
             return page_ids, sparse, ops.attend(query, keys, values, None, *where, counters=counters)
 
-        eager_buffers, eager_length = [buffer.clone() for buffer in buffers], stored.length.clone()
+        eager_buffers, eager_length = copies_of(buffers), stored.length.clone()
         warm_up_stream = torch.cuda.Stream()
         with torch.cuda.stream(warm_up_stream):
-            step([buffer.clone() for buffer in buffers], stored.length.clone())
+            step(copies_of(buffers), stored.length.clone())
         torch.cuda.current_stream().wait_stream(warm_up_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -433,8 +487,7 @@ class TestChain:
             graph.replay()
             for result, eager in zip(replayed, step(eager_buffers, eager_length), strict=True):
                 assert torch.equal(result, eager)
-        for buffer, tensor in zip(buffers, (stored.keys, stored.values, stored.bounds), strict=True):
-            assert torch.equal(bits(buffer), bits(tensor))
+        assert_equal_buffers(buffers, stored.buffers)
 
     def test_more_than_2_to_the_31_elements(self):
         num_tokens = 2**20 + 40
@@ -444,10 +497,11 @@ class TestChain:
         shape = (1, 18, num_tokens, 128)
         assert torch.Size(shape).numel() > 2**31
         stored.keys, stored.values = (torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-        stored.bounds = torch.zeros(1, 18, -(-num_tokens // 16), 2, 128, dtype=torch.bfloat16, device=DEVICE)
+        pages = (1, 18, -(-num_tokens // 16))
+        stored.bounds = torch.zeros(*pages, 2, 128, dtype=torch.int8, device=DEVICE)
+        stored.scales = torch.ones(*pages, 4, dtype=torch.uint8, device=DEVICE)
         stored.length.fill_(num_tokens)
-        tail = (stored.new_keys, stored.new_values)
-        ops.append(stored.keys, stored.values, stored.bounds, *tail, *stored.where, 16)
+        ops.append(*stored.buffers, stored.new_keys, stored.new_values, *stored.where, 16)
         assert torch.equal(stored.keys[:, :, -16:], stored.new_keys)
         page_ids = stored.select(stored.estimate(), 4)
         assert (page_ids[..., -1] == (num_tokens - 1) // 16).all()
@@ -459,6 +513,7 @@ class TestChain:
         torch.testing.assert_close(stored.attend(page_ids).float(), expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 class TestFusedChain:
     """`ops.chain` selects the pages that `estimate` and `select` select, bit for bit, and attends them."""
 
@@ -467,7 +522,7 @@ class TestFusedChain:
 
         def chain(keys, values, **options):
             where = (*stored.where, num_selected, stored.page_size, stored.scaling, softcap, sinks)
-            return ops.chain(stored.query, keys, values, stored.bounds, *where, **options)
+            return ops.chain(stored.query, keys, values, stored.bounds, stored.scales, *where, **options)
 
         output = chain(stored.keys, stored.values, page_ids=page_ids)
         assert torch.equal(page_ids, stored.select(stored.estimate(), num_selected))
@@ -477,40 +532,42 @@ class TestFusedChain:
 
     @pytest.mark.parametrize("num_selected", [1, 2, 7, 64, 128])
     @pytest.mark.parametrize("num_tokens", LENGTHS)
-    def test_every_length(self, num_tokens, num_selected):
-        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens)), num_selected)
+    def test_every_length(self, num_tokens, num_selected, bounds_dtype):
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype), num_selected)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("num_selected", [2, 9, 100])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-    def test_every_shape(self, shape, num_selected, dtype):
-        self.check(store(shape, 1000, paddings(1000), dtype), num_selected)
+    def test_every_shape(self, shape, num_selected, dtype, bounds_dtype):
+        self.check(store(shape, 1000, paddings(1000), dtype, bounds_dtype=bounds_dtype), num_selected)
 
     @pytest.mark.parametrize("shape", [(8, 4, 128, 16), (32, 1, 128, 16), (64, 2, 128, 16), (100, 1, 64, 16)], ids=str)
     @pytest.mark.parametrize("num_tokens", [2000, 20000])
-    def test_clusters_of_every_size_and_none(self, shape, num_tokens):
-        self.check(store(shape, num_tokens), 128)
+    def test_clusters_of_every_size_and_none(self, shape, num_tokens, bounds_dtype):
+        self.check(store(shape, num_tokens, bounds_dtype=bounds_dtype), 128)
 
     @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sinks": True}], ids=str)
-    def test_softcap_and_sinks(self, options):
-        stored = store((2, 4, 128, 16), 1000, (0, 100))
+    def test_softcap_and_sinks(self, options, bounds_dtype):
+        stored = store((2, 4, 128, 16), 1000, (0, 100), bounds_dtype=bounds_dtype)
         sinks = torch.randn(8, device=DEVICE, dtype=torch.bfloat16) if "sinks" in options else None
         self.check(stored, 9, options.get("softcap"), sinks)
 
     @pytest.mark.parametrize("num_values", [1, 2, 3, 100])
     @pytest.mark.parametrize("num_selected", [2, 30, 200, 400])
-    def test_equal_scores(self, num_values, num_selected):
-        stored = store((2, 4, 128, 16), 10_000, (0, 333))
+    def test_equal_scores(self, num_values, num_selected, bounds_dtype):
+        stored = store((2, 4, 128, 16), 10_000, (0, 333), bounds_dtype=bounds_dtype)
         value = torch.randint(num_values, stored.bounds.shape[:3], device=DEVICE) - num_values // 2
         stored.bounds[:] = value[..., None, None]
+        if stored.scales is not None:
+            stored.scales[:] = 127
         self.check(stored, num_selected)
 
     @pytest.mark.parametrize("scale", [1e-6, 1e4])
-    def test_huge_and_tiny_keys(self, scale):
-        self.check(store((2, 4, 128, 16), 5000, (0, 333), scale=scale), 40)
+    def test_huge_and_tiny_keys(self, scale, bounds_dtype):
+        self.check(store((2, 4, 128, 16), 5000, (0, 333), scale=scale, bounds_dtype=bounds_dtype), 40)
 
-    def test_more_scores_than_shared_memory_holds(self):
-        stored = store((64, 1, 64, 8), 8 * 2 * 25_000)
+    def test_more_scores_than_shared_memory_holds(self, bounds_dtype):
+        stored = store((64, 1, 64, 8), 8 * 2 * 25_000, bounds_dtype=bounds_dtype)
         self.check(stored, 64)
 
 
@@ -520,30 +577,33 @@ class TestDecode:
     LAYER_IDX, NUM_SELECTED = 1, 8
 
     @staticmethod
-    def place(stored, buffers, capacity):
-        """Storage of `capacity` slots with the tokens of `buffers`, and its row of addresses."""
-        moved = [
-            poisoned(*tensor.shape[:2], size, *tensor.shape[3:], dtype=tensor.dtype)
-            for tensor, size in zip(buffers, (capacity, capacity, capacity // 16), strict=True)
-        ]
-        for tensor, source in zip(moved, buffers, strict=True):
-            size = min(tensor.shape[2], source.shape[2])
-            tensor[:, :, :size] = source[:, :, :size]
-        scores = poisoned(*moved[2].shape[:2], 1, capacity // 16, dtype=torch.float32)
-        row = [tensor.data_ptr() for tensor in (*moved, scores)]
-        return [*moved, scores], torch.tensor([*row, capacity], device=DEVICE)
+    def place(buffers, capacity):
+        """Storage of `capacity` slots with the tokens of `buffers`, scores to work in, and their row of addresses."""
+        moved = []
+        for source, num_each in zip(buffers, (1, 1, 16, 16), strict=True):
+            if source is None:
+                moved.append(None)
+                continue
+            size = capacity // num_each
+            moved.append(poisoned(*source.shape[:2], size, *source.shape[3:], dtype=source.dtype))
+            size = min(size, source.shape[2])
+            moved[-1][:, :, :size] = source[:, :, :size]
+        scores = poisoned(*buffers[0].shape[:2], 1, capacity // 16, dtype=torch.float32)
+        row = [0 if tensor is None else tensor.data_ptr() for tensor in (*moved, scores)]
+        return moved, scores, torch.tensor([*row, capacity], device=DEVICE)
 
+    @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
     @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
-    def test_a_captured_graph_follows_the_storage(self, is_dense):
+    def test_a_captured_graph_follows_the_storage(self, is_dense, bounds_dtype):
         num_prompt, num_steps = 100, 60
-        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9))
-        buffers = [poisoned(*t.shape, dtype=t.dtype) for t in (stored.keys, stored.values, stored.bounds)]
+        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
+        buffers = poisoned_like(stored.buffers)
         prompt = (stored.new_keys[:, :, :num_prompt], stored.new_values[:, :, :num_prompt])
         stored.length.fill_(num_prompt)
         ops.append(*buffers, *prompt, *stored.where, 16)
-        eager_buffers = [buffer.clone() for buffer in buffers]
-        addresses = torch.zeros(3, 5, dtype=torch.int64, device=DEVICE)
-        placed, addresses[self.LAYER_IDX] = self.place(stored, buffers, 112)
+        eager_buffers = copies_of(buffers)
+        addresses = torch.zeros(3, ops.NUM_ADDRESSES, dtype=torch.int64, device=DEVICE)
+        placed, scores, addresses[self.LAYER_IDX] = self.place(buffers, 112)
         queries = torch.randn(num_steps, 2, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
         query, key, value = queries[0].clone(), prompt[0][:, :, :1].clone(), prompt[1][:, :, :1].clone()
 
@@ -558,42 +618,42 @@ class TestDecode:
         for step_idx in range(num_steps):
             stored.length.add_(1)
             if stored.length.item() > placed[0].shape[2]:
-                placed, addresses[self.LAYER_IDX] = self.place(stored, placed[:3], placed[0].shape[2] + 16)
+                placed, scores, addresses[self.LAYER_IDX] = self.place(placed, placed[0].shape[2] + 16)
             new = slice(num_prompt + step_idx, num_prompt + step_idx + 1)
             query.copy_(queries[step_idx])
             key.copy_(stored.new_keys[:, :, new])
             value.copy_(stored.new_values[:, :, new])
             graph.replay()
 
-            keys, values, bounds = eager_buffers
-            ops.append(keys, values, bounds, key, value, *stored.where, 16)
+            keys, values, *bounds = eager_buffers
+            ops.append(*eager_buffers, key, value, *stored.where, 16)
             page_ids = None
             if not is_dense:
-                scores = ops.estimate(query, bounds, *stored.where, 16, stored.scaling)
-                page_ids = ops.select(scores, *stored.where, self.NUM_SELECTED, 16)
+                expected_scores = ops.estimate(query, *bounds, *stored.where, 16, stored.scaling)
+                page_ids = ops.select(expected_scores, *stored.where, self.NUM_SELECTED, 16)
             expected = ops.attend(query, keys, values, page_ids, *stored.where, 16, stored.scaling)
             assert (output - expected).norm() <= 2**-8 * expected.norm()  # sums in another order, rounded to bfloat16
             assert torch.equal(decode(None, None), output)
-        for buffer, tensor in zip(placed, (stored.keys, stored.values, stored.bounds), strict=False):
-            size = min(buffer.shape[2], tensor.shape[2])
-            assert torch.equal(bits(buffer[:, :, :size]), bits(tensor[:, :, :size]))
-            assert guards_are_intact(buffer)
+        assert_equal_buffers(placed, stored.buffers)
+        assert guards_are_intact(scores)
 
 
+@pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 @pytest.mark.parametrize("op", ["append", "estimate", "select", "attend", "chain"])
-def test_the_operators_are_what_their_schemas_say(op):
-    stored = store((2, 4, 128, 16), 500, (0, 3), spare_pages=0)  # so that every score is defined
+def test_the_operators_are_what_their_schemas_say(op, bounds_dtype):
+    # No spare pages, so that every score is defined.
+    stored = store((2, 4, 128, 16), 500, (0, 3), spare_pages=0, bounds_dtype=bounds_dtype)
     tokens = (stored.new_keys, stored.new_values)
     scores, counters = stored.estimate(), ops.new_counters(stored.query)
     arguments = {
-        "append": (stored.keys, stored.values, stored.bounds, *tokens, *stored.where, 16),
-        "estimate": (stored.query, stored.bounds, *stored.where, 16, 0.1),
+        "append": (*stored.buffers, *tokens, *stored.where, 16),
+        "estimate": (stored.query, stored.bounds, stored.scales, *stored.where, 16, 0.1),
         "select": (scores.nan_to_num(), *stored.where, 4, 16),
         "attend": (
             *(stored.query, stored.keys, stored.values, random_pages(stored, 4)),
             *(*stored.where, counters, 16, 0.1, None, None),
         ),
-        "chain": (stored.query, stored.keys, stored.values, stored.bounds, *stored.where, 4, 16, 0.1),
+        "chain": (stored.query, *stored.buffers, *stored.where, 4, 16, 0.1),
     }
     torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
 
@@ -602,12 +662,12 @@ def test_compile_goes_through_the_operators_in_one_graph():
     stored = store((2, 4, 128, 16), 500, (0, 3))
     token = (stored.new_keys[:, :, -1:], stored.new_values[:, :, -1:])
 
-    def step(keys, values, bounds):
-        ops.append(keys, values, bounds, *token, *stored.where, 16)
-        scores = ops.estimate(stored.query, bounds, *stored.where, 16, stored.scaling)
+    def step(keys, values, *bounds):
+        ops.append(keys, values, *bounds, *token, *stored.where, 16)
+        scores = ops.estimate(stored.query, *bounds, *stored.where, 16, stored.scaling)
         page_ids = ops.select(scores, *stored.where, 8, 16)
         return ops.attend(stored.query, keys, values, page_ids, *stored.where, 16, stored.scaling)
 
-    expected = step(stored.keys, stored.values, stored.bounds)
+    expected = step(*stored.buffers)
     compiled = torch.compile(step, fullgraph=True)
-    assert torch.equal(compiled(stored.keys, stored.values, stored.bounds), expected)
+    assert torch.equal(compiled(*stored.buffers), expected)

@@ -24,7 +24,8 @@ def fake():
         yield {
             "keys": torch.empty(B, Hkv, P * S, D, dtype=torch.bfloat16, device="cuda"),
             "values": torch.empty(B, Hkv, P * S, D, dtype=torch.bfloat16, device="cuda"),
-            "bounds": torch.empty(B, Hkv, P, 2, D, dtype=torch.bfloat16, device="cuda"),
+            "bounds": torch.empty(B, Hkv, P, 2, D, dtype=torch.int8, device="cuda"),
+            "scales": torch.empty(B, Hkv, P, D // 32, dtype=torch.uint8, device="cuda"),
             "new_keys": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
             "new_values": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
             "query": torch.empty(B, 1, Hkv * G, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
@@ -37,10 +38,10 @@ def fake():
 
 
 ARGUMENTS = {
-    "append": ["keys", "values", "bounds", "new_keys", "new_values", "length", "padding", "page_size"],
-    "estimate": ["query", "bounds", "length", "padding", "page_size"],
+    "append": ["keys", "values", "bounds", "scales", "new_keys", "new_values", "length", "padding", "page_size"],
+    "estimate": ["query", "bounds", "scales", "length", "padding", "page_size"],
     "select": ["scores", "length", "padding", "page_size"],
-    "chain": ["query", "keys", "values", "bounds", "length", "padding", "page_size"],
+    "chain": ["query", "keys", "values", "bounds", "scales", "length", "padding", "page_size"],
     "attend": ["query", "keys", "values", "page_ids", "length", "padding", "page_size"],
 }
 OPTIONS = {
@@ -74,7 +75,7 @@ def test_fakes_have_the_shape_of_the_results(fake, op, shape, dtype):
 
 def test_append_returns_nothing_and_takes_no_bounds(fake):
     assert call("append", fake) is None
-    assert call("append", fake, bounds=None) is None
+    assert call("append", fake, bounds=None, scales=None) is None
 
 
 def test_attend_takes_no_pages(fake):
@@ -91,7 +92,7 @@ def test_schemas_declare_what_is_mutated():
         for op in ARGUMENTS
     }
     assert mutated == {
-        "append": ["keys", "values", "bounds"],
+        "append": ["keys", "values", "bounds", "scales"],
         "estimate": [],
         "select": [],
         "attend": ["counters"],

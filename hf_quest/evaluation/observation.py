@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from .. import reference
 from ..attention import quest_attention, quest_mask
 from ..baselines.evicting import EvictingLayer
 from ..cache import QuestLayer
