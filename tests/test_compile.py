@@ -136,15 +136,17 @@ class TestOneGraph:
         assert torch.equal(output, greedy(model, new_cache(), tokens(PROMPT), 5))
 
 
-def test_left_padded_rows_are_one_graph_and_the_rows_alone(forget_graphs):
+@pytest.mark.parametrize("bounds_dtype", [None, torch.int8], ids=["wide", "8 bits"])
+def test_left_padded_rows_are_one_graph_and_the_rows_alone(forget_graphs, bounds_dtype):
+    options = {"bounds_dtype": bounds_dtype}
     model, config = make_model(**LAYERS), on_any_device(backend="aot_eager", mode=None)
     for seed, padding in ((1, 37), (2, 101)):
         input_ids = tokens(PROMPT, seed=seed, batch_size=2)
         input_ids[1, :padding] = 0
         mask = (input_ids > 0).long()
-        output = generate(model, input_ids, new_cache(), attention_mask=mask, compile_config=config)
-        assert torch.equal(output[:1], greedy(model, new_cache(), input_ids[:1]))
-        assert torch.equal(output[1:, padding:], greedy(model, new_cache(), input_ids[1:, padding:]))
+        output = generate(model, input_ids, new_cache(**options), attention_mask=mask, compile_config=config)
+        assert torch.equal(output[:1], greedy(model, new_cache(**options), input_ids[:1]))
+        assert torch.equal(output[1:, padding:], greedy(model, new_cache(**options), input_ids[1:, padding:]))
     assert num_graphs() == 1
 
 

@@ -43,6 +43,9 @@ def assert_usable(model, cache):
         ({"page_size": "16"}, "page_size is a number of tokens and a power of two.*, not '16'"),
         ({"dense_layers": -1}, "dense_layers is a number of layers, 0 or more, not -1"),
         ({"max_cache_len": 0}, "max_cache_len is a number of tokens, or None for a cache that grows, not 0"),
+        ({"bounds_dtype": torch.bfloat16}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not torch"),
+        ({"bounds_dtype": "int8"}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not 'int8'"),
+        ({"bounds_dtype": 8}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not 8"),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ query needs where it does not, and one clear error where neither can be had.
 All models are tiny, of random weights that make attention peaked: a wrong page, mask, window, cap or sink shows.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -207,8 +208,8 @@ def left_padded():
     return torch.cat([F.pad(prompt, (max(LENGTHS) - prompt.shape[1], 0)) for prompt in prompts()])
 
 
-def quest_cache(budget):
-    return QuestCache(budget, page_size=PAGE_SIZE, dense_layers=1)
+def quest_cache(budget, **options):
+    return QuestCache(budget, page_size=PAGE_SIZE, dense_layers=1, **options)
 
 
 def generate(model, input_ids, past_key_values=None, **options):
@@ -262,9 +263,10 @@ class Oracle:
     its own page and those earlier ones where Σ_d max(q_d·min_d, q_d·max_d) is the largest for any of its queries.
     """
 
-    def __init__(self, sparse, prompt_length):
+    def __init__(self, sparse, prompt_length, bounds_dtype):
         self.sparse = sparse
         self.prompt_length = prompt_length
+        self.bounds_dtype = bounds_dtype
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -290,17 +292,25 @@ class Oracle:
         for page in range(newest):
             page_keys = keys[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
             low, high = page_keys.amin(dim=0), page_keys.amax(dim=0)
+            if self.bounds_dtype == torch.int8:
+                scale = self.scale(torch.maximum(-low, high))
+                low, high = (low / scale).floor() * scale, (high / scale).ceil() * scale
             scores[page] = max(torch.maximum(query * low, query * high).sum().item() for query in queries)
         best = sorted(scores, key=lambda page: (-scores[page], page))
         return {newest, *best[: SMALL_BUDGET // PAGE_SIZE - 1]}
+
+    def scale(self, largest):
+        """[D]: for every 32 channels the smallest power of two that makes none of `largest` more than 127."""
+        powers = [2.0 ** math.ceil(math.log2(block.max() / 127)) for block in largest.split(32)]
+        return torch.tensor(powers).repeat_interleave(32)[: len(largest)]
 
 
 @pytest.fixture
 def oracle():
     """A family's model that attends by the oracle."""
 
-    def build_oracle(family, prompt_length):
-        AttentionInterface.register("oracle", Oracle(FAMILIES[family].sparse, prompt_length))
+    def build_oracle(family, prompt_length, bounds_dtype):
+        AttentionInterface.register("oracle", Oracle(FAMILIES[family].sparse, prompt_length, bounds_dtype))
         AttentionMaskInterface.register("oracle", eager_mask)
         return build(family, "oracle")
 
@@ -315,12 +325,16 @@ class TestQuestCache:
         assert_same(generate(build(family, "quest"), inputs, quest_cache(POSITIONS)), expected)
         assert selections == []
 
-    def test_a_small_budget_selects_as_the_oracle_in_full_layers_and_nowhere_else(self, family, oracle, selections):
+    @pytest.mark.parametrize("bounds_dtype", [None, torch.int8], ids=["wide", "8 bits"])
+    def test_a_small_budget_selects_as_the_oracle_in_full_layers_and_nowhere_else(
+        self, family, bounds_dtype, oracle, selections
+    ):
         prompt = prompts()[0]
-        sparse = generate(build(family, "quest"), prompt, quest_cache(SMALL_BUDGET))
+        cache = quest_cache(SMALL_BUDGET, bounds_dtype=bounds_dtype)
+        sparse = generate(build(family, "quest"), prompt, cache)
         decoded = range(max(LENGTHS) + 1, max(LENGTHS) + NEW_TOKENS)
         assert selections == [length for length in decoded for _ in FAMILIES[family].sparse]
-        assert_same(sparse, generate(oracle(family, prompt.shape[1]), prompt))
+        assert_same(sparse, generate(oracle(family, prompt.shape[1], bounds_dtype), prompt))
         dense = generate(build(family, FAMILIES[family].dense), prompt)
         if FAMILIES[family].sparse:
             assert distance(sparse[1], dense[1]) > FAR

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import pickle
 import weakref
 
@@ -20,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_quest import QuestCache
+from hf_quest import QuestCache, reference
 from hf_quest.cache import copies_in_order
 
 
@@ -29,9 +30,23 @@ def model():
     return make_model()
 
 
-@pytest.fixture(params=[None, 512], ids=["growing", "max_cache_len"])
+@pytest.fixture(
+    params=[{}, {"max_cache_len": 512}, {"bounds_dtype": None}], ids=["growing", "max_cache_len", "wide bounds"]
+)
 def new_cache(request):
-    return lambda budget=BUDGET: QuestCache(budget=budget, max_cache_len=request.param)
+    return lambda budget=BUDGET: QuestCache(budget=budget, **request.param)
+
+
+def assert_bounds_are_true(cache):
+    """They are those of the keys that every page holds now."""
+    for layer in cache.layers[2:]:
+        for row, padding in enumerate(layer.left_padding):
+            for page, keys in enumerate(layer.keys[row, :, padding : layer.length].split(16, dim=1)):
+                expected = torch.stack(keys.aminmax(dim=1), dim=1)
+                if layer.scales is not None:
+                    expected, scales = reference.to_8_bits(expected)
+                    assert torch.equal(layer.scales[row, :, page], scales)
+                assert torch.equal(layer.bounds[row, :, page], expected)
 
 
 def left_padded(rows):
@@ -71,7 +86,9 @@ def test_batch(model, new_cache):
 def test_left_padded_row_is_the_row_alone(model, new_cache, budget):
     rows = [tokens(PROMPT, seed=3), tokens(PROMPT - 37, seed=4), tokens(20, seed=5), tokens(1, seed=6)]
     input_ids, attention_mask = left_padded(rows)
-    output = generate(model, input_ids, new_cache(budget), attention_mask=attention_mask)
+    cache = new_cache(budget)
+    output = generate(model, input_ids, cache, attention_mask=attention_mask)
+    assert_bounds_are_true(cache)
     for row, alone in zip(output, rows, strict=True):
         expected = generate(model, alone, new_cache(budget))[0, alone.shape[1] :]
         assert torch.equal(row[input_ids.shape[1] :], expected)
@@ -93,7 +110,9 @@ def test_sampling(model, new_cache, num_return_sequences):
 
 def test_beam_search(model, new_cache):
     options = {"return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
-    output = generate(model, tokens(PROMPT), new_cache(), num_beams=4, num_return_sequences=4, **options)
+    cache = new_cache()
+    output = generate(model, tokens(PROMPT), cache, num_beams=4, num_return_sequences=4, **options)
+    assert_bounds_are_true(cache)
     assert len({tuple(sequence.tolist()) for sequence in output.sequences}) == 4
     for sequence, score in zip(output.sequences, output.sequences_scores, strict=True):
         answer = sequence[None, PROMPT:]
@@ -107,9 +126,10 @@ class TestAssistedDecoding:
 
     @pytest.mark.parametrize("seed", range(4))
     def test_prompt_lookup(self, model, new_cache, seed):
-        prompt = tokens(PROMPT, seed=seed).repeat(1, 2)
+        cache, prompt = new_cache(), tokens(PROMPT, seed=seed).repeat(1, 2)
         expected = greedy(model, new_cache(), prompt)
-        assert torch.equal(generate(model, prompt, new_cache(), prompt_lookup_num_tokens=6), expected)
+        assert torch.equal(generate(model, prompt, cache, prompt_lookup_num_tokens=6), expected)
+        assert_bounds_are_true(cache)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_assistant_model_that_is_often_right(self, model, new_cache, seed):
@@ -237,13 +257,16 @@ def test_a_stored_cache_continues_where_it_was(model, new_cache, store):
     prompt = torch.cat([sequence, tokens(9)], dim=1)
     stored = store(cache)
     assert stored.budget == cache.budget
+    assert_bounds_are_true(stored)
     assert torch.equal(generate(model, prompt, stored), generate(model, prompt, cache))
+    assert_bounds_are_true(stored)
 
 
 def test_reset_is_a_new_cache_for_any_batch(model, new_cache):
     cache = new_cache()
     for prompt in (tokens(PROMPT), tokens(70, seed=2, batch_size=2), tokens(PROMPT + 30, seed=3)):
         assert torch.equal(generate(model, prompt, cache), generate(model, prompt, new_cache()))
+        assert_bounds_are_true(cache)
         cache.reset()
         assert cache.get_seq_length() == 0
 
@@ -258,6 +281,7 @@ def test_crop_then_append_is_append(model, new_cache, removed):
         cropped.crop(-removed)
         model(kept, past_key_values=fresh)
     assert cropped.get_seq_length() == PROMPT - removed
+    assert_bounds_are_true(cropped)
     assert torch.equal(generate(model, prompt, cropped), generate(model, prompt, fresh))
 
 
@@ -302,9 +326,23 @@ def test_rows_can_be_repeated_and_selected(model, new_cache):
         model(prompts, past_key_values=cache)
         model(prompts[1:], past_key_values=alone)
     cache.batch_repeat_interleave(2)
+    assert_bounds_are_true(cache)
     cache.batch_select_indices(torch.tensor([False, False, False, True]))
+    assert_bounds_are_true(cache)
     prompt = torch.cat([prompts[1:], tokens(5)], dim=1)
     assert torch.equal(generate(model, prompt, cache), generate(model, prompt, alone))
+
+
+def test_rows_change_places(model, new_cache):
+    prompts, order = tokens(PROMPT, batch_size=3), torch.tensor([2, 0, 0])
+    cache, ordered = new_cache(), new_cache()
+    with torch.no_grad():
+        model(prompts, past_key_values=cache)
+        model(prompts[order], past_key_values=ordered)
+    cache.reorder_cache(order)
+    assert_bounds_are_true(cache)
+    prompt = torch.cat([prompts[order], tokens(5, batch_size=3)], dim=1)
+    assert torch.equal(generate(model, prompt, cache), generate(model, prompt, ordered))
 
 
 def test_budget_can_change_between_calls(model, new_cache):
@@ -351,6 +389,8 @@ def test_dtypes(new_cache, dtype):
     cache = new_cache()
     assert torch.equal(generate(model, tokens(PROMPT), cache), greedy(model, new_cache(), tokens(PROMPT)))
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    assert {layer.bounds.dtype for layer in cache.layers[2:]} == {cache.settings.bounds_dtype or dtype}
+    assert_bounds_are_true(cache)
     dense = generate(model, tokens(PROMPT), DynamicCache(), return_dict_in_generate=True, output_logits=True)
     covered = feed(model, new_cache(2048), tokens(PROMPT), dense.sequences[:, PROMPT:])
     expected = torch.stack(dense.logits, dim=1).float()
@@ -419,13 +459,22 @@ class TestStorage:
         generate(model, tokens(PROMPT), cache)
         assert {layer.capacity for layer in cache.layers} == {512}
 
-    def test_bounds_are_a_sixteenth_of_the_keys_and_values(self, model):
-        cache = QuestCache(budget=BUDGET)
-        generate(model, tokens(PROMPT), cache)
-        sizes = [(layer.keys.nbytes + layer.values.nbytes, layer.bounds) for layer in cache.layers]
-        assert [bounds if bounds is None else bounds.nbytes * 16 for _, bounds in sizes] == [None, None] + [
-            size for size, _ in sizes[2:]
-        ]
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("head_dim", [16, 64, 80])
+    def test_bounds_are_a_byte_each_and_one_for_every_32_channels_or_a_sixteenth(self, head_dim, dtype):
+        model = make_model(head_dim=head_dim, dtype=dtype)
+        for bounds_dtype in (torch.int8, None):
+            cache = QuestCache(budget=BUDGET, bounds_dtype=bounds_dtype)
+            generate(model, tokens(PROMPT), cache, max_new_tokens=2)
+            assert all(layer.bounds is None and layer.scales is None for layer in cache.layers[:2])
+            for layer in cache.layers[2:]:
+                if bounds_dtype is None:
+                    assert layer.scales is None
+                    assert 16 * layer.bounds.nbytes == layer.keys.nbytes + layer.values.nbytes
+                else:
+                    num_pages = layer.keys.shape[0] * layer.keys.shape[1] * layer.capacity // 16
+                    page_bytes = 2 * head_dim + math.ceil(head_dim / 32)
+                    assert layer.bounds.nbytes + layer.scales.nbytes == num_pages * page_bytes
 
     def test_a_dropped_cache_is_freed_at_once(self, model):
         cache = QuestCache(budget=BUDGET)
@@ -438,13 +487,24 @@ class TestStorage:
         finally:
             gc.enable()
 
-    def test_read_share_counts_pages_and_bounds(self, model):
-        cache = QuestCache(budget=BUDGET)
+    @pytest.mark.parametrize(
+        ("dtype", "bounds_dtype", "page"),
+        [
+            (torch.float32, None, 1),
+            (torch.bfloat16, None, 1),
+            (torch.float32, torch.int8, (2 * 16 + 1) / (2 * 16 * 4)),
+            (torch.bfloat16, torch.int8, (2 * 16 + 1) / (2 * 16 * 2)),
+        ],
+        ids=str,
+    )
+    def test_read_share_counts_pages_and_bounds(self, dtype, bounds_dtype, page):
+        """A page's bounds are as many bytes as `page` tokens."""
+        cache = QuestCache(budget=BUDGET, bounds_dtype=bounds_dtype)
         assert cache.read_share == 1.0
-        generate(model, tokens(PROMPT), cache, max_new_tokens=11)
+        generate(make_model(dtype=dtype), tokens(PROMPT), cache, max_new_tokens=11)
         assert cache.get_seq_length() == 160
         assert cache.tokens_attended == [160, 160, 48, 48]
-        assert cache.read_share == (2 * 160 + 2 * (48 + 10)) / (4 * 160)
+        assert cache.read_share == (2 * 160 + 2 * (48 + 10 * page)) / (4 * 160)
 
 
 def test_prefill_in_inference_mode_then_generate(model, new_cache):
