@@ -97,7 +97,7 @@ def to_8_bits(bounds):
 def from_8_bits(bounds, scales):
     """[..., 2, D] float32: what the result of `to_8_bits` stands for."""
     by_channel = (scales.int() << 23).view(torch.float32).repeat_interleave(SCALE_BLOCK, dim=-1)
-    return bounds * by_channel[..., None, : bounds.shape[-1]]
+    return bounds.float().mul_(by_channel[..., None, : bounds.shape[-1]])
 
 
 def estimate(query, bounds, scales, scaling):
