@@ -16,7 +16,6 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTilesPerWarp = 2;  // or more, where there are as many: every split makes the last block's sum longer
 constexpr int kMergeBatch = 8;    // partial sums in flight at once
-constexpr int kMaxPageSize = 64;
 
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 4; }
 
@@ -25,6 +24,20 @@ constexpr int least_blocks_per_sm(int) { return 2; }  // three leave a few regis
 #else
 constexpr int least_blocks_per_sm(int head_dim) { return blocks_per_sm(head_dim); }
 #endif
+
+// How much of a list of pages counts: all of it, or where it is longer than the row, up to its last page.
+__device__ void count_listed(int& num_listed, const int64_t* page_ids, int num_selected, int num_tokens, int page_size) {
+    const bool is_longer = int64_t(num_selected - 1) * page_size >= num_tokens;
+    if (threadIdx.x == 0) num_listed = is_longer ? 0 : num_selected;
+    __syncthreads();
+    if (!is_longer) return;
+    int own_end = 0;
+    for (int idx = threadIdx.x; idx < num_selected; idx += kThreads) {
+        if (page_ids[idx] >= 0) own_end = idx + 1;
+    }
+    atomicMax(&num_listed, own_end);
+    __syncthreads();
+}
 
 template <typename T, int kHeadDim, bool kIsDense>
 __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) attend_kernel(const AttendParams params) {
@@ -44,22 +57,22 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
     if (num_tokens <= 0) return;  // a row of padding alone has no attention
-    // No more than there are, but for a rest in which there is no page.
-    const int num_chosen =
-        kIsDense ? num_tokens : min(params.num_selected * params.page_size, num_tokens + kMaxPageSize);
+    const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
+    const int64_t* page_ids = params.page_ids + kv_idx * params.num_selected;
+    __shared__ int num_listed;
+    if constexpr (!kIsDense) count_listed(num_listed, page_ids, params.num_selected, num_tokens, params.page_size);
+    const int num_chosen = kIsDense ? num_tokens : num_listed * params.page_size;
     const int num_tiles = max(ceil_div(num_chosen, kTile), 1);
     const int tiles_per_split = ceil_div(num_tiles, int(gridDim.x));
     const int num_splits = ceil_div(num_tiles, tiles_per_split);
     if (split_idx >= num_splits) return;
     const int first_tile = split_idx * tiles_per_split, end_tile = min(first_tile + tiles_per_split, num_tiles);
 
-    const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
     const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
-    const int64_t* page_ids = params.page_ids + kv_idx * params.num_selected;
     const int page_shift = __ffs(params.page_size) - 1;
     const auto find_token = [&](int chosen) {
         if constexpr (kIsDense) return chosen;
-        if (chosen >= end_tile * kTile || chosen >> page_shift >= params.num_selected) return kNoToken;
+        if (chosen >= end_tile * kTile || chosen >> page_shift >= num_listed) return kNoToken;
         const int page_idx = int(page_ids[chosen >> page_shift]);
         return page_idx < 0 ? kNoToken : (page_idx << page_shift) + (chosen & (params.page_size - 1));
     };

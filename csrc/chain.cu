@@ -24,31 +24,33 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kDigitBits = 10;
 constexpr int kNumDigits = 1 << kDigitBits;
 static_assert(kNumDigits == 4 * kThreads);  // each thread sums up four, which it reads at once
-constexpr int kMaxQuadsPerThread = 15;  // of keys, whose pages are noted in 64 bits
-constexpr int kMaxKeys = kThreads * kMaxQuadsPerThread * 4;  // of scores in shared memory; more lie in global memory
+constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
 constexpr int kMaxClusterSize = 16;
+constexpr int kNumStages = 2;  // of pages on their way, with bounds of 8 bits
 
 template <int kHeadDim>
 struct alignas(16) Shared {
     static constexpr int kQuads = kHeadDim / 4;  // of channels
     // What the blocks of the cluster send to this one:
-    alignas(16) unsigned keys[kMaxKeys + 4];            // of all scores but the newest page's, to a whole quad
+    alignas(16) unsigned keys[kMaxKeys];                // of all scores but the newest page's, and 0 to a whole quad
     uint2 ranges[kMaxClusterSize * kWarps];             // lowest and highest key that each warp has seen
     float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
     float2 softmax[kMaxClusterSize][kHeadTile];         // of all blocks: maximum and sum
     uint64_t keys_barrier, sums_barrier;
 
-    WarpSums<kHeadDim, kWarps> warp_sums;
+    union {
+        alignas(16) char tiles[kWarps * kNumStages * count_tile_bytes(kHeadDim)];  // until pages have scores
+        WarpSums<kHeadDim, kWarps> warp_sums;
+    };
     uint4 counts[kNumDigits / 4];
     int warp_totals[kWarps];
     int3 found;  // a digit, and the keys above it and in it
     uint2 candidates[kThreads], last_taken;  // keys and pages
+    unsigned taken[kMaxKeys / 32];           // a bit for each page
     int num_candidates;
 };
 
 #ifdef _CG_HAS_CLUSTER_GROUP  // sm_90 and later
-
-__device__ inline unsigned address_of(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
 
 // Where what lies in this block's shared memory lies in that of another block of the cluster.
 __device__ inline unsigned address_at(unsigned address, int rank) {
@@ -78,9 +80,9 @@ __device__ inline void wait_for_bytes(uint64_t* barrier) {
 }
 
 // Sends to an address of a block's shared memory, and counts the bytes in at a barrier there.
-__device__ inline void send(unsigned target, unsigned barrier, unsigned value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %2, [%1];" ::"r"(target), "r"(barrier),
-                 "r"(value)
+__device__ inline void send(unsigned target, unsigned barrier, uint4 value) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(target),
+                 "r"(barrier), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
 }
 
@@ -168,26 +170,23 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
         shift = max(shift - kDigitBits, 0);
     }
 
-    const auto for_each_key = [&](int first_quad, int end_quad, auto visit) {
-        for (int quad_idx = first_quad; quad_idx < end_quad; ++quad_idx) {
-            const uint4 quad = load(quad_idx);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) visit((&quad.x)[i], 4 * quad_idx + i);
-        }
-    };
-    const int num_each = ceil_div(num_quads, kThreads) | 1;  // neighbouring ones, odd against bank conflicts
-    const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
+    const auto is_in_digit = [&](unsigned key) { return key - last < 1u << shift; };
     // The last page that is taken, if not all of the digit are.
     if (num_in_digit == num_wanted) {
         if (threadIdx.x == 0) shared.last_taken = {last, UINT_MAX};
     } else if (num_in_digit <= kThreads) {
         if (threadIdx.x == 0) shared.num_candidates = 0;
         __syncthreads();
-        for_each_key(begin, end, [&](unsigned key, unsigned page_idx) {
-            if (key >= last && (key - last) >> shift == 0) {
-                shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, page_idx};
+#pragma unroll 2
+        for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
+            const uint4 quad = load(idx);
+            if (!(is_in_digit(quad.x) | is_in_digit(quad.y) | is_in_digit(quad.z) | is_in_digit(quad.w))) continue;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned key = (&quad.x)[i];
+                if (is_in_digit(key)) shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, unsigned(4 * idx + i)};
             }
-        });
+        }
         __syncthreads();
         if (threadIdx.x < num_in_digit) {
             const uint2 own = shared.candidates[threadIdx.x];
@@ -198,32 +197,58 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
             }
             if (num_before == num_wanted - 1) shared.last_taken = own;
         }
-    } else {  // that many equal keys
+    } else {  // that many equal keys, of which each thread has neighbouring ones
+        const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
+        const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
+        const auto for_each_equal = [&](auto visit) {
+            for (int idx = begin; idx < end; ++idx) {
+                const uint4 quad = load(idx);
+                for (int i = 0; i < 4; ++i) {
+                    if ((&quad.x)[i] == last) visit(4 * idx + i);
+                }
+            }
+        };
         int num_equal = 0;
-        for_each_key(begin, end, [&](unsigned key, int) { num_equal += key == last; });
+        for_each_equal([&](unsigned) { ++num_equal; });
         int num_before = scan_block(num_equal, shared.warp_totals, num_all);
-        for_each_key(begin, end, [&](unsigned key, unsigned page_idx) {
-            if (key == last && ++num_before == num_wanted) shared.last_taken = {key, page_idx};
+        for_each_equal([&](unsigned page_idx) {
+            if (++num_before == num_wanted) shared.last_taken = {last, page_idx};
         });
     }
     __syncthreads();
     const uint2 last_taken = shared.last_taken;
 
-    // Each thread notes its taken pages as bits, so that one scan gives all of them their places.
+    // Taken pages are noted as bits, of which each thread has a few words, so that one scan gives all of them their places.
     int place = 0;
-    for (int first_quad = 0; first_quad < num_quads; first_quad += kThreads * kMaxQuadsPerThread) {
-        const int num_here = min(num_quads - first_quad, kThreads * kMaxQuadsPerThread);
-        const int num_each = ceil_div(num_here, kThreads) | 1;
-        const int begin = first_quad + min(int(threadIdx.x) * num_each, num_here);
-        uint64_t taken = 0;
-        for_each_key(begin, min(begin + num_each, first_quad + num_here), [&](unsigned key, unsigned page_idx) {
-            const bool is_taken = key > last_taken.x || (key == last_taken.x && page_idx <= last_taken.y);
-            taken |= uint64_t(is_taken) << (page_idx - 4 * begin);
-        });
-        __syncthreads();  // before others' totals are overwritten
-        int own_place = place + scan_block(__popcll(taken), shared.warp_totals, num_all);
+    for (int first_quad = 0; first_quad < num_quads; first_quad += kMaxKeys / 4) {
+        const int num_here = min(num_quads - first_quad, kMaxKeys / 4), lane_idx = threadIdx.x % kWarpSize;
+#pragma unroll 2
+        for (int idx = threadIdx.x; idx - lane_idx < num_here; idx += kThreads) {
+            const uint4 quad = idx < num_here ? load(first_quad + idx) : uint4{};
+            unsigned word = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned key = (&quad.x)[i], page_idx = 4 * (first_quad + idx) + i;
+                word |= unsigned(key > last_taken.x || (key == last_taken.x && page_idx <= last_taken.y)) << i;
+            }
+            word <<= lane_idx % 8 * 4;
+#pragma unroll
+            for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kWholeWarp, word, distance);
+            if (lane_idx % 8 == 0) shared.taken[idx / 8] = word;
+        }
+        __syncthreads();
+        const int num_words = ceil_div(num_here, 8), num_each = ceil_div(num_words, kThreads);
+        const int begin = min(int(threadIdx.x) * num_each, num_words), end = min(begin + num_each, num_words);
+        int num_taken = 0;
+        for (int idx = begin; idx < end; ++idx) num_taken += __popc(shared.taken[idx]);
+        int own_place = place + scan_block(num_taken, shared.warp_totals, num_all);
         place += num_all;
-        for (; taken != 0; taken &= taken - 1) tell(4 * begin + __ffsll(taken) - 1, own_place++);
+        for (int idx = begin; idx < end; ++idx) {
+            for (unsigned word = shared.taken[idx]; word != 0; word &= word - 1) {
+                tell(4 * first_quad + 32 * idx + __ffs(word) - 1, own_place++);
+            }
+        }
+        __syncthreads();  // before others' words and totals are overwritten
     }
 }
 
@@ -236,9 +261,9 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     constexpr int kTilesInFlight = kHeadDim > 128 ? 1 : 2;  // for each warp, of pages to score and of tokens
     extern __shared__ uint4 dynamic[];
     auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
-    uint4* signed_query = dynamic + sizeof(shared) / sizeof(uint4);
+    char* signed_query = reinterpret_cast<char*>(dynamic) + sizeof(shared);
     // After the query, this block's list of pages.
-    int* page_ids = reinterpret_cast<int*>(signed_query + count_query_vectors(params.group_size, kHeadDim));
+    int* page_ids = reinterpret_cast<int*>(signed_query + count_query_bytes(params.group_size, kHeadDim));
     const cg::cluster_group cluster = cg::this_cluster();
     shared.counts[threadIdx.x] = {};
     if (threadIdx.x == 0) {
@@ -277,33 +302,45 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         const int64_t first_page = kv_idx * count_pages(storage, page_size);
         unsigned* global_keys = reinterpret_cast<unsigned*>(storage.scores + first_page);
         const bool are_shared = newest_page <= kMaxKeys;
-        if (are_shared && threadIdx.x < 3) shared.keys[newest_page + threadIdx.x] = 0;  // to a whole quad
-        const auto prepare = [&] {
-            sign_query<T, kHeadDim>(signed_query, query, params.query_strides[1], params.group_size);
-        };
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
         unsigned lowest = UINT_MAX, highest = 0;
-        const auto store = [&](int page_idx, float score) {
-            const unsigned key = order_of(score * params.scaling);
-            lowest = min(lowest, key);
-            highest = max(highest, key);
+        const auto store = [&](int page_idx, float low_score, float high_score) {
+            // The lanes of a quad have, in turn, its low and its high page.
+            const unsigned own = order_of((threadIdx.x % 2 == 0 ? low_score : high_score) * params.scaling);
+            if (page_idx + threadIdx.x % kWarpSize / 4 + threadIdx.x % 2 * 8 < newest_page) {
+                lowest = min(lowest, own);
+                highest = max(highest, own);
+            }
+            // Eight lanes together get the keys of four neighbouring pages, which they send to different blocks.
+            const int quad_idx = threadIdx.x % kWarpSize / 8, first_lane = quad_idx % 2 * 16 + quad_idx / 2;
+            page_idx += quad_idx * 4;
+            uint4 quad;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned key = __shfl_sync(kWholeWarp, own, first_lane + i * 4);
+                (&quad.x)[i] = page_idx + i < newest_page ? key : 0;
+            }
+            if (page_idx >= newest_page) return;
             if (are_shared) {
-                for (int i = threadIdx.x % 4; i < cluster_size; i += 4) {
+                for (int i = threadIdx.x % 8; i < cluster_size; i += 8) {
                     const unsigned barrier_there = address_at(barrier, i);
-                    send(barrier_there - barrier + keys + page_idx * sizeof(unsigned), barrier_there, key);
+                    send(barrier_there - barrier + keys + page_idx * sizeof(unsigned), barrier_there, quad);
                 }
-            } else if (threadIdx.x % 4 == 0) {
-                global_keys[page_idx] = key;
+            } else if (const int i = threadIdx.x % 8; page_idx + i < newest_page && i < 4) {
+                global_keys[page_idx + i] = i == 0 ? quad.x : i == 1 ? quad.y : i == 2 ? quad.z : quad.w;
             }
         };
+        using Narrow = NarrowBounds<T, kHeadDim>;
         const auto score = [&](auto bounds) {
-            score_pages<T, kHeadDim, kTilesInFlight>(signed_query, 1, bounds, (rank * kWarps + warp_idx) * kPagesPerWarp,
-                                                     cluster_size * kWarps * kPagesPerWarp, newest_page, prepare, store);
+            constexpr int kStages = std::is_same_v<decltype(bounds), Narrow> ? kNumStages : kTilesInFlight;
+            const ScoreInput<T> input = {query, params.query_strides[1], params.group_size, 1, signed_query, shared.tiles};
+            score_pages<kStages>(bounds, input, (rank * kWarps + warp_idx) * kPagesPerWarp,
+                                 cluster_size * kWarps * kPagesPerWarp, newest_page, store);
         };
         if (storage.scales == nullptr) {
             score(WideBounds<T, kHeadDim>(storage, first_page));
         } else {
-            score(NarrowBounds<T, kHeadDim>(storage, first_page));
+            score(Narrow(storage, first_page));
         }
         lowest = __reduce_min_sync(kWholeWarp, lowest);
         highest = __reduce_max_sync(kWholeWarp, highest);
@@ -313,8 +350,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         }
         const int num_ranges = cluster_size * kWarps;
         if (threadIdx.x == 0) {
-            const int num_bytes = num_ranges * int(sizeof(uint2)) + (are_shared ? newest_page * int(sizeof(unsigned)) : 0);
-            expect_bytes(&shared.keys_barrier, num_bytes);
+            const int num_quads = are_shared ? ceil_div(newest_page, 4) : 0;
+            expect_bytes(&shared.keys_barrier, num_ranges * int(sizeof(uint2)) + num_quads * int(sizeof(uint4)));
         }
         wait_for_bytes(&shared.keys_barrier);
         if (are_shared) {
@@ -408,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
 
 template <int kHeadDim>
 size_t count_shared_bytes(const AttendParams& params, int cluster_size) {
-    return sizeof(Shared<kHeadDim>) + count_query_vectors(params.group_size, kHeadDim) * sizeof(uint4) +
+    return sizeof(Shared<kHeadDim>) + count_query_bytes(params.group_size, kHeadDim) +
            ceil_div(params.num_selected, cluster_size) * sizeof(int);
 }
 

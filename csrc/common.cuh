@@ -76,6 +76,41 @@ __device__ void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, u
     }
 }
 
+// The same of 8-bit integers: sums[16 x 8] += left[16 x 32] * right[32 x 8]. Of column group_idx of `right` a lane has the
+// rows from 4 * quad_idx and from 16 + 4 * quad_idx, 4 of each; `left` is what load_matrices() gives.
+__device__ inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "r"(right.x), "r"(right.y));
+}
+
+__device__ inline unsigned address_of(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+
+// 16 rows of 32 bytes in shared memory, of which a lane gives the address of 16: of row lane % 16, the second ones from
+// lane 16 on.
+__device__ inline uint4 load_matrices(unsigned address) {
+    uint4 data;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                 : "r"(address));
+    return data;
+}
+
+// Begins to copy 16 bytes to shared memory, of which `num_bytes` are read and the others 0.
+__device__ inline void copy_async(unsigned target, const void* source, int num_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(num_bytes) : "memory");
+}
+
+// Makes a group of the copies that this thread began since the last one.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than the last `kNumGroups` are on their way.
+template <int kNumGroups>
+__device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kNumGroups) : "memory");
+}
+
 // Every thread of every kernel calls this before it touches global memory. Then no kernel ends, or changes anything,
 // before all that came earlier in the stream has ended.
 __device__ inline void wait_for_previous_kernel() {

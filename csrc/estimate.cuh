@@ -7,65 +7,82 @@
 
 namespace hf_quest {
 
-constexpr int kPagesPerWarp = 16;
-constexpr int kChunk = 32;  // channels that the four lanes of a quad load together
+constexpr int kPagesPerWarp = 16;  // at a time
+constexpr int kChunk = 32;         // channels that the four lanes of a quad have together, and that share a scale
+constexpr int kDigits = 3;         // of a query as integers, see NarrowBounds
+constexpr int kFractionBits = 21;  // of the same
+constexpr int kRowPadding = 16;    // bytes, against bank conflicts
 
-// 16-byte vectors of the signed query of a group: [head tiles, chunks, lanes].
-__host__ __device__ constexpr int count_query_vectors(int group_size, int head_dim) {
-    return (group_size + kHeadTile - 1) / kHeadTile * (2 * head_dim / kChunk) * kWarpSize;
+// Bytes of the signed query of a group, of the larger kind, that of NarrowBounds.
+__host__ __device__ constexpr int count_query_bytes(int group_size, int head_dim) {
+    const int num_tiles = (group_size + kHeadTile - 1) / kHeadTile;
+    const int num_words = 2 * head_dim / kChunk * kDigits * kWarpSize;
+    return num_tiles * (num_words * int(sizeof(uint2)) + kHeadTile * int(sizeof(float)));
 }
 
-// [min(q, 0), max(q, 0)] of a group's query heads, `head_stride` apart, in the order in which lanes read it. A tile's
-// spare columns repeat the last head, which leaves the maximum over heads as it is.
-template <typename T, int kHeadDim>
-__device__ void sign_query(uint4* signed_query, const T* query, int64_t head_stride, int group_size) {
-    constexpr int kNumChunks = 2 * kHeadDim / kChunk;
-    const int num_vectors = count_query_vectors(group_size, kHeadDim);
-    for (int idx = threadIdx.x; idx < num_vectors; idx += blockDim.x) {
-        const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
-        const int head_idx = min(tile_idx * kHeadTile + idx % kWarpSize / 4, group_size - 1);
-        const int channel = chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
-        const uint4 vector = load_once(reinterpret_cast<const uint4*>(query + head_idx * head_stride + channel));
-        const auto signed_part = [&](uint32_t bits) {
-            const Pair<T> pair = as_pair<T>(bits), zero = as_pair<T>(0);
-            return as_bits(chunk_idx * kChunk < kHeadDim ? __hmin2(pair, zero) : __hmax2(pair, zero));
-        };
-        signed_query[idx] = {signed_part(vector.x), signed_part(vector.y), signed_part(vector.z),
-                             signed_part(vector.w)};
-    }
-}
+// Bytes of 16 pages' bounds of 8 bits in shared memory.
+__host__ __device__ constexpr int count_tile_bytes(int head_dim) { return kPagesPerWarp * (2 * head_dim + kRowPadding); }
 
-// Two integers of 8 bits, at the bottom of the halves of a word, as a pair of the type. All of them are exact in it.
-template <typename T>
-__device__ uint32_t widen(uint32_t integers) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const uint32_t shifted = (integers ^ 0x00800080u) | 0x64006400u;  // 1024 + 128 + the integer
-        return as_bits(__hsub2(as_pair<T>(shifted), as_pair<T>(0x64806480u)));
-    } else {  // 128 + the lower 7 bits, less 128 or, of a negative one, 256
-        const uint32_t lower = (integers & 0x007f007fu) | 0x43004300u, offset = (integers & 0x00800080u) | 0x43004300u;
-        return as_bits(__hsub2(as_pair<T>(lower), as_pair<T>(offset)));
-    }
-}
-
-// The bounds of a row's KV head in the dtype of its keys. A lane loads 8 channels at a time.
+// The bounds of a row's KV head in the dtype of its keys. Its signed query is [min(q, 0), max(q, 0)], of the same type,
+// as 16-byte vectors [head tiles, chunks, lanes]. A tile's spare columns repeat the last head, which leaves the maximum
+// over heads as it is.
 template <typename T, int kHeadDim>
 struct WideBounds {
-    using Vector = uint4;
-    struct Scales {};
-    static constexpr int kTiles = 1;  // of 16 pages, that take the same registers
-    static constexpr bool kHasScales = false;
+    static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
+    struct Page {
+        uint4 chunks[kNumChunks];
+    };
     const T* extremes;  // [pages, 2, D]
 
     __device__ WideBounds(const Storage& storage, int64_t first_page)
         : extremes(static_cast<const T*>(storage.bounds) + first_page * 2 * kHeadDim) {}
-    static __device__ uint4 as_operand(const Vector& vector) { return vector; }
+
+    __device__ void load(Page& page, int page_idx) const {
+        const T* channels = extremes + int64_t(page_idx) * 2 * kHeadDim + threadIdx.x % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < kNumChunks; ++i) {
+            page.chunks[i] = load_once(reinterpret_cast<const uint4*>(channels + i * kChunk));
+        }
+    }
+
+    static __device__ void sign_query(void* signed_query, const T* query, int64_t head_stride, int group_size) {
+        const int num_vectors = ceil_div(group_size, kHeadTile) * kNumChunks * kWarpSize;
+        for (int idx = threadIdx.x; idx < num_vectors; idx += blockDim.x) {
+            const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
+            const int head_idx = min(tile_idx * kHeadTile + idx % kWarpSize / 4, group_size - 1);
+            const int channel = chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
+            const uint4 vector = load_once(reinterpret_cast<const uint4*>(query + head_idx * head_stride + channel));
+            const auto signed_part = [&](uint32_t bits) {
+                const Pair<T> pair = as_pair<T>(bits), zero = as_pair<T>(0);
+                return as_bits(chunk_idx * kChunk < kHeadDim ? __hmin2(pair, zero) : __hmax2(pair, zero));
+            };
+            static_cast<uint4*>(signed_query)[idx] = {signed_part(vector.x), signed_part(vector.y),
+                                                      signed_part(vector.z), signed_part(vector.w)};
+        }
+    }
+
+    // The scores of pages group_idx and group_idx + 8 for two query heads.
+    static __device__ float2 score(const Page& low, const Page& high, const void* signed_query, int tile_idx) {
+        const uint4* q = static_cast<const uint4*>(signed_query) + tile_idx * kNumChunks * kWarpSize;
+        float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
+#pragma unroll
+        for (int i = 0; i < kNumChunks; ++i) {
+            const uint4 a = low.chunks[i], b = high.chunks[i], c = q[i * kWarpSize + threadIdx.x % kWarpSize];
+            multiply_add<T>(even, a.x, b.x, a.y, b.y, c.x, c.y);
+            multiply_add<T>(odd, a.z, b.z, a.w, b.w, c.z, c.w);
+        }
+        return {fmaxf(even[0] + odd[0], even[1] + odd[1]), fmaxf(even[2] + odd[2], even[3] + odd[3])};
+    }
 };
 
-// The same in 8 bits.
+// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in a step of each head,
+// 2^-21 of the power of two of its largest channel: three digits to base 256, the highest first, each of 8 channels to a
+// word, [head tiles, chunks, digits, lanes], and behind all digits the steps, [head tiles, 8].
 template <typename T, int kHeadDim>
 struct NarrowBounds {
-    using Vector = uint2;
+    static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
     static constexpr int kBlocks = kHeadDim / kChunk;  // of channels that share a scale
+    static constexpr int kRowBytes = 2 * kHeadDim + kRowPadding;
     struct Scales {  // bytes, in the largest words that they fill
         using Word = std::conditional_t<kBlocks % 4 == 0, uint32_t, std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
         Word words[kBlocks / sizeof(Word)];
@@ -74,94 +91,217 @@ struct NarrowBounds {
             return __uint_as_float((word >> block_idx % sizeof(Word) * 8 & 0xff) << 23);
         }
     };
-    static constexpr int kTiles = kHeadDim > 128 ? 1 : 2;
-    static constexpr bool kHasScales = true;
     const int8_t* extremes;  // [pages, 2, D]
     const Scales* scales;    // [pages]
 
     __device__ NarrowBounds(const Storage& storage, int64_t first_page)
         : extremes(static_cast<const int8_t*>(storage.bounds) + first_page * 2 * kHeadDim),
           scales(reinterpret_cast<const Scales*>(storage.scales) + first_page) {}
-    static __device__ uint4 as_operand(const Vector& vector) {
-        const auto pair = [](uint32_t word, unsigned selector) { return widen<T>(__byte_perm(word, 0, selector)); };
-        return {pair(vector.x, 0x4140), pair(vector.x, 0x4342), pair(vector.y, 0x4140), pair(vector.y, 0x4342)};
+
+    // Begins to copy 16 pages, or those up to `end_page`, to a warp's rows of shared memory.
+    __device__ void copy(unsigned rows, int page_idx, int end_page) const {
+        constexpr int kVectors = 2 * kHeadDim / 16;  // of 16 bytes, of a page
+        const int8_t* pages = extremes + int64_t(page_idx) * 2 * kHeadDim;
+#pragma unroll
+        for (int i = 0; i < kPagesPerWarp * kVectors / kWarpSize; ++i) {
+            const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors;
+            const bool is_page = page_idx + row_idx < end_page;
+            copy_async(rows + row_idx * kRowBytes + idx % kVectors * 16, is_page ? pages + idx * 16 : extremes,
+                       is_page ? 16 : 0);
+        }
+    }
+
+    static __device__ float* steps_of(void* signed_query, int num_tiles) {
+        return reinterpret_cast<float*>(static_cast<uint2*>(signed_query) + num_tiles * kNumChunks * kDigits * kWarpSize);
+    }
+
+    static __device__ void sign_query(void* signed_query, const T* query, int64_t head_stride, int group_size) {
+        const int num_tiles = ceil_div(group_size, kHeadTile), num_words = num_tiles * kNumChunks * kWarpSize;
+        for (int idx = threadIdx.x; idx < num_words; idx += blockDim.x) {
+            const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
+            const int head_of_tile = idx % kWarpSize / 4, quad_idx = idx % 4;
+            const T* head = query + min(tile_idx * kHeadTile + head_of_tile, group_size - 1) * head_stride;
+            const T* channels = head + chunk_idx % kBlocks * kChunk + quad_idx * 4;
+            const uint2 own[2] = {load_once(reinterpret_cast<const uint2*>(channels)),
+                                  load_once(reinterpret_cast<const uint2*>(channels + kChunk / 2))};
+            Pair<T> largest_pair = as_pair<T>(0);
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) {  // with the other lanes of the quad, the whole head
+                const uint4 vector = load_once(reinterpret_cast<const uint4*>(head) + i * 4 + quad_idx);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) largest_pair = __hmax2(largest_pair, __habs2(as_pair<T>((&vector.x)[j])));
+            }
+            float largest = fmaxf(to_float(largest_pair.x), to_float(largest_pair.y));
+            largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+            const int exponent = max(int(__float_as_uint(largest) >> 23), kFractionBits + 1);
+            const float inverse_step = __uint_as_float((254 + kFractionBits - exponent) << 23);
+            if (chunk_idx == 0 && quad_idx == 0) {
+                steps_of(signed_query, num_tiles)[tile_idx * kHeadTile + head_of_tile] =
+                    __uint_as_float((exponent - kFractionBits) << 23);
+            }
+            uint2 digits[kDigits];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const Pair<T> pair = as_pair<T>((&own[i / 4].x)[i / 2 % 2]);
+                const float value = to_float(i % 2 == 0 ? pair.x : pair.y);
+                int rest = __float2int_rn((chunk_idx < kBlocks ? fminf(value, 0.0f) : fmaxf(value, 0.0f)) * inverse_step);
+#pragma unroll
+                for (int digit_idx = kDigits - 1; digit_idx >= 0; --digit_idx) {
+                    const int8_t digit = int8_t(rest);
+                    reinterpret_cast<int8_t*>(&digits[digit_idx])[i] = digit;
+                    rest = (rest - digit) >> 8;
+                }
+            }
+            uint2* target = static_cast<uint2*>(signed_query) + idx / kWarpSize * kDigits * kWarpSize + idx % kWarpSize;
+#pragma unroll
+            for (int i = 0; i < kDigits; ++i) target[i * kWarpSize] = digits[i];
+        }
+    }
+
+    struct Query {  // of 8 heads, what a lane needs
+        uint2 digits[kNumChunks][kDigits];
+        float2 step;
+    };
+
+    static __device__ Query load_query(void* signed_query, int tile_idx, int num_tiles) {
+        const int lane_idx = threadIdx.x % kWarpSize;
+        const uint2* words = static_cast<uint2*>(signed_query) + tile_idx * kNumChunks * kDigits * kWarpSize + lane_idx;
+        Query query;
+#pragma unroll
+        for (int i = 0; i < kNumChunks * kDigits; ++i) query.digits[i / kDigits][i % kDigits] = words[i * kWarpSize];
+        const float* steps = steps_of(signed_query, num_tiles) + tile_idx * kHeadTile;
+        query.step = reinterpret_cast<const float2*>(steps)[lane_idx % 4];
+        return query;
+    }
+
+    // The scores of pages group_idx and group_idx + 8 of a warp's rows for two query heads.
+    static __device__ float2 score(unsigned rows, const Scales& low_scales, const Scales& high_scales, const Query& query) {
+        rows += threadIdx.x % 16 * kRowBytes + threadIdx.x % kWarpSize / 16 * 16;
+        float sums[4] = {};
+#pragma unroll
+        for (int block_idx = 0; block_idx < kBlocks; ++block_idx) {
+            int by_digit[kDigits][4] = {};
+#pragma unroll
+            for (int i = block_idx; i < kNumChunks; i += kBlocks) {  // minimum and maximum
+                const uint4 pages = load_matrices(rows + i * kChunk);
+#pragma unroll
+                for (int j = 0; j < kDigits; ++j) multiply_add(by_digit[j], pages, query.digits[i][j]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float upper = float(by_digit[0][i] * 256 + by_digit[1][i]), lower = float(by_digit[2][i]);
+                const float product = fmaf(upper, 256.0f, lower) * (i % 2 == 0 ? query.step.x : query.step.y);
+                sums[i] = fmaf(product, (i < 2 ? low_scales : high_scales).of(block_idx), sums[i]);
+            }
+        }
+        return {fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3])};
     }
 };
 
-// Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, score) in
-// the four lanes of a quad for each. All threads call it: with the first pages in flight it calls prepare(), which
-// makes the block's signed query. A warp has `kTilesInFlight` times 16 pages on their way, or what takes as many bytes.
-template <typename T, int kHeadDim, int kTilesInFlight, typename Bounds, typename Prepare, typename Store>
-__device__ void score_pages(const uint4* signed_query, int num_head_tiles, Bounds bounds, int first_page, int step,
-                            int end_page, Prepare prepare, Store store) {
-    constexpr int kBlocks = kHeadDim / kChunk, kNumChunks = 2 * kBlocks, kSets = kTilesInFlight * Bounds::kTiles;
-    const int lane_idx = threadIdx.x % kWarpSize, group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
-    using Vector = typename Bounds::Vector;
-    Vector low[kSets][kNumChunks], high[kSets][kNumChunks];  // pages group_idx and group_idx + 8 of 16
-    typename Bounds::Scales low_scales[kSets], high_scales[kSets];
-    const auto load_pages = [&](int set, int page_idx) {
-        // Past the last page the last one is read again; its scores are not stored twice.
-        const int64_t low_idx = min(page_idx + group_idx, end_page - 1);
-        const int64_t high_idx = min(page_idx + group_idx + 8, end_page - 1);
+// The largest over the query heads, which the lanes of a quad share.
+__device__ inline float2 reduce_quad(float2 scores) {
 #pragma unroll
-        for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-            const auto* chunk = bounds.extremes + chunk_idx * kChunk + quad_idx * 8;
-            low[set][chunk_idx] = load_once(reinterpret_cast<const Vector*>(chunk + low_idx * 2 * kHeadDim));
-            high[set][chunk_idx] = load_once(reinterpret_cast<const Vector*>(chunk + high_idx * 2 * kHeadDim));
-        }
-        if constexpr (Bounds::kHasScales) {
-            low_scales[set] = bounds.scales[low_idx];
-            high_scales[set] = bounds.scales[high_idx];
-        }
+    for (int distance = 1; distance < 4; distance *= 2) {
+        scores.x = fmaxf(scores.x, __shfl_xor_sync(kWholeWarp, scores.x, distance));
+        scores.y = fmaxf(scores.y, __shfl_xor_sync(kWholeWarp, scores.y, distance));
+    }
+    return scores;
+}
+
+__device__ inline float2 larger(float2 a, float2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
+
+// Where a warp finds what it scores pages with.
+template <typename T>
+struct ScoreInput {
+    const T* query;  // of the first head of a group
+    int64_t head_stride;
+    int group_size, num_head_tiles;
+    char* signed_query;  // in shared memory, count_query_bytes()
+    char* tiles;         // in shared memory, count_tile_bytes() for each warp and stage
+};
+
+// Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, low, high)
+// in all lanes for each 16 from `page` on: a quad has the scores of the pages group_idx and group_idx + 8 of them. Those
+// past the last page are not to be used. All threads call it: with the first pages in flight they make the block's signed
+// query. A warp has `kStages` times 16 pages on their way, in registers.
+template <int kStages, typename T, int kHeadDim, typename Store>
+__device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
+                            int end_page, Store store) {
+    using Page = typename WideBounds<T, kHeadDim>::Page;
+    const int group_idx = threadIdx.x % kWarpSize / 4;
+    Page low[kStages], high[kStages];  // pages group_idx and group_idx + 8
+    const auto load = [&](int stage, int page_idx) {  // past the last page the last one
+        bounds.load(low[stage], min(page_idx + group_idx, end_page - 1));
+        bounds.load(high[stage], min(page_idx + group_idx + 8, end_page - 1));
     };
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-        if (first_page + set * step < end_page) load_pages(set, first_page + set * step);
+    for (int stage = 0; stage < kStages; ++stage) {
+        if (first_page + stage * step < end_page) load(stage, first_page + stage * step);
     }
-    prepare();
+    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
     __syncthreads();
     while (first_page < end_page) {
 #pragma unroll
-        for (int set = 0; set < kSets; ++set, first_page += step) {
+        for (int stage = 0; stage < kStages; ++stage, first_page += step) {
+            if (stage > 0 && first_page >= end_page) break;
+            float2 scores = {-INFINITY, -INFINITY};
+            for (int tile_idx = 0; tile_idx < input.num_head_tiles; ++tile_idx) {
+                scores = larger(scores, bounds.score(low[stage], high[stage], input.signed_query, tile_idx));
+            }
+            const int next_page = first_page + kStages * step;
+            if (next_page < end_page) load(stage, next_page);
+            scores = reduce_quad(scores);
+            store(first_page, scores.x, scores.y);
+        }
+    }
+}
+
+// The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a lane's own
+// 8 channels would be 32 bytes of eight lines, and registers are free for the query.
+template <int kStages, typename T, int kHeadDim, typename Store>
+__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
+                            int end_page, Store store) {
+    using Scales = typename NarrowBounds<T, kHeadDim>::Scales;
+    constexpr int kTileBytes = count_tile_bytes(kHeadDim);
+    const int group_idx = threadIdx.x % kWarpSize / 4;
+    const unsigned tiles = address_of(input.tiles) + threadIdx.x / kWarpSize * kStages * kTileBytes;
+    Scales low[2], high[2];  // of this tile and the next
+    const auto load_scales = [&](int set, int page_idx) {
+        if (page_idx >= end_page) return;
+        low[set] = bounds.scales[min(page_idx + group_idx, end_page - 1)];
+        high[set] = bounds.scales[min(page_idx + group_idx + 8, end_page - 1)];
+    };
+    const auto copy = [&](int stage, int page_idx) {
+        if (page_idx < end_page) bounds.copy(tiles + stage * kTileBytes, page_idx, end_page);
+        commit_copies();
+    };
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) copy(stage, first_page + stage * step);
+    load_scales(0, first_page);
+    load_scales(1, first_page + step);
+    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
+    __syncthreads();
+    // That of the first 8 heads stays in registers.
+    const auto query = bounds.load_query(input.signed_query, 0, input.num_head_tiles);
+    for (int stage = 0; first_page < end_page;) {
+#pragma unroll
+        for (int set = 0; set < 2; ++set, first_page += step) {
             if (set > 0 && first_page >= end_page) break;
-            float low_score = -INFINITY, high_score = -INFINITY;
-            for (int tile_idx = 0; tile_idx < num_head_tiles; ++tile_idx) {
-                // Operands of all chunks, kept from the first tile on, would not fit into the registers.
-                if (Bounds::kHasScales && tile_idx > 0) load_pages(set, first_page);
-                float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
-                float scaled[4] = {};
-#pragma unroll
-                for (int block_idx = 0; block_idx < kBlocks; ++block_idx) {
-#pragma unroll
-                    for (int chunk_idx = block_idx; chunk_idx < kNumChunks; chunk_idx += kBlocks) {  // minimum, maximum
-                        const uint4 a = Bounds::as_operand(low[set][chunk_idx]);
-                        const uint4 b = Bounds::as_operand(high[set][chunk_idx]);
-                        const uint4 q = signed_query[(tile_idx * kNumChunks + chunk_idx) * kWarpSize + lane_idx];
-                        multiply_add<T>(even, a.x, b.x, a.y, b.y, q.x, q.y);
-                        multiply_add<T>(odd, a.z, b.z, a.w, b.w, q.z, q.w);
-                    }
-                    if constexpr (Bounds::kHasScales) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            scaled[i] = fmaf(even[i] + odd[i], (i < 2 ? low_scales : high_scales)[set].of(block_idx), scaled[i]);
-                            even[i] = odd[i] = 0.0f;
-                        }
-                    }
-                }
-                const auto& sums = Bounds::kHasScales ? scaled : even;
-                low_score = fmaxf(low_score, fmaxf(sums[0] + odd[0], sums[1] + odd[1]));
-                high_score = fmaxf(high_score, fmaxf(sums[2] + odd[2], sums[3] + odd[3]));
+            wait_for_copies<kStages - 1>();
+            __syncwarp();
+            const unsigned tile = tiles + stage * kTileBytes;
+            float2 scores = bounds.score(tile, low[set], high[set], query);
+            for (int tile_idx = 1; tile_idx < input.num_head_tiles; ++tile_idx) {
+                const auto next = bounds.load_query(input.signed_query, tile_idx, input.num_head_tiles);
+                scores = larger(scores, bounds.score(tile, low[set], high[set], next));
             }
-            const int next_page = first_page + kSets * step;
-            if (next_page < end_page) load_pages(set, next_page);
-#pragma unroll
-            for (int distance = 1; distance < 4; distance *= 2) {
-                low_score = fmaxf(low_score, __shfl_xor_sync(kWholeWarp, low_score, distance));
-                high_score = fmaxf(high_score, __shfl_xor_sync(kWholeWarp, high_score, distance));
-            }
-            const int low_page = first_page + group_idx, high_page = low_page + 8;
-            if (low_page < end_page) store(low_page, low_score);
-            if (high_page < end_page) store(high_page, high_score);
+            __syncwarp();
+            copy(stage, first_page + kStages * step);
+            load_scales(set, first_page + 2 * step);
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+            scores = reduce_quad(scores);
+            store(first_page, scores.x, scores.y);
         }
     }
 }
