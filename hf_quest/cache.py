@@ -66,6 +66,7 @@ class Settings:
     max_positions: float = math.inf  # tokens of context that the model is made for
     reads_everything: bool = False  # in a captured decode, as far as the model's context goes
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
+    common: list = field(default_factory=list)  # [B][B] slots from the first on that two rows are known to share
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
     @property
@@ -91,6 +92,8 @@ class Settings:
         return on_device
 
     def set_length(self, length):
+        if length < self.length:
+            self.common = []
         if length != self.length:
             self.length = length
             for device in self.devices:
@@ -112,6 +115,18 @@ class Settings:
             for device in self.devices:
                 on_device = self.on(device)
                 on_device.padding = written_to(on_device.padding, left_padding, device)
+
+    def take_sources(self, sources, length):
+        """Know that the rows take the `length` tokens of the rows `sources`; return the first slot that one must copy.
+
+        Beams of one prompt share all but the end, and only ends are copied.
+        """
+        rows = range(len(sources))
+        common = self.common if len(self.common) == len(rows) else [[0] * len(rows) for _ in rows]
+        self.common = [
+            [length if source == other else common[source][other] for other in sources] for source in sources
+        ]
+        return min((common[row][sources[row]] for row in rows if row != sources[row]), default=length)
 
     def set_addresses(self, rows):
         """Take over a list with one row for each layer, see ops.decode."""
@@ -287,6 +302,7 @@ class QuestLayer(CacheLayerMixin):
         """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
         if left_padding == self.left_padding:
             return
+        self.settings.common = []
         self._set_padding(left_padding)
         self._refresh_bounds(self.length)
 
@@ -446,17 +462,23 @@ class QuestLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
+        self.settings.common = []
         self.reorder(beam_idx.tolist())
 
-    def reorder(self, sources):
-        """`reorder_cache` of a list of rows. A row that stays is not copied, and only a cycle needs a row to spare."""
+    def reorder(self, sources, start=0):
+        """`reorder_cache` of a list of rows, which hold what their sources hold before the slot `start`.
+
+        A row that stays is not copied, and only a cycle needs a row to spare.
+        """
         if not self.is_initialized:
             return
-        filled = [self.keys[:, :, : self.length], self.values[:, :, : self.length]]
+        copied = [self.keys[:, :, start : self.length], self.values[:, :, start : self.length]]
         if not self.is_dense:
-            filled.append(self.bounds[:, :, : self._num_pages(self.length)])
+            # Of the most padded row, whose pages have the lowest numbers.
+            first_page = max(0, start - max(self.left_padding)) // self.settings.page_size
+            copied.append(self.bounds[:, :, first_page : self._num_pages(self.length)])
         copies = copies_in_order(sources)
-        for tensor in filled:
+        for tensor in copied:
             spare = None
             for target, source in copies:
                 if target is None:
@@ -476,6 +498,7 @@ class QuestLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
+        self.settings.common = []
         self._reallocate(rows, self.capacity)
         self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
 
@@ -818,8 +841,9 @@ class QuestCache(Cache):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
         self._settle()
         sources = beam_idx.tolist()
+        start = self.settings.take_sources(sources, self.get_seq_length())
         for layer in self.layers:
-            layer.reorder(sources)
+            layer.reorder(sources, start)
 
     def batch_repeat_interleave(self, repeats):
         self._settle()
