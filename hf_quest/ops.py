@@ -123,7 +123,8 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
         keys, values: [B, Hkv, capacity, D].
-        page_ids: [B, Hkv, 1, K] int64, -1 for none; None for every page, which is dense attention.
+        page_ids: [B, Hkv, 1, K] int64, in any order, and then -1 for none; None for every page, which is dense
+            attention.
         length: [1] int64. padding: [B] int64.
         softcap: float or None. sinks: [Hq] in the dtype of `query`, or None.
         counters: what `new_counters` returns. Calls that may run at the same time need counters of their own.
