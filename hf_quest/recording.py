@@ -16,7 +16,8 @@ def capture(model, compile=False):
     model does before each token, which is to check every parameter and take quantised ones apart. A recording serves
     one QuestCache and is made again for another; it stays right while the cache grows. A forward that cannot be
     recorded (a prompt, another cache, layers that the CUDA kernels do not serve or that attend a window) runs as it
-    would without, and says so once. A `compile_config` given to `generate` takes precedence.
+    would without, and says so once. A `compile_config` given to `generate` takes precedence. A recording ends with its
+    cache, and a process group can be destroyed only after it.
 
     Args:
         model: a model on one GPU, loaded with `attn_implementation="quest"`. Mutated.
@@ -45,8 +46,16 @@ class RecordedStep:
             return self.model(past_key_values=past_key_values, **inputs)
         if self.recording is None or not self.recording.serves(past_key_values, inputs):
             self.recording = None  # frees its memory before the next one takes its own
-            self.recording = Recording(self.step, past_key_values, inputs)
+            self.recording = Recording(self.step, past_key_values, inputs, self.forget)
         return self.recording.replay(past_key_values, inputs)
+
+    def forget(self, cache):
+        """Drop the recording that serves `cache`, a weak reference whose object is gone.
+
+        Not for its memory alone: NCCL waits with the end of a process group for every graph that communicates by it.
+        """
+        if self.recording is not None and self.recording.cache is cache:
+            self.recording = None
 
 
 def can_be_recorded(cache, inputs):
@@ -63,8 +72,8 @@ def can_be_recorded(cache, inputs):
 class Recording:
     """One decode step of a model in a CUDA graph: what it reads and what it returns."""
 
-    def __init__(self, step, cache, inputs):
-        self.cache = weakref.ref(cache)
+    def __init__(self, step, cache, inputs, forget):
+        self.cache = weakref.ref(cache, forget)
         self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
         self.budget, self.state = cache.budget, read_by_kernels(cache)
         self.graph = torch.cuda.CUDAGraph()

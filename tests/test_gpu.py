@@ -300,14 +300,19 @@ class TestRecordedDecode:
         )
         assert torch.equal(output, expected)
 
-    def test_it_keeps_no_cache_alive(self, model, library):
+    def test_it_ends_with_its_cache_at_once(self, model, library):
         ids = digest_of(library, 700)
         cache = prefilled(model, ids)
         write(model, ids, cache)
         assert model._compiled_call.recording is not None
-        address, cache = weakref.ref(cache), None
-        gc.collect()
-        assert address() is None
+        address = weakref.ref(cache)
+        gc.disable()
+        try:
+            del cache
+            assert address() is None
+            assert model._compiled_call.recording is None
+        finally:
+            gc.enable()
 
     def test_another_cache_is_decoded_without(self, model, library):
         ids = digest_of(library, 700)
