@@ -95,12 +95,14 @@ WAYS = {
     "quest": quest("QuestCache"),
     "quest-dense": quest("QuestCache, everything", BEYOND),
     "quest-recorded": quest("QuestCache, capture(model)"),
+    "quest-compiled": quest("QuestCache, capture(model, compile=True)"),
     "quest-eager": quest("QuestCache, eager", compile=False),
     "dynamic-beams": Way(
         "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
     ),
     "quest-beams": quest("QuestCache, 4 beams", options={"num_beams": 4}),
 }
+CAPTURED = ("quest-recorded", "quest-compiled")
 VERIFYING = ("dynamic", "quest-eager")  # also measured at drafts
 
 
@@ -169,9 +171,9 @@ def verify_ms(model, cache, num_rounds):
 def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
     """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
     way = WAYS[name]
-    compiled = model.__dict__.pop("_compiled_call", None) if name == "quest-recorded" else None
-    if name == "quest-recorded":
-        capture(model)
+    compiled = model.__dict__.pop("_compiled_call", None) if name in CAPTURED else None
+    if name in CAPTURED:
+        capture(model, compile=name == "quest-compiled")
     model.set_attn_implementation(way.attn_implementation)
     cache = way.make_cache(model.config, context, budget)
     fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
@@ -191,7 +193,7 @@ def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
         "start_s": round(start_s, 1),
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }
-    if name == "quest-recorded":
+    if name in CAPTURED:
         del model._compiled_call
         if compiled is not None:
             model._compiled_call = compiled

@@ -10,7 +10,7 @@ from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from hf_quest import QuestCache
+from hf_quest import QuestCache, capture
 
 
 def weights():
@@ -29,6 +29,7 @@ def main():
         quantization_config=TorchAoConfig(weights()),
         attn_implementation="quest",
     )
+    capture(model)  # for long answers: capture(model, compile=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = tokenizer(prompt_of(arguments, tokenizer), return_tensors="pt").to(model.device)
     cache = QuestCache(budget=arguments.budget)

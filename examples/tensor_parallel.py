@@ -9,7 +9,7 @@ import torch.distributed as dist
 from task import parse_arguments, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_quest import QuestCache
+from hf_quest import QuestCache, capture
 
 
 def main():
@@ -17,6 +17,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype="auto", tp_plan="auto", attn_implementation="quest"
     )
+    capture(model)  # on GPUs each step is a replay, communication included
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = tokenizer(prompt_of(arguments, tokenizer), return_tensors="pt").to(model.device)
     output = model.generate(

@@ -67,6 +67,7 @@ class Settings:
     max_positions: float = math.inf  # tokens of context that the model is made for
     reads_everything: bool = False  # in a captured decode, as far as the model's context goes
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
+    common: list = field(default_factory=list)  # [B][B] slots from the first on that two rows are known to share
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
     @property
@@ -92,6 +93,8 @@ class Settings:
         return on_device
 
     def set_length(self, length):
+        if length < self.length:
+            self.common = []
         if length != self.length:
             self.length = length
             for device in self.devices:
@@ -113,6 +116,18 @@ class Settings:
             for device in self.devices:
                 on_device = self.on(device)
                 on_device.padding = written_to(on_device.padding, left_padding, device)
+
+    def take_sources(self, sources, length):
+        """Know that the rows take the `length` tokens of the rows `sources`; return the first slot that one must copy.
+
+        Beams of one prompt share all but the end, and only ends are copied.
+        """
+        rows = range(len(sources))
+        common = self.common if len(self.common) == len(rows) else [[0] * len(rows) for _ in rows]
+        self.common = [
+            [length if source == other else common[source][other] for other in sources] for source in sources
+        ]
+        return min((common[row][sources[row]] for row in rows if row != sources[row]), default=length)
 
     def set_addresses(self, rows):
         """Take over a list with one row for each layer, see ops.decode."""
@@ -298,6 +313,7 @@ class QuestLayer(CacheLayerMixin):
         """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
         if left_padding == self.left_padding:
             return
+        self.settings.common = []
         self._set_padding(left_padding)
         self._refresh_bounds(self.length)
 
@@ -462,14 +478,18 @@ class QuestLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
+        self.settings.common = []
         self.reorder(beam_idx.tolist())
 
-    def reorder(self, sources):
-        """`reorder_cache` of a list of rows. A row that stays is not copied, and only a cycle needs a row to spare."""
+    def reorder(self, sources, start=0):
+        """`reorder_cache` of a list of rows, which hold what their sources hold before the slot `start`.
+
+        A row that stays is not copied, and only a cycle needs a row to spare.
+        """
         if not self.is_initialized:
             return
         copies = copies_in_order(sources)
-        for tensor in self._filled():
+        for tensor in self._filled(start):
             spare = None
             for target, source in copies:
                 if target is None:
@@ -489,6 +509,7 @@ class QuestLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
+        self.settings.common = []
         self._reallocate(rows, self.capacity)
         self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
 
@@ -513,11 +534,14 @@ class QuestLayer(CacheLayerMixin):
         for tensor, content in zip(self._filled(), filled, strict=True):
             tensor.copy_(content)
 
-    def _filled(self):
-        """What is filled of all that is stored: views of keys and values, and of bounds and scales where there are."""
-        num_pages = self._num_pages(self.length)
-        of_pages = [tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales) if tensor is not None]
-        return [self.keys[:, :, : self.length], self.values[:, :, : self.length], *of_pages]
+    def _filled(self, start=0):
+        """Views of what is stored of the slots from `start` on: keys, values, and the bounds and scales that there are."""
+        slots = slice(start, self.length)
+        # Of the most padded row, whose pages have the lowest numbers.
+        first_page = max(0, start - max(self.left_padding, default=0)) // self.settings.page_size
+        pages = slice(first_page, self._num_pages(self.length))
+        of_pages = [tensor[:, :, pages] for tensor in (self.bounds, self.scales) if tensor is not None]
+        return [self.keys[:, :, slots], self.values[:, :, slots], *of_pages]
 
     def _allocate(self, like_keys, like_values, batch_size, num_slots):
         """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
@@ -852,8 +876,9 @@ class QuestCache(Cache):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
         self._settle()
         sources = beam_idx.tolist()
+        start = self.settings.take_sources(sources, self.get_seq_length())
         for layer in self.layers:
-            layer.reorder(sources)
+            layer.reorder(sources, start)
 
     def batch_repeat_interleave(self, repeats):
         self._settle()

@@ -1,4 +1,4 @@
-"""The decode step of `generate`, recorded as one CUDA graph as it stands: no compilation, so it begins in a second."""
+"""The decode step of `generate`, recorded as one CUDA graph: as it stands, which begins in a second, or compiled."""
 
 import weakref
 
@@ -8,23 +8,26 @@ from .attention import say_once
 from .cache import PREPARED, TAKEN, QuestCache
 
 
-def capture(model):
-    """Let `model.generate` record its decode step as a CUDA graph instead of compiling it.
+def capture(model, compile=False):
+    """Let `model.generate` record its decode step as a CUDA graph, and replay that for every token.
 
     Compiling takes up to a minute and fuses the small operations between the matrix products; recording takes a second
-    and replays the model's own. A recording serves one QuestCache and is made again for another; it stays right while
-    the cache grows. A forward that cannot be recorded (a prompt, another cache, layers that the CUDA kernels do not
-    serve or that attend a window) runs as it would without, and says so once. A `compile_config` given to `generate`
-    takes precedence.
+    and replays the model's own. With `compile` the fused ones are recorded, and a replay is spared what a compiled
+    model does before each token, which is to check every parameter and take quantised ones apart. A recording serves
+    one QuestCache and is made again for another; it stays right while the cache grows. A forward that cannot be
+    recorded (a prompt, another cache, layers that the CUDA kernels do not serve or that attend a window) runs as it
+    would without, and says so once. A `compile_config` given to `generate` takes precedence. A recording ends with its
+    cache, and a process group can be destroyed only after it.
 
     Args:
         model: a model on one GPU, loaded with `attn_implementation="quest"`. Mutated.
+        compile: whether the step is compiled before it is recorded.
 
     Returns:
         The model.
     """
     # What `generate` looks for before it compiles, with the configuration that it was compiled for.
-    model._compiled_call = RecordedStep(model)
+    model._compiled_call = RecordedStep(model, compile)
     model.__dict__.pop("_last_compile_config", None)
     return model
 
@@ -32,8 +35,9 @@ def capture(model):
 class RecordedStep:
     """Calls the model, by a recording where there can be one."""
 
-    def __init__(self, model):
+    def __init__(self, model, compile):
         self.model = model
+        self.step = torch.compile(model.__call__) if compile else model
         self.recording = None
 
     def __call__(self, *, past_key_values=None, **inputs):
@@ -42,8 +46,16 @@ class RecordedStep:
             return self.model(past_key_values=past_key_values, **inputs)
         if self.recording is None or not self.recording.serves(past_key_values, inputs):
             self.recording = None  # frees its memory before the next one takes its own
-            self.recording = Recording(self.model, past_key_values, inputs)
+            self.recording = Recording(self.step, past_key_values, inputs, self.forget)
         return self.recording.replay(past_key_values, inputs)
+
+    def forget(self, cache):
+        """Drop the recording that serves `cache`, a weak reference whose object is gone.
+
+        Not for its memory alone: NCCL waits with the end of a process group for every graph that communicates by it.
+        """
+        if self.recording is not None and self.recording.cache is cache:
+            self.recording = None
 
 
 def can_be_recorded(cache, inputs):
@@ -60,8 +72,8 @@ def can_be_recorded(cache, inputs):
 class Recording:
     """One decode step of a model in a CUDA graph: what it reads and what it returns."""
 
-    def __init__(self, model, cache, inputs):
-        self.cache = weakref.ref(cache)
+    def __init__(self, step, cache, inputs, forget):
+        self.cache = weakref.ref(cache, forget)
         self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
         self.budget, self.state = cache.budget, read_by_kernels(cache)
         self.graph = torch.cuda.CUDAGraph()
@@ -70,12 +82,12 @@ class Recording:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                # Loads what is loaded at its first use. The graph stores the same token in the same slot again.
-                model(past_key_values=cache, **self.inputs)
+                # Compiles and loads, at its first use. The graph stores the same token in the same slot again.
+                step(past_key_values=cache, **self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             cache.settings.step = PREPARED
             with torch.cuda.graph(self.graph):
-                output = model(past_key_values=cache, **self.inputs)
+                output = step(past_key_values=cache, **self.inputs)
         finally:
             cache.settings.is_recording = False
             cache.settings.step = PREPARED

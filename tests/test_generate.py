@@ -10,6 +10,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_model, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -298,6 +300,75 @@ def test_beams_change_places_without_overwriting_one_that_is_wanted(num_rows):
                 rows[target] = held
         assert rows == list(sources)
         assert len(copies) <= sum(map(int.__ne__, sources, range(num_rows))) + num_rows // 2  # a spare for each cycle
+
+
+def append_random(cache, num_tokens):
+    """What was appended to each of two layers: keys and values, [2, B = 3, Hkv = 2, T, D = 4]."""
+    appended = torch.randn(2, 2, 3, 2, num_tokens, 4).unbind()
+    for layer_idx, (keys, values) in enumerate(appended):
+        cache.update(keys, values, layer_idx)[0].quest_layer.pending = False  # no attention follows
+    return appended
+
+
+def small_pages():
+    return QuestCache(budget=8, page_size=4, dense_layers=1)
+
+
+ROWS = st.lists(st.integers(0, 2), min_size=3, max_size=3)
+
+
+@settings(deadline=None)
+@given(
+    num_tokens=st.integers(4, 20),
+    padding=st.tuples(*[st.integers(0, 3)] * 3),
+    first_rows=st.sampled_from([[0, 0, 0], [1, 1, 1], [1, 1, 2]]),  # beams begin as one
+    steps=st.lists(st.one_of(st.integers(-1, 5), ROWS), max_size=12),
+)
+def test_rows_hold_what_those_held_that_they_took_the_place_of(num_tokens, padding, first_rows, steps):
+    """A step is a number of new tokens, the crop of one, or the rows to take."""
+    cache = small_pages()
+    stored = append_random(cache, num_tokens)
+    for layer in cache.layers:
+        layer.set_left_padding(padding)
+    for step in [first_rows, *steps]:
+        if isinstance(step, list):
+            cache.reorder_cache(torch.tensor(step))
+            stored, padding = [tensor[:, step] for tensor in stored], tuple(padding[row] for row in step)
+        elif step > 0:
+            new = append_random(cache, step)
+            stored = [torch.cat(pair, dim=3) for pair in zip(stored, new, strict=True)]
+        elif step < 0 and stored[0].shape[3] > 4:
+            cache.crop(-1)
+            stored = [tensor[:, :, :, :-1] for tensor in stored]
+    expected = small_pages()
+    for layer_idx, (keys, values) in enumerate(stored):
+        expected.update(keys, values, layer_idx)[0].quest_layer.pending = False
+        expected.layers[layer_idx].set_left_padding(padding)
+    num_tokens = stored[0].shape[3]
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert layer.left_padding == padding
+        assert torch.equal(layer.keys[:, :, :num_tokens], other.keys[:, :, :num_tokens])
+        assert torch.equal(layer.values[:, :, :num_tokens], other.values[:, :, :num_tokens])
+    bounds, expected_bounds = (each.layers[1].bounds for each in (cache, expected))
+    for row, num_padding in enumerate(padding):
+        num_pages = -(-(num_tokens - num_padding) // 4)
+        assert torch.equal(bounds[row, :, :num_pages], expected_bounds[row, :, :num_pages])
+
+
+def test_what_beams_share_is_not_copied():
+    cache = small_pages()
+    append_random(cache, 20)
+    cache.reorder_cache(torch.tensor([1, 1, 1]))
+    append_random(cache, 3)
+    for layer in cache.layers:
+        layer.keys[1, :, :20] = layer.values[1, :, :20] = torch.nan
+    cache.layers[1].bounds[1, :, :5] = torch.nan
+    cache.reorder_cache(torch.tensor([0, 1, 1]))
+    for layer in cache.layers:
+        assert not layer.keys[2, :, :23].isnan().any()
+        assert not layer.values[2, :, :23].isnan().any()
+        assert torch.equal(layer.keys[2, :, 20:23], layer.keys[1, :, 20:23])
+    assert not cache.layers[1].bounds[2, :, :6].isnan().any()
 
 
 def test_crop_of_everything_is_a_new_cache(model, new_cache):

@@ -186,12 +186,13 @@ def agree_to_a_near_tie(tokens, expected, logits):
     return bool(logits[first, expected[first]] - logits[first, tokens[first]] <= 2**-5 * logits[first].abs().max())
 
 
+@pytest.fixture(scope="module")
+def library():
+    return Library(tiny.load()[1], heldout_text()[:300_000])
+
+
 class TestCapturedDecode:
     """`generate` compiles its decode step by itself and replays it as a CUDA graph: one for each model here."""
-
-    @pytest.fixture(scope="class")
-    def library(self):
-        return Library(tiny.load()[1], heldout_text()[:300_000])
 
     @pytest.fixture(scope="class")
     def models(self):
@@ -264,15 +265,11 @@ class TestCapturedDecode:
 
 
 class TestRecordedDecode:
-    """`hf_quest.capture`: the same without compilation."""
+    """`hf_quest.capture`: the same without `generate`'s compilation."""
 
     @pytest.fixture(scope="class")
     def model(self):
         return capture(tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval())
-
-    @pytest.fixture(scope="class")
-    def library(self):
-        return Library(tiny.load()[1], heldout_text()[:300_000])
 
     @pytest.fixture(autouse=True)
     def compile_nothing(self):
@@ -303,16 +300,33 @@ class TestRecordedDecode:
         )
         assert torch.equal(output, expected)
 
-    def test_it_keeps_no_cache_alive(self, model, library):
+    def test_it_ends_with_its_cache_at_once(self, model, library):
         ids = digest_of(library, 700)
         cache = prefilled(model, ids)
         write(model, ids, cache)
         assert model._compiled_call.recording is not None
-        address, cache = weakref.ref(cache), None
-        gc.collect()
-        assert address() is None
+        address = weakref.ref(cache)
+        gc.disable()
+        try:
+            del cache
+            assert address() is None
+            assert model._compiled_call.recording is None
+        finally:
+            gc.enable()
 
     def test_another_cache_is_decoded_without(self, model, library):
         ids = digest_of(library, 700)
         expected = generate(model, ids, None, disable_compile=True)
         assert torch.equal(generate(model, ids, None, cache_implementation="static"), expected)
+
+
+def test_a_compiled_step_is_recorded_once_for_each_cache(library):
+    model = capture(tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval(), compile=True)
+    num_graphs = counters["stats"]["unique_graphs"]
+    for num_tokens in (4096, 700):
+        ids = digest_of(library, num_tokens)
+        cache = prefilled(model, ids)
+        expected, logits = write(model, ids, copy.deepcopy(cache), disable_compile=True)
+        assert agree_to_a_near_tie(write(model, ids, cache)[0], expected, logits)
+        assert model._compiled_call.recording.cache() is cache
+    assert counters["stats"]["unique_graphs"] == num_graphs + 1
