@@ -535,7 +535,7 @@ class QuestLayer(CacheLayerMixin):
             tensor.copy_(content)
 
     def _filled(self, start=0):
-        """Views of what is stored of the slots from `start` on: keys, values, and the bounds and scales that there are."""
+        """Views of what is stored of the slots from `start` on: keys, values, and what bounds and scales there are."""
         slots = slice(start, self.length)
         # Of the most padded row, whose pages have the lowest numbers.
         first_page = max(0, start - max(self.left_padding, default=0)) // self.settings.page_size

@@ -362,13 +362,16 @@ def test_what_beams_share_is_not_copied():
     append_random(cache, 3)
     for layer in cache.layers:
         layer.keys[1, :, :20] = layer.values[1, :, :20] = torch.nan
-    cache.layers[1].bounds[1, :, :5] = torch.nan
+    of_pages = [cache.layers[1].bounds, cache.layers[1].scales]
+    for tensor, poison in zip(of_pages, (-128, 255), strict=True):
+        tensor[1, :, :5] = poison  # which no bound of a number has
     cache.reorder_cache(torch.tensor([0, 1, 1]))
     for layer in cache.layers:
         assert not layer.keys[2, :, :23].isnan().any()
         assert not layer.values[2, :, :23].isnan().any()
         assert torch.equal(layer.keys[2, :, 20:23], layer.keys[1, :, 20:23])
-    assert not cache.layers[1].bounds[2, :, :6].isnan().any()
+    for tensor, poison in zip(of_pages, (-128, 255), strict=True):
+        assert (tensor[2, :, :6] != poison).all()
 
 
 def test_crop_of_everything_is_a_new_cache(model, new_cache):
