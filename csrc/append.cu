@@ -28,8 +28,8 @@ struct Bounds8 {  // of kVector channels
     int exponent;  // of the scale, and 0 where there are no bounds
 };
 
-// Widens bounds in 8 bits. Four neighbouring lanes have the channels of one scale, which becomes the smallest power of two
-// with which none of their bounds exceeds 127. What is infinite or not a number is unbounded.
+// Widens bounds in 8 bits. Four neighbouring lanes have the channels of one scale, which becomes the smallest power of
+// two with which none of their bounds exceeds 127. What is infinite or not a number is unbounded.
 template <typename T>
 __device__ void widen(Bounds8& bounds, uint4 lowest, uint4 highest) {
     constexpr unsigned kInfinity = 0x7f800000u;

@@ -1,11 +1,11 @@
 // chain: estimate, select and attend in one kernel, by a cluster of thread blocks for each row and KV head.
 //
-// The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block finds, by
-// itself and in its own shared memory, the same last score that is taken, by a radix select over the range of the scores,
-// and puts its share of the pages above it into a list. It attends them, and sends the others their parts of what it has
-// summed up. So the blocks of a head wait twice for what they send each other, where separate kernels would wait for the
-// whole GPU: for all scores and for all sums. What is sent counts itself in at a barrier of the block that gets it.
-// Where no more pages are stored than may be taken, they are all attended without a look at their bounds.
+// The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block finds,
+// by itself and in its own shared memory, the same last score that is taken, by a radix select over the range of the
+// scores, and puts its share of the pages above it into a list. It attends them, and sends the others their parts of
+// what it has summed up. So the blocks of a head wait twice for what they send each other, where separate kernels would
+// wait for the whole GPU: for all scores and for all sums. What is sent counts itself in at a barrier of the block that
+// gets it. Where no more pages are stored than may be taken, they are all attended without a look at their bounds.
 
 #include <cooperative_groups.h>
 
@@ -117,8 +117,8 @@ __device__ int scan_block(int value, int* warp_totals, int& total) {
     return start + end - value;
 }
 
-// Calls tell(page, place) for the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order of
-// pages; each in one thread. load(i) gives the keys of pages 4 i to 4 i + 3, and 0 for those past the last.
+// Calls tell(page, place) for the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order
+// of pages; each in one thread. load(i) gives the keys of pages 4 i to 4 i + 3, and 0 for those past the last.
 template <typename S, typename Load, typename Tell>
 __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wanted, Load load, Tell tell) {
     if (num_wanted == 0) return;
@@ -184,7 +184,8 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const unsigned key = (&quad.x)[i];
-                if (is_in_digit(key)) shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, unsigned(4 * idx + i)};
+                if (!is_in_digit(key)) continue;
+                shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, unsigned(4 * idx + i)};
             }
         }
         __syncthreads();
@@ -218,7 +219,8 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
     __syncthreads();
     const uint2 last_taken = shared.last_taken;
 
-    // Taken pages are noted as bits, of which each thread has a few words, so that one scan gives all of them their places.
+    // Taken pages are noted as bits, of which each thread has a few words, so that one scan gives all of them their
+    // places, or as many as there are bits for.
     int place = 0;
     for (int first_quad = 0; first_quad < num_quads; first_quad += kMaxKeys / 4) {
         const int num_here = min(num_quads - first_quad, kMaxKeys / 4), lane_idx = threadIdx.x % kWarpSize;
@@ -323,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             if (page_idx >= newest_page) return;
             if (are_shared) {
                 for (int i = threadIdx.x % 8; i < cluster_size; i += 8) {
+                    // Keys lie as far from the barrier there as here.
                     const unsigned barrier_there = address_at(barrier, i);
                     send(barrier_there - barrier + keys + page_idx * sizeof(unsigned), barrier_there, quad);
                 }
@@ -333,7 +336,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         using Narrow = NarrowBounds<T, kHeadDim>;
         const auto score = [&](auto bounds) {
             constexpr int kStages = std::is_same_v<decltype(bounds), Narrow> ? kNumStages : kTilesInFlight;
-            const ScoreInput<T> input = {query, params.query_strides[1], params.group_size, 1, signed_query, shared.tiles};
+            const ScoreInput<T> input = {query, params.query_strides[1], params.group_size,
+                                         1,     signed_query,            shared.tiles};
             score_pages<kStages>(bounds, input, (rank * kWarps + warp_idx) * kPagesPerWarp,
                                  cluster_size * kWarps * kPagesPerWarp, newest_page, store);
         };

@@ -1,9 +1,10 @@
-// What the four kernels share: loads, tensor core products, and the overlap of one kernel with the next.
+// What the kernels share: loads, tensor core products, and the overlap of one kernel with the next.
 //
 // A lane of a warp has two coordinates in a product: group_idx = lane / 4 and quad_idx = lane % 4. Both operands of a
 // 16x8x16 product hold 4 consecutive channels per lane where the instruction wants 2 and 2 that lie 8 apart. Channels
 // are summed over, so their order is free, as long as it is the same in both. That makes 16 bytes straight from memory
-// (8 channels of a row) one operand of two products, and no operand needs shared memory or a shuffle.
+// (8 channels of a row) one operand of two products, and no operand needs shared memory or a shuffle. 8-bit integers
+// alone come through shared memory, whose loads deal them out as their product wants them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -76,8 +77,8 @@ __device__ void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, u
     }
 }
 
-// The same of 8-bit integers: sums[16 x 8] += left[16 x 32] * right[32 x 8]. Of column group_idx of `right` a lane has the
-// rows from 4 * quad_idx and from 16 + 4 * quad_idx, 4 of each; `left` is what load_matrices() gives.
+// The same of 8-bit integers: sums[16 x 8] += left[16 x 32] * right[32 x 8]. Of column group_idx of `right` a lane has
+// the rows from 4 * quad_idx and from 16 + 4 * quad_idx, 4 of each; `left` is what load_matrices() gives.
 __device__ inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -85,10 +86,12 @@ __device__ inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
         : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "r"(right.x), "r"(right.y));
 }
 
-__device__ inline unsigned address_of(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+__device__ inline unsigned address_of(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
 
-// 16 rows of 32 bytes in shared memory, of which a lane gives the address of 16: of row lane % 16, the second ones from
-// lane 16 on.
+// 16 rows of 32 bytes in shared memory, of which a lane gives the address of 16: of row lane % 16 the first ones, or
+// from lane 16 on the second ones.
 __device__ inline uint4 load_matrices(unsigned address) {
     uint4 data;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -97,9 +100,9 @@ __device__ inline uint4 load_matrices(unsigned address) {
     return data;
 }
 
-// Begins to copy 16 bytes to shared memory, of which `num_bytes` are read and the others 0.
-__device__ inline void copy_async(unsigned target, const void* source, int num_bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(num_bytes) : "memory");
+// Begins to copy 16 bytes to shared memory.
+__device__ inline void copy_async(unsigned target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
 // Makes a group of the copies that this thread began since the last one.

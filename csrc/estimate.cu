@@ -1,10 +1,11 @@
 // estimate: page scores, [min(q, 0), max(q, 0)] * [min, max] on tensor cores, the largest over a group's query heads.
 //
 // A warp scores 16 pages at a time. The 16 x 2D matrix of their bounds goes from memory straight into the registers of
-// the product (common.cuh), all of it in flight at once. The signed query waits in shared memory in the order in which
-// lanes read it, 8 heads to a tile; a tile's spare columns repeat the last head, which leaves the maximum as it is.
+// the product (common.cuh), all of it in flight at once; in 8 bits it goes by shared memory. The signed query waits in
+// shared memory in the order in which lanes read it, 8 heads to a tile, of which those to spare repeat the last head.
 // Products are exact and sums are float32, so a score is an upper bound of q·k up to float32 rounding. Bounds of 8 bits
-// are multiplied as integers; a block of channels has a sum of its own, exact too, which its scale multiplies.
+// are multiplied as integers; a block of channels has a sum of its own, exact too, which its scale multiplies. There q
+// is rounded as well, by 2^-22 of its largest channel at most.
 // The pages of a KV head are dealt to as many blocks as fill the GPU, and each stops at the row's last page.
 
 #include "estimate.cuh"
@@ -17,7 +18,9 @@ constexpr int kWarps = kThreads / kWarpSize;
 
 constexpr int kStaticBytes = 128;  // of shared memory, at most
 
-__host__ __device__ constexpr int count_stages(int head_dim) { return head_dim > 128 ? 1 : 2; }  // with bounds of 8 bits
+// Of pages on their way, with bounds of 8 bits.
+__host__ __device__ constexpr int count_stages(int head_dim) { return head_dim > 128 ? 1 : 2; }
+
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 5; }
 
 template <typename T, int kHeadDim>
@@ -29,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
         int64_t first_page;
         int num_pages;
     } own;  // of this row and head: registers are short
+    static_assert(sizeof(own) <= kStaticBytes);
     wait_for_previous_kernel();
     let_next_kernel_begin();
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z;
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
         // Two lanes of each quad, the first for its low page, the second for its high one.
         page_idx += threadIdx.x % kWarpSize / 4 + threadIdx.x % 4 * 8;
         if (threadIdx.x % 4 > 1 || page_idx >= own.num_pages) return;
-        own.storage.scores[own.first_page + page_idx] = (threadIdx.x % 4 == 0 ? low_score : high_score) * params.scaling;
+        const float score = threadIdx.x % 4 == 0 ? low_score : high_score;
+        own.storage.scores[own.first_page + page_idx] = score * params.scaling;
     };
     using Narrow = NarrowBounds<T, kHeadDim>;
     const ScoreInput<T> input = {

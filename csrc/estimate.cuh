@@ -21,7 +21,9 @@ __host__ __device__ constexpr int count_query_bytes(int group_size, int head_dim
 }
 
 // Bytes of 16 pages' bounds of 8 bits in shared memory.
-__host__ __device__ constexpr int count_tile_bytes(int head_dim) { return kPagesPerWarp * (2 * head_dim + kRowPadding); }
+__host__ __device__ constexpr int count_tile_bytes(int head_dim) {
+    return kPagesPerWarp * (2 * head_dim + kRowPadding);
+}
 
 // The bounds of a row's KV head in the dtype of its keys. Its signed query is [min(q, 0), max(q, 0)], of the same type,
 // as 16-byte vectors [head tiles, chunks, lanes]. A tile's spare columns repeat the last head, which leaves the maximum
@@ -75,16 +77,18 @@ struct WideBounds {
     }
 };
 
-// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in a step of each head,
-// 2^-21 of the power of two of its largest channel: three digits to base 256, the highest first, each of 8 channels to a
-// word, [head tiles, chunks, digits, lanes], and behind all digits the steps, [head tiles, 8].
+// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, rounded to a step
+// of each head, 2^-21 of the power of two of its largest channel: three signed digits to base 256, the highest first,
+// each of 8 channels to a word, [head tiles, chunks, digits, lanes], and behind all digits the steps, [head tiles, 8].
+// Of a channel either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
 template <typename T, int kHeadDim>
 struct NarrowBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
     static constexpr int kBlocks = kHeadDim / kChunk;  // of channels that share a scale
     static constexpr int kRowBytes = 2 * kHeadDim + kRowPadding;
     struct Scales {  // bytes, in the largest words that they fill
-        using Word = std::conditional_t<kBlocks % 4 == 0, uint32_t, std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
+        using Word = std::conditional_t<kBlocks % 4 == 0, uint32_t,
+                                        std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
         Word words[kBlocks / sizeof(Word)];
         __device__ float of(int block_idx) const {
             const unsigned word = words[block_idx / sizeof(Word)];
@@ -101,18 +105,18 @@ struct NarrowBounds {
     // Begins to copy 16 pages, or those up to `end_page`, to a warp's rows of shared memory.
     __device__ void copy(unsigned rows, int page_idx, int end_page) const {
         constexpr int kVectors = 2 * kHeadDim / 16;  // of 16 bytes, of a page
-        const int8_t* pages = extremes + int64_t(page_idx) * 2 * kHeadDim;
+        const int8_t* vectors = extremes + int64_t(page_idx) * 2 * kHeadDim + threadIdx.x % kWarpSize * 16;
 #pragma unroll
         for (int i = 0; i < kPagesPerWarp * kVectors / kWarpSize; ++i) {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors;
-            const bool is_page = page_idx + row_idx < end_page;
-            copy_async(rows + row_idx * kRowBytes + idx % kVectors * 16, is_page ? pages + idx * 16 : extremes,
-                       is_page ? 16 : 0);
+            if (page_idx + row_idx >= end_page) continue;
+            copy_async(rows + row_idx * kRowBytes + idx % kVectors * 16, vectors + i * kWarpSize * 16);
         }
     }
 
     static __device__ float* steps_of(void* signed_query, int num_tiles) {
-        return reinterpret_cast<float*>(static_cast<uint2*>(signed_query) + num_tiles * kNumChunks * kDigits * kWarpSize);
+        const int num_words = num_tiles * kNumChunks * kDigits * kWarpSize;
+        return reinterpret_cast<float*>(static_cast<uint2*>(signed_query) + num_words);
     }
 
     static __device__ void sign_query(void* signed_query, const T* query, int64_t head_stride, int group_size) {
@@ -145,7 +149,8 @@ struct NarrowBounds {
             for (int i = 0; i < 8; ++i) {
                 const Pair<T> pair = as_pair<T>((&own[i / 4].x)[i / 2 % 2]);
                 const float value = to_float(i % 2 == 0 ? pair.x : pair.y);
-                int rest = __float2int_rn((chunk_idx < kBlocks ? fminf(value, 0.0f) : fmaxf(value, 0.0f)) * inverse_step);
+                const float signed_value = chunk_idx < kBlocks ? fminf(value, 0.0f) : fmaxf(value, 0.0f);
+                int rest = __float2int_rn(signed_value * inverse_step);
 #pragma unroll
                 for (int digit_idx = kDigits - 1; digit_idx >= 0; --digit_idx) {
                     const int8_t digit = int8_t(rest);
@@ -176,7 +181,8 @@ struct NarrowBounds {
     }
 
     // The scores of pages group_idx and group_idx + 8 of a warp's rows for two query heads.
-    static __device__ float2 score(unsigned rows, const Scales& low_scales, const Scales& high_scales, const Query& query) {
+    static __device__ float2 score(unsigned rows, const Scales& low_scales, const Scales& high_scales,
+                                   const Query& query) {
         rows += threadIdx.x % 16 * kRowBytes + threadIdx.x % kWarpSize / 16 * 16;
         float sums[4] = {};
 #pragma unroll
@@ -222,9 +228,9 @@ struct ScoreInput {
 };
 
 // Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, low, high)
-// in all lanes for each 16 from `page` on: a quad has the scores of the pages group_idx and group_idx + 8 of them. Those
-// past the last page are not to be used. All threads call it: with the first pages in flight they make the block's signed
-// query. A warp has `kStages` times 16 pages on their way, in registers.
+// in all lanes for each 16 from `page` on: a quad has the scores of the pages group_idx and group_idx + 8 of them.
+// Those past the last page are not to be used. All threads call it: with the first pages in flight they make the
+// block's signed query. A warp has `kStages` times 16 pages on their way, in registers.
 template <int kStages, typename T, int kHeadDim, typename Store>
 __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
                             int end_page, Store store) {
@@ -257,8 +263,8 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
     }
 }
 
-// The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a lane's own
-// 8 channels would be 32 bytes of eight lines, and registers are free for the query.
+// The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a quad's
+// own channels would be 32 bytes of each of eight lines, and registers are free for the query.
 template <int kStages, typename T, int kHeadDim, typename Store>
 __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
                             int end_page, Store store) {
@@ -276,11 +282,12 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
         if (page_idx < end_page) bounds.copy(tiles + stage * kTileBytes, page_idx, end_page);
         commit_copies();
     };
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) copy(stage, first_page + stage * step);
     load_scales(0, first_page);
     load_scales(1, first_page + step);
+    // First, since its shuffles and stores would wait in one queue with the copies until memory has taken these.
     bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) copy(stage, first_page + stage * step);
     __syncthreads();
     // That of the first 8 heads stays in registers.
     const auto query = bounds.load_query(input.signed_query, 0, input.num_head_tiles);
@@ -296,12 +303,12 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
                 const auto next = bounds.load_query(input.signed_query, tile_idx, input.num_head_tiles);
                 scores = larger(scores, bounds.score(tile, low[set], high[set], next));
             }
-            __syncwarp();
-            copy(stage, first_page + kStages * step);
-            load_scales(set, first_page + 2 * step);
-            stage = stage + 1 == kStages ? 0 : stage + 1;
             scores = reduce_quad(scores);
             store(first_page, scores.x, scores.y);
+            __syncwarp();
+            load_scales(set, first_page + 2 * step);
+            copy(stage, first_page + kStages * step);
+            stage = stage + 1 == kStages ? 0 : stage + 1;
         }
     }
 }
