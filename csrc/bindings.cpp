@@ -47,10 +47,14 @@ void* rows_of(const Tensor& tokens, at::ScalarType type) {
     return address_of(tokens);
 }
 
-// The bounds of pages, in 8 bits if they have scales.
+// The bounds of pages, in 8 bits if they have scales, of which those of a page are read in the largest words they fill.
 void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tensor>& scales) {
     storage.bounds = address_of(bounds);
-    storage.scales = scales ? scales->data_ptr<uint8_t>() : nullptr;
+    if (!scales) return;
+    storage.scales = scales->data_ptr<uint8_t>();
+    const uintptr_t word = scales->size(-1) % 4 == 0 ? 4 : scales->size(-1) % 2 == 0 ? 2 : 1;
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(storage.scales) % word == 0,
+                      "scales must begin at a multiple of ", word, " bytes");
 }
 
 // What a launch with storage of unknown capacity must be ready for.
