@@ -10,14 +10,14 @@ import warnings
 import torch
 
 from . import _build
+from .reference import SCALE_BLOCK
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64)
 MAX_GROUP = 32
-MAX_SLOTS = 2**30
+MAX_SLOTS = 2**24  # so that 32 bits count the elements of a head, and 22 its pages
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
-SCALE_BLOCK = 32  # channels that share a scale in bounds of 8 bits
 NUM_ADDRESSES = 6  # of a layer, see decode
 
 library = torch.library.Library("hf_quest", "DEF")
@@ -55,6 +55,7 @@ def serves(keys, values, page_size):
         (keys.shape[-1] in HEAD_DIMS, f"a head dim of {keys.shape[-1]} ({HEAD_DIMS} are served)"),
         (values.shape == keys.shape, f"values of another head dim ({values.shape[-1]}) than the keys"),
         (page_size in PAGE_SIZES, f"page_size={page_size} ({PAGE_SIZES} are served)"),
+        (keys.shape[2] < MAX_SLOTS, f"{keys.shape[2]} slots (fewer than {MAX_SLOTS} are served)"),
     ):
         if not is_served:
             warnings.warn(f"hf_quest has no CUDA kernels for {what} and runs its slower PyTorch path.", stacklevel=2)

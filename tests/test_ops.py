@@ -133,6 +133,7 @@ def test_every_argument_is_checked(fake, op, name, wrong):
         ("attend", {"query": (B, Hkv * G, 2, D)}, "one query per row"),
         ("estimate", {"bounds": (B, Hkv, P, 2, 80), "query": (B, Hkv * G, 1, 80)}, "head dim of 80"),
         ("append", {"new_keys": (B, Hkv, P * S + 1, D), "new_values": (B, Hkv, P * S + 1, D)}, "capacity"),
+        ("attend", {"keys": (B, Hkv, 2**24, D)}, "16777216 slots"),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_said(fake, op, changes, message):
@@ -157,11 +158,13 @@ def test_rows_off_16_bytes_are_refused(fake):
         ({"dtype": torch.float32}, 16, "float32"),
         ({"head_dim": 80}, 16, "head dim of 80"),
         ({}, 128, "page_size=128"),
+        ({"num_slots": 2**24}, 16, "16777216 slots"),
     ],
 )
 def test_a_layer_that_is_not_served_is_announced(keys, page_size, reason):
     with FakeTensorMode():
-        keys = torch.empty(1, 1, 1, keys.get("head_dim", D), dtype=keys.get("dtype", torch.bfloat16), device="cuda")
+        shape = (1, 1, keys.get("num_slots", 1), keys.get("head_dim", D))
+        keys = torch.empty(shape, dtype=keys.get("dtype", torch.bfloat16), device="cuda")
     with pytest.warns(UserWarning, match=reason):
         assert not ops.serves(keys, keys, page_size)
 
