@@ -54,7 +54,7 @@ class Settings:
     page_size: int  # tokens
     dense_layers: int
     max_cache_len: int | None  # tokens
-    bounds_dtype: torch.dtype | None = None  # that of the keys
+    bounds_dtype: torch.dtype | None = None  # torch.int8, or None for that of the keys
     prefill: CritiPrefill | None = None
     block_scores: BlockScores = field(default_factory=BlockScores)
     draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
@@ -603,7 +603,8 @@ class QuestCache(Cache):
             grows costs one more recording of the CUDA graph, no compilation.
         prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
         bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
-            bounds, and a step reads half as many bytes of them; or None for the dtype of the keys, as in the paper.
+            bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
+            the paper.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;

@@ -92,6 +92,8 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
 def estimate(query, bounds, scales, length, padding, page_size, scaling):
     """Page scores [B, Hkv, 1, P] float32; those of pages without a token are undefined.
 
+    With bounds in 8 bits the query is rounded too, in each head by 2^-22 of its largest channel at most.
+
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.

@@ -27,8 +27,8 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
         keys, values: [B, Hkv, capacity, D], mutated in the slots `length - T` to `length - 1`.
         bounds: [B, Hkv, capacity / S, 2, D], minimum and maximum over the page's tokens of every channel of the keys
             (Quest, section 3.3); mutated in the pages that the new tokens fall in. None in a layer that needs none.
-        scales: [B, Hkv, capacity / S, D / 32] uint8, mutated with `bounds`, which are int8 then; see `to_8_bits`. None
-            for bounds in the dtype of the keys.
+        scales: [B, Hkv, capacity / S, D / 32] uint8, D / 32 rounded up, mutated with `bounds`, which are int8 then; see
+            `to_8_bits`. None for bounds in the dtype of the keys.
         new_keys, new_values: [B, Hkv, T, D], keys after the rotary embedding.
         length: slots filled, the new tokens' included: an int, or in a captured graph, which outlives it, [1] int64.
         padding: [B] int64, slots at the start of each row that hold no token.
@@ -74,15 +74,15 @@ def to_8_bits(bounds):
     """Bounds in 8 bits, the minimum rounded down and the maximum up, so that they stay bounds.
 
     A power of two is the scale of 32 neighbouring channels, of minimum and maximum alike: the smallest with which none
-    exceeds 127 (OCP Microscaling formats, MXINT8). So rounding is exact, and widening what is rounded already gives
-    what rounding the widened bounds would. What is infinite or not a number is unbounded; what float32 loses beside the
-    scale, not even 2^-149 of it, is zero.
+    exceeds 127 (OCP Microscaling formats, MXINT8). So dividing by it is exact, and widening what is rounded already
+    gives what rounding the widened bounds would. What is infinite or not a number is unbounded; what float32 loses
+    beside the scale, not even 2^-149 of it, is zero.
 
     Args:
         bounds: [..., 2, D], in any floating-point dtype.
 
     Returns:
-        int8 [..., 2, D], and uint8 [..., D / 32], e for a scale of 2^(e - 127).
+        int8 [..., 2, D], and uint8 [..., D / 32], rounded up, e for a scale of 2^(e - 127).
     """
     blocks = F.pad(bounds.float(), (0, -bounds.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
     largest = blocks.abs().amax(dim=(-3, -1)).nan_to_num(torch.inf, torch.inf)
