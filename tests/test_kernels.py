@@ -557,8 +557,10 @@ class TestFusedChain:
 
     @pytest.mark.parametrize("num_values", [1, 2, 3, 100])
     @pytest.mark.parametrize("num_selected", [2, 30, 200, 400])
-    def test_equal_scores(self, num_values, num_selected, bounds_dtype):
-        stored = store((2, 4, 128, 16), 10_000, (0, 333), bounds_dtype=bounds_dtype)
+    @pytest.mark.parametrize(("page_size", "num_tokens"), [(16, 10_000), (8, 130_001)], ids=["shared", "global"])
+    def test_equal_scores(self, page_size, num_tokens, num_selected, num_values, bounds_dtype):
+        """As many as shared memory holds, and more."""
+        stored = store((2, 4, 128, page_size), num_tokens, (0, 333), bounds_dtype=bounds_dtype)
         value = torch.randint(num_values, stored.bounds.shape[:3], device=DEVICE) - num_values // 2
         stored.bounds[:] = value[..., None, None]
         if stored.scales is not None:
