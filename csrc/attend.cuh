@@ -82,7 +82,8 @@ struct WarpSums {
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of the first
 // of `num_heads` heads; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
-// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large.
+// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large. Loads come
+// after what shuffles, which would wait in the same queue until memory has taken them.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kTilesInFlight, int kWarps, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* query, int64_t head_stride, int num_heads,
@@ -109,7 +110,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
     first_tile += warp_idx;
     int start[kSets][2];
     uint4 key[kSets][2][kNumChunks];
-    const auto load_keys = [&](int set, int tile_idx) {
+    const auto find_tokens = [&](int set, int tile_idx) {
         const int round_idx = (tile_idx - first_tile) / kWarps;
         if (round_idx % kWarpSize == 0) {
             const int chosen = (tile_idx + lane_idx * kWarps) * kTile;
@@ -119,6 +120,11 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
             start[set][half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
+        }
+    };
+    const auto load_keys = [&](int set) {
+#pragma unroll
+        for (int half_idx = 0; half_idx < 2; ++half_idx) {
             const int token_idx = min(start[set][half_idx] + group_idx, num_tokens - 1);
             const T* token = keys + unsigned(token_idx) * kHeadDim;
 #pragma unroll
@@ -145,8 +151,12 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
     if constexpr (kLoadsAhead) {
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
+            if (first_tile + set * kWarps < end_tile) find_tokens(set, first_tile + set * kWarps);
+        }
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
             if (first_tile + set * kWarps >= end_tile) break;
-            load_keys(set, first_tile + set * kWarps);
+            load_keys(set);
             load_values(set);
         }
     }
@@ -154,7 +164,10 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
 #pragma unroll
         for (int set = 0; set < kSets; ++set, tile_idx += kWarps) {
             if (set > 0 && tile_idx >= end_tile) break;
-            if constexpr (!kLoadsAhead) load_keys(set, tile_idx);
+            if constexpr (!kLoadsAhead) {
+                find_tokens(set, tile_idx);
+                load_keys(set);
+            }
             float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
 #pragma unroll
             for (int half_idx = 0; half_idx < 2; ++half_idx) {
@@ -177,8 +190,6 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
                 logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
                 new_maximum = fmaxf(new_maximum, logit[i]);
             }
-            const bool has_next = tile_idx + kSets * kWarps < end_tile;
-            if (kLoadsAhead && has_next) load_keys(set, tile_idx + kSets * kWarps);
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
             if constexpr (!kLoadsAhead) load_values(set);
@@ -197,6 +208,11 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
             // As columns of the output, heads lie in other lanes than as rows of the logits.
             const float even_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx);
             const float odd_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx + 4);
+            const bool has_next = tile_idx + kSets * kWarps < end_tile;
+            if (kLoadsAhead && has_next) {
+                find_tokens(set, tile_idx + kSets * kWarps);
+                load_keys(set);
+            }
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
 #pragma unroll

@@ -229,8 +229,9 @@ struct ScoreInput {
 
 // Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, low, high)
 // in all lanes for each 16 from `page` on: a quad has the scores of the pages group_idx and group_idx + 8 of them.
-// Those past the last page are not to be used. All threads call it: with the first pages in flight they make the
-// block's signed query. A warp has `kStages` times 16 pages on their way, in registers.
+// Those past the last page are not to be used. All threads call it: first they make the block's signed query, whose
+// stores (and shuffles) would wait in one queue with the loads of pages until memory has taken these. A warp has
+// `kStages` times 16 pages on their way, in registers.
 template <int kStages, typename T, int kHeadDim, typename Store>
 __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
                             int end_page, Store store) {
@@ -241,11 +242,11 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
         bounds.load(low[stage], min(page_idx + group_idx, end_page - 1));
         bounds.load(high[stage], min(page_idx + group_idx + 8, end_page - 1));
     };
+    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
         if (first_page + stage * step < end_page) load(stage, first_page + stage * step);
     }
-    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
     __syncthreads();
     while (first_page < end_page) {
 #pragma unroll
@@ -284,7 +285,6 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
     };
     load_scales(0, first_page);
     load_scales(1, first_page + step);
-    // First, since its shuffles and stores would wait in one queue with the copies until memory has taken these.
     bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) copy(stage, first_page + stage * step);
