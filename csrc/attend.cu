@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         const int page_idx = int(page_ids[chosen >> page_shift]);
         return page_idx < 0 ? kNoToken : (page_idx << page_shift) + (chosen & (params.page_size - 1));
     };
+    const int own_head = first_head + min(int(threadIdx.x % kWarpSize / 4), num_heads - 1);
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, query + first_head * params.query_strides[1],
-                                         params.query_strides[1], num_heads,
-                                         static_cast<const T*>(storage.keys) + row_start,
+    const HeadQuery<T, kHeadDim> head_query(query + own_head * params.query_strides[1]);
+    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, head_query, num_heads, static_cast<const T*>(storage.keys) + row_start,
                                          static_cast<const T*>(storage.values) + row_start, num_tokens, first_tile,
                                          end_tile, params.page_size, params.scaling, params.softcap, find_token);
 
@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int64_t own_partial = first_partial + int64_t(split_idx) * heads_per_tile;
     for (int idx = threadIdx.x; idx < num_heads * kQuads; idx += kThreads) {
         const int head_idx = idx / kQuads, quad_of_head = idx % kQuads;
-        const float sink = num_splits == 1 ? sink_of<T>(params, first_head + head_idx) : -INFINITY;
-        float block_maximum = sink, block_sum = sink == -INFINITY ? 0.0f : 1.0f;
+        float block_maximum = num_splits == 1 ? sink_of<T>(params, first_head + head_idx) : kLowest, block_sum = 1.0f;
         const float4 sums = warp_sums.merge(head_idx, quad_of_head, block_maximum, block_sum);
         if (num_splits == 1) {
             float4 scaled = {};
@@ -122,8 +121,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         const float2* partial_softmax = params.partial_softmax + first_partial + head_idx;
         const float4* partial_output = reinterpret_cast<const float4*>(params.partial_output);
         partial_output += (first_partial + head_idx) * kQuads + quad_of_head;
-        float whole_maximum = sink_of<T>(params, first_head + head_idx);
-        float whole_sum = weight_of(whole_maximum, whole_maximum);
+        float whole_maximum = sink_of<T>(params, first_head + head_idx), whole_sum = 1.0f;
         float4 sums = {};
         for (int first_split = 0; first_split < num_splits; first_split += kMergeBatch) {
             float2 softmax[kMergeBatch];
@@ -133,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
             for (int i = 0; i < kMergeBatch; ++i) {
                 const int64_t offset = int64_t(first_split + i) * heads_per_tile;
                 const bool is_split = first_split + i < num_splits;
-                softmax[i] = is_split ? __ldcg(partial_softmax + offset) : float2{-INFINITY, 0.0f};
+                softmax[i] = is_split ? __ldcg(partial_softmax + offset) : float2{kLowest, 0.0f};
                 term[i] = is_split ? __ldcg(partial_output + offset * kQuads) : float4{};
             }
 #pragma unroll

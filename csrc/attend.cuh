@@ -11,10 +11,22 @@ constexpr int kTile = 16;  // tokens
 constexpr int kHalf = 8;   // tokens that lie together, whatever the page size
 constexpr int kNoToken = 1 << 30;
 constexpr float kLog2E = 1.44269504f;
-constexpr int kChannels = 32;  // of a key that the four lanes of a quad load together
+constexpr float kLowest = -3.402823466e38f;  // a maximum of nothing: finite, so that differences are numbers
 
-// 2^(value - maximum), and 0 where nothing was seen, whatever the maximum.
-__device__ inline float weight_of(float value, float maximum) { return value == -INFINITY ? 0.0f : exp2f(value - maximum); }
+// 2^exponent, and 0 where that is below 2^-126.
+__device__ inline float power_of_two(float exponent) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+    return power;
+}
+
+__device__ inline float weight_of(float value, float maximum) { return power_of_two(value - maximum); }
+
+// softcap * tanh(logit / softcap), up to a rounding of softcap.
+__device__ inline float cap(float logit, float softcap) {
+    const float power = power_of_two(__fdividef(logit, softcap) * (2.0f * kLog2E));
+    return softcap - softcap * __fdividef(2.0f, 1.0f + power);
+}
 
 __device__ inline void add_scaled(float4& sum, float4 term, float factor) {
     sum.x += term.x * factor;
@@ -40,10 +52,10 @@ struct Layout {
     }
 };
 
-// The logit, times log2 e, that a head's softmax counts beside its tokens.
+// The logit, times log2 e, that a head's softmax counts beside its tokens, or kLowest, which has no weight beside them.
 template <typename T>
 __device__ float sink_of(const AttendParams& params, int head_idx) {
-    if (params.sinks == nullptr) return -INFINITY;
+    if (params.sinks == nullptr) return kLowest;
     return to_float(static_cast<const T*>(params.sinks)[head_idx]) * kLog2E;
 }
 
@@ -62,7 +74,7 @@ struct WarpSums {
     alignas(16) float output[kWarps][kHeadTile][kHeadDim + 4];  // padded against bank conflicts
     float2 softmax[kWarps][kHeadTile];
 
-    // One quad of channels of one head over all warps, and its maximum and sum, which may begin with a sink's.
+    // One quad of channels of one head over all warps, and its maximum and sum, which may begin with those of a sink.
     __device__ float4 merge(int head_idx, int quad_of_head, float& maximum, float& sum) const {
         const float first = maximum;
 #pragma unroll
@@ -80,32 +92,26 @@ struct WarpSums {
 };
 
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
-// first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of the first
-// of `num_heads` heads; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
+// first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of head
+// group_idx of `num_heads`; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
 // A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large. Loads come
 // after what shuffles, which would wait in the same queue until memory has taken them.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kTilesInFlight, int kWarps, typename FindToken>
-__device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* query, int64_t head_stride, int num_heads,
-                             const T* keys, const T* values, int num_tokens, int first_tile, int end_tile,
-                             int page_size, float scaling, float softcap, FindToken find_token) {
+__device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQuery<T, kHeadDim>& query,
+                             int num_heads, const T* keys, const T* values, int num_tokens, int first_tile,
+                             int end_tile, int page_size, float scaling, float softcap, FindToken find_token) {
     using L = Layout<kHeadDim>;
-    constexpr int kNumChunks = kHeadDim / kChannels;
+    constexpr int kNumChunks = kHeadDim / kChunk;
     constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
     constexpr int kSets = kLoadsAhead ? kTilesInFlight : 1;
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
-    query += min(group_idx, num_heads - 1) * head_stride + quad_idx * 8;
     keys += quad_idx * 8;
     values += group_idx * L::kVector;
-    uint4 q[kNumChunks];
-#pragma unroll
-    for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-        q[chunk_idx] = load_once(reinterpret_cast<const uint4*>(query + chunk_idx * kChannels));
-    }
 
     float output[L::kBlocks][L::kPairs][4] = {};  // channels x heads
-    float maximum = -INFINITY, sum = 0.0f;        // of head group_idx; the sum is of this lane's tokens alone
+    float maximum = kLowest, sum = 0.0f;          // of head group_idx; the sum is of this lane's tokens alone
     int half_starts[2] = {kNoToken, kNoToken};    // lane i has those of the warp's i-th tile from here
     first_tile += warp_idx;
     int start[kSets][2];
@@ -129,7 +135,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
             const T* token = keys + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                const auto* vector = reinterpret_cast<const uint4*>(token + chunk_idx * kChannels);
+                const auto* vector = reinterpret_cast<const uint4*>(token + chunk_idx * kChunk);
                 key[set][half_idx][chunk_idx] = load_once(vector);
             }
         }
@@ -174,18 +180,22 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const T* que
                 float sums[4] = {};
 #pragma unroll
                 for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                    const uint4 a = q[chunk_idx], b = key[set][half_idx][chunk_idx];
+                    const uint4 a = query.vectors[chunk_idx], b = key[set][half_idx][chunk_idx];
                     multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
                     multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
                 }
                 logit[2 * half_idx] = sums[0];
                 logit[2 * half_idx + 1] = sums[1];
             }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) logit[i] *= scaling;
+            if (softcap > 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) logit[i] = cap(logit[i], softcap);
+            }
             float new_maximum = maximum;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                logit[i] *= scaling;
-                if (softcap > 0.0f) logit[i] = softcap * tanhf(logit[i] / softcap);
                 const bool is_visible = start[set][i / 2] + 2 * quad_idx + i % 2 < num_tokens;
                 logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
                 new_maximum = fmaxf(new_maximum, logit[i]);

@@ -26,7 +26,9 @@ constexpr int kNumDigits = 1 << kDigitBits;
 static_assert(kNumDigits == 4 * kThreads);  // each thread sums up four, which it reads at once
 constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
 constexpr int kMaxClusterSize = 16;
-constexpr int kNumStages = 2;  // of pages on their way, with bounds of 8 bits
+
+// On their way for each warp, of pages and of tokens.
+__host__ __device__ constexpr int count_tiles(int head_dim) { return head_dim > 128 ? 1 : 2; }
 
 template <int kHeadDim>
 struct alignas(16) Shared {
@@ -39,9 +41,10 @@ struct alignas(16) Shared {
     uint64_t keys_barrier, sums_barrier;
 
     union {
-        alignas(16) char tiles[kWarps * kNumStages * count_tile_bytes(kHeadDim)];  // until pages have scores
+        alignas(16) char tiles[kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim)];  // until pages have scores
         WarpSums<kHeadDim, kWarps> warp_sums;
     };
+    uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
     uint4 counts[kNumDigits / 4];
     int warp_totals[kWarps];
     int3 found;  // a digit, and the keys above it and in it
@@ -58,8 +61,8 @@ __device__ inline unsigned address_at(unsigned address, int rank) {
     return address;
 }
 
-__device__ inline void make_barrier(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(barrier)) : "memory");
+__device__ inline void make_barrier(uint64_t* barrier, int num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(num_arrivals) : "memory");
 }
 
 __device__ inline void expect_bytes(uint64_t* barrier, int num_bytes) {
@@ -98,6 +101,18 @@ __device__ inline void send(unsigned target, unsigned barrier, float4 value) {
                  : "memory");
 }
 
+// Tells a barrier that what this thread has stored so far, and its warp before __syncwarp(), is there.
+__device__ inline void arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
+}
+
+// Quads of keys that other blocks send: warps take turns at tiles of four.
+__device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_size) {
+    const int num_quads = ceil_div(num_keys, 4), quads_of_block = 4 * kWarps, quads_of_turn = quads_of_block * cluster_size;
+    const int num_turns = num_quads / quads_of_turn, num_left = num_quads - num_turns * quads_of_turn;
+    return num_quads - num_turns * quads_of_block - min(max(num_left - rank * quads_of_block, 0), quads_of_block);
+}
+
 // A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
 __device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
@@ -117,10 +132,12 @@ __device__ int scan_block(int value, int* warp_totals, int& total) {
     return start + end - value;
 }
 
-// Calls tell(page, place) for the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order
-// of pages; each in one thread. load(i) gives the keys of pages 4 i to 4 i + 3, and 0 for those past the last.
+// Finds the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order of pages, and calls
+// tell(page, place) for at least the `num_told` places from `first_told` on; each in one thread. load(i) gives the keys
+// of pages 4 i to 4 i + 3, and 0 for those past the last.
 template <typename S, typename Load, typename Tell>
-__device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wanted, Load load, Tell tell) {
+__device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wanted, int first_told, int num_told,
+                             Load load, Tell tell) {
     if (num_wanted == 0) return;
     const int num_quads = ceil_div(num_keys, 4);
     unsigned last = UINT_MAX, highest = 0;
@@ -177,7 +194,7 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
     } else if (num_in_digit <= kThreads) {
         if (threadIdx.x == 0) shared.num_candidates = 0;
         __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
         for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
             const uint4 quad = load(idx);
             if (!(is_in_digit(quad.x) | is_in_digit(quad.y) | is_in_digit(quad.z) | is_in_digit(quad.w))) continue;
@@ -219,11 +236,13 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
     __syncthreads();
     const uint2 last_taken = shared.last_taken;
 
-    // Taken pages are noted as bits, of which each thread has a few words, so that one scan gives all of them their
-    // places, or as many as there are bits for.
-    int place = 0;
+    // Taken pages are noted as bits, as many as there are bits for. Each warp tells of a share of the words, after it has
+    // counted what lies before them.
+    const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
+    int num_before = 0;
     for (int first_quad = 0; first_quad < num_quads; first_quad += kMaxKeys / 4) {
-        const int num_here = min(num_quads - first_quad, kMaxKeys / 4), lane_idx = threadIdx.x % kWarpSize;
+        const int num_here = min(num_quads - first_quad, kMaxKeys / 4);
+        if (first_quad > 0) __syncthreads();  // until nobody reads the words before these
 #pragma unroll 2
         for (int idx = threadIdx.x; idx - lane_idx < num_here; idx += kThreads) {
             const uint4 quad = idx < num_here ? load(first_quad + idx) : uint4{};
@@ -239,18 +258,27 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
             if (lane_idx % 8 == 0) shared.taken[idx / 8] = word;
         }
         __syncthreads();
-        const int num_words = ceil_div(num_here, 8), num_each = ceil_div(num_words, kThreads);
-        const int begin = min(int(threadIdx.x) * num_each, num_words), end = min(begin + num_each, num_words);
-        int num_taken = 0;
-        for (int idx = begin; idx < end; ++idx) num_taken += __popc(shared.taken[idx]);
-        int own_place = place + scan_block(num_taken, shared.warp_totals, num_all);
-        place += num_all;
-        for (int idx = begin; idx < end; ++idx) {
-            for (unsigned word = shared.taken[idx]; word != 0; word &= word - 1) {
-                tell(4 * first_quad + 32 * idx + __ffs(word) - 1, own_place++);
+        const int num_words = ceil_div(num_here, 8), num_each = ceil_div(num_words, kWarps);
+        const auto count_taken = [&](int begin, int end) {
+            int num_taken = 0;
+#pragma unroll 4
+            for (int idx = begin + lane_idx; idx < end; idx += kWarpSize) num_taken += __popc(shared.taken[idx]);
+            return __reduce_add_sync(kWholeWarp, num_taken);
+        };
+        const int begin = min(warp_idx * num_each, num_words), end = min(begin + num_each, num_words);
+        int place = num_before + count_taken(0, begin);
+#pragma unroll 1
+        for (int idx = begin + lane_idx; idx - lane_idx < end; idx += kWarpSize) {
+            unsigned word = idx < end ? shared.taken[idx] : 0;
+            const int place_after = place + scan_warp(__popc(word));
+            place = place_after - __popc(word);
+            if (place < first_told + num_told && place_after > first_told) {
+#pragma unroll 1
+                for (; word != 0; word &= word - 1) tell(4 * first_quad + 32 * idx + __ffs(word) - 1, place++);
             }
+            place = __shfl_sync(kWholeWarp, place_after, kWarpSize - 1);
         }
-        __syncthreads();  // before others' words and totals are overwritten
+        if (first_quad + num_here < num_quads) num_before += count_taken(0, num_words);
     }
 }
 
@@ -260,17 +288,17 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams params) {
 #ifdef _CG_HAS_CLUSTER_GROUP
     constexpr int kQuads = kHeadDim / 4;  // of channels
-    constexpr int kTilesInFlight = kHeadDim > 128 ? 1 : 2;  // for each warp, of pages to score and of tokens
+    constexpr int kTilesInFlight = count_tiles(kHeadDim), kVectors = kHeadDim / 8;
     extern __shared__ uint4 dynamic[];
     auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
-    char* signed_query = reinterpret_cast<char*>(dynamic) + sizeof(shared);
-    // After the query, this block's list of pages.
-    int* page_ids = reinterpret_cast<int*>(signed_query + count_query_bytes(params.group_size, kHeadDim));
+    char* queries = reinterpret_cast<char*>(dynamic) + sizeof(shared);
+    // After them, this block's list of pages.
+    int* page_ids = reinterpret_cast<int*>(queries + count_query_bytes(params.group_size, kHeadDim));
     const cg::cluster_group cluster = cg::this_cluster();
     shared.counts[threadIdx.x] = {};
     if (threadIdx.x == 0) {
-        make_barrier(&shared.keys_barrier);
-        make_barrier(&shared.sums_barrier);
+        make_barrier(&shared.keys_barrier, kWarps);
+        make_barrier(&shared.sums_barrier, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
@@ -281,6 +309,18 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     const int rank = blockIdx.x, cluster_size = gridDim.x;
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z, page_size = params.page_size;
     const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(page_size) - 1;
+    const int first_head = kv_head_idx * params.group_size;
+    const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
+    query += first_head * params.query_strides[1];
+    // Registers that wait for the query would hold up those that wait for the length, which comes sooner.
+#pragma unroll 1
+    for (int idx = threadIdx.x; idx < params.group_size * kVectors; idx += kThreads) {
+        const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
+        copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
+    }
+    commit_copies();
+    const int head_of_lane = min(int(threadIdx.x % kWarpSize / 4), params.group_size - 1);
+    const T* own_head = reinterpret_cast<const T*>(shared.query[head_of_lane]);
     const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
@@ -288,11 +328,9 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
     const int first_own = rank * share, num_own = max(min(num_chosen - first_own, share), 0);
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
-    const int first_head = kv_head_idx * params.group_size;
-    const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-    query += first_head * params.query_strides[1];
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // from here on the others take what is sent
 
+    using Narrow = NarrowBounds<T, kHeadDim>;
     int64_t* told_ids = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.num_selected;
     const auto tell = [&](int page_idx, int place) {
         if (place < first_own || place >= first_own + num_own) return;
@@ -305,41 +343,39 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         unsigned* global_keys = reinterpret_cast<unsigned*>(storage.scores + first_page);
         const bool are_shared = newest_page <= kMaxKeys;
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
+        const int num_ranges = cluster_size * kWarps;
         unsigned lowest = UINT_MAX, highest = 0;
-        const auto store = [&](int page_idx, float low_score, float high_score) {
-            // The lanes of a quad have, in turn, its low and its high page.
-            const unsigned own = order_of((threadIdx.x % 2 == 0 ? low_score : high_score) * params.scaling);
-            if (page_idx + threadIdx.x % kWarpSize / 4 + threadIdx.x % 2 * 8 < newest_page) {
-                lowest = min(lowest, own);
-                highest = max(highest, own);
+        const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile, step = num_ranges * kPagesPerTile;
+        const auto store = [&](int first_of_tiles, int num_tiles, int own_page, float score) {
+            if (own_page < newest_page) {
+                const unsigned key = order_of(score * params.scaling);
+                lowest = min(lowest, key);
+                highest = max(highest, key);
+                (are_shared ? shared.keys : global_keys)[own_page] = key;
+            } else if (are_shared && own_page != kNoPage) {
+                shared.keys[own_page] = 0;
             }
-            // Eight lanes together get the keys of four neighbouring pages, which they send to different blocks.
-            const int quad_idx = threadIdx.x % kWarpSize / 8, first_lane = quad_idx % 2 * 16 + quad_idx / 2;
-            page_idx += quad_idx * 4;
-            uint4 quad;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const unsigned key = __shfl_sync(kWholeWarp, own, first_lane + i * 4);
-                (&quad.x)[i] = page_idx + i < newest_page ? key : 0;
-            }
-            if (page_idx >= newest_page) return;
-            if (are_shared) {
-                for (int i = threadIdx.x % 8; i < cluster_size; i += 8) {
-                    // Keys lie as far from the barrier there as here.
-                    const unsigned barrier_there = address_at(barrier, i);
-                    send(barrier_there - barrier + keys + page_idx * sizeof(unsigned), barrier_there, quad);
-                }
-            } else if (const int i = threadIdx.x % 8; page_idx + i < newest_page && i < 4) {
-                global_keys[page_idx + i] = i == 0 ? quad.x : i == 1 ? quad.y : i == 2 ? quad.z : quad.w;
+            if (!are_shared) return;
+            __syncwarp();
+            // Four pages' keys at a time to the other blocks, where they lie as far from the barrier as here.
+            const int lane_idx = threadIdx.x % kWarpSize, quads_here = 4 * num_tiles, quad_here = lane_idx % quads_here;
+            const int quad_idx = (first_of_tiles + quad_here / 4 * step) / 4 + quad_here % 4;
+            if (4 * quad_idx >= newest_page) return;
+            const uint4 quad = reinterpret_cast<const uint4*>(shared.keys)[quad_idx];
+#pragma unroll 1
+            for (int i = lane_idx / quads_here; i < cluster_size - 1; i += kWarpSize / quads_here) {
+                const unsigned barrier_there = address_at(barrier, i < rank ? i : i + 1);
+                send(barrier_there - barrier + keys + quad_idx * sizeof(quad), barrier_there, quad);
             }
         };
-        using Narrow = NarrowBounds<T, kHeadDim>;
+        const auto load_head = [&] {
+            wait_for_copies<1>();  // of the query, not of pages
+            __syncthreads();
+            return typename Narrow::Head(own_head);
+        };
+        const ScoreInput<T> input = {query, params.query_strides[1], params.group_size, 1, queries, shared.tiles};
         const auto score = [&](auto bounds) {
-            constexpr int kStages = std::is_same_v<decltype(bounds), Narrow> ? kNumStages : kTilesInFlight;
-            const ScoreInput<T> input = {query, params.query_strides[1], params.group_size,
-                                         1,     signed_query,            shared.tiles};
-            score_pages<kStages>(bounds, input, (rank * kWarps + warp_idx) * kPagesPerWarp,
-                                 cluster_size * kWarps * kPagesPerWarp, newest_page, store);
+            score_pages<kTilesInFlight>(bounds, input, load_head, first_of_warp, step, newest_page, store);
         };
         if (storage.scales == nullptr) {
             score(WideBounds<T, kHeadDim>(storage, first_page));
@@ -352,22 +388,23 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             const unsigned ranges = address_of(&shared.ranges[rank * kWarps + warp_idx]);
             send(address_at(ranges, i), address_at(barrier, i), uint2{lowest, highest});
         }
-        const int num_ranges = cluster_size * kWarps;
         if (threadIdx.x == 0) {
-            const int num_quads = are_shared ? ceil_div(newest_page, 4) : 0;
+            const int num_quads = are_shared ? count_quads_of_others(newest_page, rank, cluster_size) : 0;
             expect_bytes(&shared.keys_barrier, num_ranges * int(sizeof(uint2)) + num_quads * int(sizeof(uint4)));
+        } else if (threadIdx.x % kWarpSize == 0) {
+            arrive(&shared.keys_barrier);  // this warp's own keys are there
         }
         wait_for_bytes(&shared.keys_barrier);
         if (are_shared) {
             const auto load = [&](int idx) { return reinterpret_cast<const uint4*>(shared.keys)[idx]; };
-            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, load, tell);
+            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, first_own, num_own, load, tell);
         } else {
             cluster.sync();
             const auto load = [&](int idx) {
                 const auto key = [&](int idx) { return idx < newest_page ? global_keys[idx] : 0; };
                 return uint4{key(4 * idx), key(4 * idx + 1), key(4 * idx + 2), key(4 * idx + 3)};
             };
-            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, load, tell);
+            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, first_own, num_own, load, tell);
         }
         if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
     } else {
@@ -376,6 +413,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) told_ids[idx] = -1;
         }
     }
+    wait_for_copies<0>();  // of the query, if no page had a score
     __syncthreads();
 
     const auto find_token = [&](int chosen) {
@@ -384,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     };
     const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
     attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(
-        shared.warp_sums, query, params.query_strides[1], params.group_size,
+        shared.warp_sums, HeadQuery<T, kHeadDim>(own_head), params.group_size,
         static_cast<const T*>(storage.keys) + row_start, static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
         ceil_div(num_own << page_shift, kTile), page_size, params.scaling, params.softcap, find_token);
 
@@ -394,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
         const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
         const int owner = idx - part_idx * cluster_size;
-        float maximum = -INFINITY, sum = 0.0f;
+        float maximum = kLowest, sum = 0.0f;
         const float4 sums = shared.warp_sums.merge(head_idx, quad_of_head, maximum, sum);
         const unsigned target = address_of(&shared.sums[rank * num_parts + part_idx]);
         send(address_at(target, owner), address_at(barrier, owner), sums);
@@ -410,19 +448,22 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         expect_bytes(&shared.sums_barrier, cluster_size * num_bytes);
     }
     wait_for_bytes(&shared.sums_barrier);
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // nothing more is sent
 
     // Neighbouring lanes, as many as blocks rounded up to a power of two, sum up a part.
     T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-    const int num_lanes = 1 << (32 - __clz(cluster_size - 1)), block_idx = threadIdx.x % num_lanes;
-    for (int first_part = 0; first_part < num_own_parts; first_part += kThreads / num_lanes) {
-        const int part_idx = first_part + int(threadIdx.x) / num_lanes, idx = part_idx * cluster_size + rank;
+    const int lane_shift = 32 - __clz(cluster_size - 1), num_lanes = 1 << lane_shift, block_idx = threadIdx.x & (num_lanes - 1);
+#pragma unroll 1
+    for (int first_part = 0; first_part < num_own_parts; first_part += kThreads >> lane_shift) {
+        const int part_idx = first_part + (int(threadIdx.x) >> lane_shift), idx = part_idx * cluster_size + rank;
         const int head_idx = idx / kQuads;
         const bool is_part = part_idx < num_own_parts && block_idx < cluster_size;
-        const float2 softmax = is_part ? shared.softmax[block_idx][head_idx] : float2{-INFINITY, 0.0f};
+        const float2 softmax = is_part ? shared.softmax[block_idx][head_idx] : float2{kLowest, 0.0f};
         const float4 term = is_part ? shared.sums[block_idx * num_parts + part_idx] : float4{};
-        const float sink = part_idx < num_own_parts ? sink_of<T>(params, first_head + head_idx) : -INFINITY;
+        const float sink = part_idx < num_own_parts ? sink_of<T>(params, first_head + head_idx) : kLowest;
         float maximum = fmaxf(softmax.x, sink);
+#pragma unroll 1
         for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
             maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, distance));
         }
@@ -430,6 +471,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         float sum = softmax.y * factor;
         float4 sums = {};
         add_scaled(sums, term, factor);
+#pragma unroll 1
         for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
             sum += __shfl_xor_sync(kWholeWarp, sum, distance);
             sums.x += __shfl_xor_sync(kWholeWarp, sums.x, distance);

@@ -18,6 +18,7 @@ namespace hf_quest {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kChunk = 32;  // channels that the four lanes of a quad have together, and that share a scale
 
 template <typename T>
 using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
@@ -59,6 +60,19 @@ __device__ inline uint2 load_once(const uint2* source) {
     return data;
 }
 
+// What a lane needs of a head's query for logits: a quarter of each chunk of channels.
+template <typename T, int kHeadDim>
+struct HeadQuery {
+    uint4 vectors[kHeadDim / kChunk];
+
+    __device__ explicit HeadQuery(const T* head) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / kChunk; ++i) {
+            vectors[i] = reinterpret_cast<const uint4*>(head + i * kChunk)[threadIdx.x % 4];
+        }
+    }
+};
+
 // sums[16 x 8] += left[16 x 16] * right[16 x 8]. Of `sums` a lane holds row group_idx in 0 and 1, row group_idx + 8 in
 // 2 and 3, both in the columns 2 * quad_idx and 2 * quad_idx + 1.
 template <typename T>
@@ -84,6 +98,13 @@ __device__ inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
         "{%0, %1, %2, %3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "r"(right.x), "r"(right.y));
+}
+
+// The signs of four 16-bit floats, each in all bits of a byte.
+__device__ inline unsigned spread_signs(uint32_t low_pair, uint32_t high_pair) {
+    unsigned signs;
+    asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(signs) : "r"(low_pair), "r"(high_pair));
+    return signs;
 }
 
 __device__ inline unsigned address_of(const void* shared) {

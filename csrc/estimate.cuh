@@ -1,33 +1,54 @@
 // How a warp scores pages: what estimate.cu and chain.cu share.
 #pragma once
 
+#include <climits>
 #include <cmath>
 
 #include "common.cuh"
 
 namespace hf_quest {
 
-constexpr int kPagesPerWarp = 16;  // at a time
-constexpr int kChunk = 32;         // channels that the four lanes of a quad have together, and that share a scale
+constexpr int kPagesPerTile = 16;
 constexpr int kDigits = 3;         // of a query as integers, see NarrowBounds
 constexpr int kFractionBits = 21;  // of the same
 constexpr int kRowPadding = 16;    // bytes, against bank conflicts
+constexpr int kNoPage = INT_MAX;
 
-// Bytes of the signed query of a group, of the larger kind, that of NarrowBounds.
+// Whether the integers of a group's query wait in shared memory, where registers are too few for them.
+__host__ __device__ constexpr bool is_query_stored(int num_head_tiles, int head_dim) {
+    return num_head_tiles > 1 || head_dim > 128;
+}
+
+// Bytes of the query of a group in shared memory, of the larger kind of the two below.
 __host__ __device__ constexpr int count_query_bytes(int group_size, int head_dim) {
-    const int num_tiles = (group_size + kHeadTile - 1) / kHeadTile;
-    const int num_words = 2 * head_dim / kChunk * kDigits * kWarpSize;
-    return num_tiles * (num_words * int(sizeof(uint2)) + kHeadTile * int(sizeof(float)));
+    const int num_tiles = (group_size + kHeadTile - 1) / kHeadTile, num_chunks = 2 * head_dim / kChunk;
+    const int wide_bytes = num_tiles * num_chunks * kWarpSize * int(sizeof(uint4));
+    const int narrow_bytes = num_tiles * (num_chunks * kDigits + 1) * kWarpSize * int(sizeof(uint2));
+    return is_query_stored(num_tiles, head_dim) && narrow_bytes > wide_bytes ? narrow_bytes : wide_bytes;
 }
 
-// Bytes of 16 pages' bounds of 8 bits in shared memory.
+// Bytes of a tile's bounds of 8 bits in shared memory.
 __host__ __device__ constexpr int count_tile_bytes(int head_dim) {
-    return kPagesPerWarp * (2 * head_dim + kRowPadding);
+    return kPagesPerTile * (2 * head_dim + kRowPadding);
 }
+
+// Where a block finds what it scores pages with.
+template <typename T>
+struct ScoreInput {
+    const T* query;  // of the first head of a group, in global memory
+    int64_t head_stride;
+    int group_size, num_head_tiles;
+    char* queries;  // in shared memory, count_query_bytes()
+    char* tiles;    // in shared memory, count_tile_bytes() for each warp and tile on its way
+
+    // That of a lane in a tile of 8 heads: head group_idx, or the last one, which leaves the largest score as it is.
+    __device__ const T* own_head(int tile_idx) const {
+        return query + min(tile_idx * kHeadTile + int(threadIdx.x % kWarpSize / 4), group_size - 1) * head_stride;
+    }
+};
 
 // The bounds of a row's KV head in the dtype of its keys. Its signed query is [min(q, 0), max(q, 0)], of the same type,
-// as 16-byte vectors [head tiles, chunks, lanes]. A tile's spare columns repeat the last head, which leaves the maximum
-// over heads as it is.
+// as 16-byte vectors [head tiles, chunks, lanes].
 template <typename T, int kHeadDim>
 struct WideBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
@@ -47,25 +68,24 @@ struct WideBounds {
         }
     }
 
-    static __device__ void sign_query(void* signed_query, const T* query, int64_t head_stride, int group_size) {
-        const int num_vectors = ceil_div(group_size, kHeadTile) * kNumChunks * kWarpSize;
+    static __device__ void sign_query(const ScoreInput<T>& input) {
+        const int num_vectors = input.num_head_tiles * kNumChunks * kWarpSize;
         for (int idx = threadIdx.x; idx < num_vectors; idx += blockDim.x) {
             const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
-            const int head_idx = min(tile_idx * kHeadTile + idx % kWarpSize / 4, group_size - 1);
-            const int channel = chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
-            const uint4 vector = load_once(reinterpret_cast<const uint4*>(query + head_idx * head_stride + channel));
+            const T* channels = input.own_head(tile_idx) + chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
+            const uint4 vector = load_once(reinterpret_cast<const uint4*>(channels));
             const auto signed_part = [&](uint32_t bits) {
                 const Pair<T> pair = as_pair<T>(bits), zero = as_pair<T>(0);
                 return as_bits(chunk_idx * kChunk < kHeadDim ? __hmin2(pair, zero) : __hmax2(pair, zero));
             };
-            static_cast<uint4*>(signed_query)[idx] = {signed_part(vector.x), signed_part(vector.y),
-                                                      signed_part(vector.z), signed_part(vector.w)};
+            reinterpret_cast<uint4*>(input.queries)[idx] = {signed_part(vector.x), signed_part(vector.y),
+                                                            signed_part(vector.z), signed_part(vector.w)};
         }
     }
 
     // The scores of pages group_idx and group_idx + 8 for two query heads.
-    static __device__ float2 score(const Page& low, const Page& high, const void* signed_query, int tile_idx) {
-        const uint4* q = static_cast<const uint4*>(signed_query) + tile_idx * kNumChunks * kWarpSize;
+    static __device__ float2 score(const Page& low, const Page& high, const char* queries, int tile_idx) {
+        const uint4* q = reinterpret_cast<const uint4*>(queries) + tile_idx * kNumChunks * kWarpSize;
         float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
 #pragma unroll
         for (int i = 0; i < kNumChunks; ++i) {
@@ -77,10 +97,9 @@ struct WideBounds {
     }
 };
 
-// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, rounded to a step
-// of each head, 2^-21 of the power of two of its largest channel: three signed digits to base 256, the highest first,
-// each of 8 channels to a word, [head tiles, chunks, digits, lanes], and behind all digits the steps, [head tiles, 8].
-// Of a channel either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
+// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in steps of 2^-21 of
+// the power of two of the largest channel of 8 heads: three signed digits to base 256, the highest first. Of a channel
+// either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
 template <typename T, int kHeadDim>
 struct NarrowBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
@@ -89,10 +108,19 @@ struct NarrowBounds {
     struct Scales {  // bytes, in the largest words that they fill
         using Word = std::conditional_t<kBlocks % 4 == 0, uint32_t,
                                         std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
-        Word words[kBlocks / sizeof(Word)];
+        static constexpr int kWords = kBlocks / int(sizeof(Word));
+        Word words[kWords];
+
         __device__ float of(int block_idx) const {
             const unsigned word = words[block_idx / sizeof(Word)];
             return __uint_as_float((word >> block_idx % sizeof(Word) * 8 & 0xff) << 23);
+        }
+
+        __device__ Scales of_lane(int lane_idx) const {
+            Scales scales;
+#pragma unroll
+            for (int i = 0; i < kWords; ++i) scales.words[i] = Word(__shfl_sync(kWholeWarp, words[i], lane_idx));
+            return scales;
         }
     };
     const int8_t* extremes;  // [pages, 2, D]
@@ -102,214 +130,262 @@ struct NarrowBounds {
         : extremes(static_cast<const int8_t*>(storage.bounds) + first_page * 2 * kHeadDim),
           scales(reinterpret_cast<const Scales*>(storage.scales) + first_page) {}
 
-    // Begins to copy 16 pages, or those up to `end_page`, to a warp's rows of shared memory.
+    __device__ Scales load_scales(int page_idx) const {
+        Scales loaded;
+#pragma unroll
+        for (int i = 0; i < Scales::kWords; ++i) loaded.words[i] = __ldg(&scales[page_idx].words[i]);
+        return loaded;
+    }
+
+    // Begins to copy a tile's pages, or those up to `end_page`, to rows of shared memory.
     __device__ void copy(unsigned rows, int page_idx, int end_page) const {
-        constexpr int kVectors = 2 * kHeadDim / 16;  // of 16 bytes, of a page
-        const int8_t* vectors = extremes + int64_t(page_idx) * 2 * kHeadDim + threadIdx.x % kWarpSize * 16;
+        constexpr int kVectors = 2 * kHeadDim / 16, kRounds = kPagesPerTile * kVectors / kWarpSize;
+        const int8_t* pages = extremes + int64_t(page_idx) * 2 * kHeadDim;
+        const auto copy_vectors = [&](int round_idx, int num_pages) {
+            const int idx = round_idx * kWarpSize + threadIdx.x % kWarpSize, page_of_tile = idx / kVectors;
+            if (page_of_tile >= num_pages) return;
+            copy_async(rows + page_of_tile * kRowBytes + idx % kVectors * 16, pages + idx * 16);
+        };
+        if (page_idx + kPagesPerTile <= end_page) {
 #pragma unroll
-        for (int i = 0; i < kPagesPerWarp * kVectors / kWarpSize; ++i) {
-            const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors;
-            if (page_idx + row_idx >= end_page) continue;
-            copy_async(rows + row_idx * kRowBytes + idx % kVectors * 16, vectors + i * kWarpSize * 16);
+            for (int i = 0; i < kRounds; ++i) copy_vectors(i, kPagesPerTile);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kRounds; ++i) copy_vectors(i, end_page - page_idx);
         }
     }
 
-    static __device__ float* steps_of(void* signed_query, int num_tiles) {
-        const int num_words = num_tiles * kNumChunks * kDigits * kWarpSize;
-        return reinterpret_cast<float*>(static_cast<uint2*>(signed_query) + num_words);
-    }
+    // The channels of a head that a lane has in products: four in each half of a chunk.
+    struct Head {
+        uint2 halves[kBlocks][2];
 
-    static __device__ void sign_query(void* signed_query, const T* query, int64_t head_stride, int group_size) {
-        const int num_tiles = ceil_div(group_size, kHeadTile), num_words = num_tiles * kNumChunks * kWarpSize;
-        for (int idx = threadIdx.x; idx < num_words; idx += blockDim.x) {
-            const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
-            const int head_of_tile = idx % kWarpSize / 4, quad_idx = idx % 4;
-            const T* head = query + min(tile_idx * kHeadTile + head_of_tile, group_size - 1) * head_stride;
-            const T* channels = head + chunk_idx % kBlocks * kChunk + quad_idx * 4;
-            const uint2 own[2] = {load_once(reinterpret_cast<const uint2*>(channels)),
-                                  load_once(reinterpret_cast<const uint2*>(channels + kChunk / 2))};
-            Pair<T> largest_pair = as_pair<T>(0);
+        __device__ explicit Head(const T* head) {
 #pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {  // with the other lanes of the quad, the whole head
-                const uint4 vector = load_once(reinterpret_cast<const uint4*>(head) + i * 4 + quad_idx);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) largest_pair = __hmax2(largest_pair, __habs2(as_pair<T>((&vector.x)[j])));
+            for (int i = 0; i < 2 * kBlocks; ++i) {
+                halves[i / 2][i % 2] = reinterpret_cast<const uint2*>(head + i * (kChunk / 2))[threadIdx.x % 4];
             }
-            float largest = fmaxf(to_float(largest_pair.x), to_float(largest_pair.y));
-            largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
-            largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-            const int exponent = max(int(__float_as_uint(largest) >> 23), kFractionBits + 1);
-            const float inverse_step = __uint_as_float((254 + kFractionBits - exponent) << 23);
-            if (chunk_idx == 0 && quad_idx == 0) {
-                steps_of(signed_query, num_tiles)[tile_idx * kHeadTile + head_of_tile] =
-                    __uint_as_float((exponent - kFractionBits) << 23);
-            }
-            uint2 digits[kDigits];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const Pair<T> pair = as_pair<T>((&own[i / 4].x)[i / 2 % 2]);
-                const float value = to_float(i % 2 == 0 ? pair.x : pair.y);
-                const float signed_value = chunk_idx < kBlocks ? fminf(value, 0.0f) : fmaxf(value, 0.0f);
-                int rest = __float2int_rn(signed_value * inverse_step);
-#pragma unroll
-                for (int digit_idx = kDigits - 1; digit_idx >= 0; --digit_idx) {
-                    const int8_t digit = int8_t(rest);
-                    reinterpret_cast<int8_t*>(&digits[digit_idx])[i] = digit;
-                    rest = (rest - digit) >> 8;
-                }
-            }
-            uint2* target = static_cast<uint2*>(signed_query) + idx / kWarpSize * kDigits * kWarpSize + idx % kWarpSize;
-#pragma unroll
-            for (int i = 0; i < kDigits; ++i) target[i * kWarpSize] = digits[i];
         }
-    }
+
+        // That of the warp's largest channel, as the bits of a float have it.
+        __device__ int find_exponent() const {
+            Pair<T> largest = as_pair<T>(0);
+#pragma unroll
+            for (int i = 0; i < 2 * kBlocks; ++i) {
+                const uint2 half = halves[i / 2][i % 2];
+                largest = __hmax2(largest, __hmax2(__habs2(as_pair<T>(half.x)), __habs2(as_pair<T>(half.y))));
+            }
+            const unsigned bits = __float_as_uint(fmaxf(to_float(largest.x), to_float(largest.y)));
+            return max(int(__reduce_max_sync(kWholeWarp, bits) >> 23), kFractionBits + 1);
+        }
+    };
 
     struct Query {  // of 8 heads, what a lane needs
         uint2 digits[kNumChunks][kDigits];
-        float2 step;
+        float step;
+
+        // In registers alone: what touches shared memory would wait until pages on their way to it have been taken.
+        __device__ explicit Query(const Head& head) {
+            constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose sum with a float has its integer in low bits
+            constexpr unsigned kBias = 0x808080 - 0x400000;  // so that the lowest bytes are digits above -128
+            const int exponent = head.find_exponent();
+            step = __uint_as_float((exponent - kFractionBits) << 23);
+            const float inverse_step = __uint_as_float((254 + kFractionBits - exponent) << 23);
+#pragma unroll
+            for (int i = 0; i < 2 * kBlocks; ++i) {
+                const uint2 half = head.halves[i / 2][i % 2];
+                const Pair<T> low = as_pair<T>(half.x), high = as_pair<T>(half.y);
+                const float channels[4] = {to_float(low.x), to_float(low.y), to_float(high.x), to_float(high.y)};
+                unsigned biased[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    biased[j] = __float_as_uint(fmaf(channels[j], inverse_step, kToInteger)) + kBias;
+                }
+                const unsigned low_pair = __byte_perm(biased[0], biased[1], 0x5140);
+                const unsigned high_pair = __byte_perm(biased[2], biased[3], 0x5140);
+                const unsigned words[kDigits] = {__byte_perm(__byte_perm(biased[0], biased[1], 0x0062),
+                                                             __byte_perm(biased[2], biased[3], 0x0062), 0x5410),
+                                                 __byte_perm(low_pair, high_pair, 0x7632),
+                                                 __byte_perm(low_pair, high_pair, 0x5410)};
+                const unsigned are_negative = spread_signs(half.x, half.y);
+#pragma unroll
+                for (int j = 0; j < kDigits; ++j) {
+                    const unsigned word = words[j] ^ 0x80808080u;
+                    (&digits[i / 2][j].x)[i % 2] = word & are_negative;
+                    (&digits[kBlocks + i / 2][j].x)[i % 2] = word & ~are_negative;
+                }
+            }
+        }
     };
 
-    static __device__ Query load_query(void* signed_query, int tile_idx, int num_tiles) {
-        const int lane_idx = threadIdx.x % kWarpSize;
-        const uint2* words = static_cast<uint2*>(signed_query) + tile_idx * kNumChunks * kDigits * kWarpSize + lane_idx;
-        Query query;
+    // In shared memory: [head tiles, digits and step, lanes].
+    static constexpr int kQueryWords = (kNumChunks * kDigits + 1) * kWarpSize;
+
+    static __device__ void store_queries(const ScoreInput<T>& input) {
+        for (int tile_idx = threadIdx.x / kWarpSize; tile_idx < input.num_head_tiles; tile_idx += blockDim.x / kWarpSize) {
+            const Query query{Head(input.own_head(tile_idx))};
+            uint2* words = reinterpret_cast<uint2*>(input.queries) + tile_idx * kQueryWords + threadIdx.x % kWarpSize;
 #pragma unroll
-        for (int i = 0; i < kNumChunks * kDigits; ++i) query.digits[i / kDigits][i % kDigits] = words[i * kWarpSize];
-        const float* steps = steps_of(signed_query, num_tiles) + tile_idx * kHeadTile;
-        query.step = reinterpret_cast<const float2*>(steps)[lane_idx % 4];
-        return query;
+            for (int i = 0; i < kNumChunks * kDigits; ++i) words[i * kWarpSize] = query.digits[i / kDigits][i % kDigits];
+            words[kNumChunks * kDigits * kWarpSize] = {__float_as_uint(query.step), 0};
+        }
     }
 
-    // The scores of pages group_idx and group_idx + 8 of a warp's rows for two query heads.
-    static __device__ float2 score(unsigned rows, const Scales& low_scales, const Scales& high_scales,
-                                   const Query& query) {
-        rows += threadIdx.x % 16 * kRowBytes + threadIdx.x % kWarpSize / 16 * 16;
+    static __device__ void load_query(Query& query, const ScoreInput<T>& input, int tile_idx) {
+        const uint2* words = reinterpret_cast<const uint2*>(input.queries) + tile_idx * kQueryWords;
+        words += threadIdx.x % kWarpSize;
+#pragma unroll
+        for (int i = 0; i < kNumChunks * kDigits; ++i) query.digits[i / kDigits][i % kDigits] = words[i * kWarpSize];
+        query.step = __uint_as_float(words[kNumChunks * kDigits * kWarpSize].x);
+    }
+
+    struct Tile {  // of 16 pages, what a lane needs
+        uint4 chunks[kNumChunks];
+        Scales low_scales, high_scales;
+
+        __device__ void load(unsigned rows, const Scales& scales, int first_lane) {
+            const int lane_idx = threadIdx.x % kWarpSize;
+            rows += lane_idx % 16 * kRowBytes + lane_idx / 16 * 16;
+#pragma unroll
+            for (int i = 0; i < kNumChunks; ++i) chunks[i] = load_matrices(rows + i * kChunk);
+            low_scales = scales.of_lane(first_lane + lane_idx / 4);
+            high_scales = scales.of_lane(first_lane + lane_idx / 4 + 8);
+        }
+    };
+
+    // The scores of pages group_idx and group_idx + 8 of a tile for two query heads.
+    static __device__ float2 score(const Tile& tile, const Query& query) {
         float sums[4] = {};
 #pragma unroll
         for (int block_idx = 0; block_idx < kBlocks; ++block_idx) {
             int by_digit[kDigits][4] = {};
 #pragma unroll
             for (int i = block_idx; i < kNumChunks; i += kBlocks) {  // minimum and maximum
-                const uint4 pages = load_matrices(rows + i * kChunk);
 #pragma unroll
-                for (int j = 0; j < kDigits; ++j) multiply_add(by_digit[j], pages, query.digits[i][j]);
+                for (int j = 0; j < kDigits; ++j) multiply_add(by_digit[j], tile.chunks[i], query.digits[i][j]);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float upper = float(by_digit[0][i] * 256 + by_digit[1][i]), lower = float(by_digit[2][i]);
-                const float product = fmaf(upper, 256.0f, lower) * (i % 2 == 0 ? query.step.x : query.step.y);
-                sums[i] = fmaf(product, (i < 2 ? low_scales : high_scales).of(block_idx), sums[i]);
+                const float scale = (i < 2 ? tile.low_scales : tile.high_scales).of(block_idx);
+                sums[i] = fmaf(fmaf(upper, 256.0f, lower), scale, sums[i]);
             }
         }
-        return {fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3])};
+        return {fmaxf(sums[0], sums[1]) * query.step, fmaxf(sums[2], sums[3]) * query.step};
     }
 };
-
-// The largest over the query heads, which the lanes of a quad share.
-__device__ inline float2 reduce_quad(float2 scores) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-        scores.x = fmaxf(scores.x, __shfl_xor_sync(kWholeWarp, scores.x, distance));
-        scores.y = fmaxf(scores.y, __shfl_xor_sync(kWholeWarp, scores.y, distance));
-    }
-    return scores;
-}
 
 __device__ inline float2 larger(float2 a, float2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
 
-// Where a warp finds what it scores pages with.
-template <typename T>
-struct ScoreInput {
-    const T* query;  // of the first head of a group
-    int64_t head_stride;
-    int group_size, num_head_tiles;
-    char* signed_query;  // in shared memory, count_query_bytes()
-    char* tiles;         // in shared memory, count_tile_bytes() for each warp and stage
-};
+__device__ inline float2 exchange(float2 scores, int distance) {
+    return {__shfl_xor_sync(kWholeWarp, scores.x, distance), __shfl_xor_sync(kWholeWarp, scores.y, distance)};
+}
 
-// Scores 16 pages at a time, from `first_page` on in steps of `step` up to `end_page`, and calls store(page, low, high)
-// in all lanes for each 16 from `page` on: a quad has the scores of the pages group_idx and group_idx + 8 of them.
-// Those past the last page are not to be used. All threads call it: first they make the block's signed query, whose
-// stores (and shuffles) would wait in one queue with the loads of pages until memory has taken these. A warp has
-// `kStages` times 16 pages on their way, in registers.
-template <int kStages, typename T, int kHeadDim, typename Store>
-__device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
-                            int end_page, Store store) {
+// The lanes of a quad share the query heads, and have the scores of a low and a high page of each tile. Gives one page's
+// largest score over all heads to each: in turn that of the first tile's low and high page, and of the second tile's.
+template <int kTiles>
+__device__ float deal_largest(const float2 (&scores)[kTiles]) {
+    const bool is_second = threadIdx.x % 4 > 1, is_high = threadIdx.x % 2 == 1;
+    const float2 kept = is_second ? scores[kTiles - 1] : scores[0], other = is_second ? scores[0] : scores[kTiles - 1];
+    const float2 both = larger(kept, exchange(other, 2));
+    return fmaxf(is_high ? both.y : both.x, __shfl_xor_sync(kWholeWarp, is_high ? both.x : both.y, 1));
+}
+
+// The page that a lane gets the score of, in tiles from `first_page` on in steps of `step`, or kNoPage.
+__device__ inline int find_own_page(int first_page, int num_tiles, int step, int end_page) {
+    const int tile_idx = threadIdx.x % 4 / 2;
+    first_page += tile_idx * step;
+    if (tile_idx >= num_tiles || first_page >= end_page) return kNoPage;
+    return first_page + threadIdx.x % kWarpSize / 4 + threadIdx.x % 2 * 8;
+}
+
+// Scores tiles of 16 pages, from `first_page` on in steps of `step` up to `end_page`, `kTiles` at a time (1 or 2), and
+// calls store(first_page, num_tiles, own_page, score) in all lanes, each of which has the score of a page of these tiles,
+// which may lie past the last one, or kNoPage. All threads call it. The next tiles are on their way, in registers, while
+// these are scored.
+template <int kTiles, typename T, int kHeadDim, typename LoadHead, typename Store>
+__device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, LoadHead, int first_page,
+                            int step, int end_page, Store store) {
     using Page = typename WideBounds<T, kHeadDim>::Page;
     const int group_idx = threadIdx.x % kWarpSize / 4;
-    Page low[kStages], high[kStages];  // pages group_idx and group_idx + 8
-    const auto load = [&](int stage, int page_idx) {  // past the last page the last one
-        bounds.load(low[stage], min(page_idx + group_idx, end_page - 1));
-        bounds.load(high[stage], min(page_idx + group_idx + 8, end_page - 1));
+    Page low[kTiles], high[kTiles];  // pages group_idx and group_idx + 8
+    const auto load = [&](int tile, int page_idx) {  // past the last page the last one
+        bounds.load(low[tile], min(page_idx + group_idx, end_page - 1));
+        bounds.load(high[tile], min(page_idx + group_idx + 8, end_page - 1));
     };
-    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
+    bounds.sign_query(input);
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-        if (first_page + stage * step < end_page) load(stage, first_page + stage * step);
+    for (int tile = 0; tile < kTiles; ++tile) {
+        if (first_page + tile * step < end_page) load(tile, first_page + tile * step);
     }
     __syncthreads();
     while (first_page < end_page) {
 #pragma unroll
-        for (int stage = 0; stage < kStages; ++stage, first_page += step) {
-            if (stage > 0 && first_page >= end_page) break;
-            float2 scores = {-INFINITY, -INFINITY};
+        for (int tile = 0; tile < kTiles; ++tile, first_page += step) {
+            if (tile > 0 && first_page >= end_page) break;
+            float2 scores[1] = {{-INFINITY, -INFINITY}};
             for (int tile_idx = 0; tile_idx < input.num_head_tiles; ++tile_idx) {
-                scores = larger(scores, bounds.score(low[stage], high[stage], input.signed_query, tile_idx));
+                scores[0] = larger(scores[0], bounds.score(low[tile], high[tile], input.queries, tile_idx));
             }
-            const int next_page = first_page + kStages * step;
-            if (next_page < end_page) load(stage, next_page);
-            scores = reduce_quad(scores);
-            store(first_page, scores.x, scores.y);
+            const int next_page = first_page + kTiles * step;
+            if (next_page < end_page) load(tile, next_page);
+            const float score = deal_largest(scores);
+            store(first_page, 1, find_own_page(first_page, 1, step, end_page), score);
         }
     }
 }
 
 // The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a quad's
-// own channels would be 32 bytes of each of eight lines, and registers are free for the query.
-template <int kStages, typename T, int kHeadDim, typename Store>
-__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, int first_page, int step,
-                            int end_page, Store store) {
-    using Scales = typename NarrowBounds<T, kHeadDim>::Scales;
+// own channels would be 32 bytes of each of eight lines. load_head() gives the channels of this lane in the first tile
+// of heads; the pages are on their way by then.
+template <int kTiles, typename T, int kHeadDim, typename LoadHead, typename Store>
+__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, LoadHead load_head,
+                            int first_page, int step, int end_page, Store store) {
+    using Narrow = NarrowBounds<T, kHeadDim>;
     constexpr int kTileBytes = count_tile_bytes(kHeadDim);
-    const int group_idx = threadIdx.x % kWarpSize / 4;
-    const unsigned tiles = address_of(input.tiles) + threadIdx.x / kWarpSize * kStages * kTileBytes;
-    Scales low[2], high[2];  // of this tile and the next
-    const auto load_scales = [&](int set, int page_idx) {
-        if (page_idx >= end_page) return;
-        low[set] = bounds.scales[min(page_idx + group_idx, end_page - 1)];
-        high[set] = bounds.scales[min(page_idx + group_idx + 8, end_page - 1)];
+    const int lane_idx = threadIdx.x % kWarpSize;
+    const unsigned rows = address_of(input.tiles) + threadIdx.x / kWarpSize * kTiles * kTileBytes;
+    const auto load_scales = [&] {  // of a page for each lane
+        const int page_idx = first_page + lane_idx / kPagesPerTile * step + lane_idx % kPagesPerTile;
+        return bounds.load_scales(min(page_idx, end_page - 1));
     };
-    const auto copy = [&](int stage, int page_idx) {
-        if (page_idx < end_page) bounds.copy(tiles + stage * kTileBytes, page_idx, end_page);
+    const auto copy = [&] {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            const int page_idx = first_page + i * step;
+            if (page_idx < end_page) bounds.copy(rows + i * kTileBytes, page_idx, end_page);
+        }
         commit_copies();
     };
-    load_scales(0, first_page);
-    load_scales(1, first_page + step);
-    bounds.sign_query(input.signed_query, input.query, input.head_stride, input.group_size);
+    auto scales = load_scales();
+    copy();
+    typename Narrow::Query query{load_head()};
+    const bool is_stored = is_query_stored(input.num_head_tiles, kHeadDim);
+    if (is_stored) {
+        bounds.store_queries(input);
+        __syncthreads();
+    }
+    while (first_page < end_page) {
+        wait_for_copies<0>();
+        __syncwarp();
+        typename Narrow::Tile tiles[kTiles];
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) copy(stage, first_page + stage * step);
-    __syncthreads();
-    // That of the first 8 heads stays in registers.
-    const auto query = bounds.load_query(input.signed_query, 0, input.num_head_tiles);
-    for (int stage = 0; first_page < end_page;) {
+        for (int i = 0; i < kTiles; ++i) tiles[i].load(rows + i * kTileBytes, scales, i * kPagesPerTile);
+        __syncwarp();
+        const int page_idx = first_page;
+        first_page += kTiles * step;
+        scales = load_scales();
+        copy();
+        float2 scores[kTiles];
+#pragma unroll 1
+        for (int tile_idx = 0; tile_idx < input.num_head_tiles; ++tile_idx) {
+            if (is_stored) bounds.load_query(query, input, tile_idx);
 #pragma unroll
-        for (int set = 0; set < 2; ++set, first_page += step) {
-            if (set > 0 && first_page >= end_page) break;
-            wait_for_copies<kStages - 1>();
-            __syncwarp();
-            const unsigned tile = tiles + stage * kTileBytes;
-            float2 scores = bounds.score(tile, low[set], high[set], query);
-            for (int tile_idx = 1; tile_idx < input.num_head_tiles; ++tile_idx) {
-                const auto next = bounds.load_query(input.signed_query, tile_idx, input.num_head_tiles);
-                scores = larger(scores, bounds.score(tile, low[set], high[set], next));
+            for (int i = 0; i < kTiles; ++i) {
+                const float2 of_tile = bounds.score(tiles[i], query);
+                scores[i] = tile_idx == 0 ? of_tile : larger(scores[i], of_tile);
             }
-            scores = reduce_quad(scores);
-            store(first_page, scores.x, scores.y);
-            __syncwarp();
-            load_scales(set, first_page + 2 * step);
-            copy(stage, first_page + kStages * step);
-            stage = stage + 1 == kStages ? 0 : stage + 1;
         }
+        store(page_idx, kTiles, find_own_page(page_idx, kTiles, step, end_page), deal_largest(scores));
     }
 }
 
