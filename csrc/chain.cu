@@ -303,15 +303,15 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    wait_for_previous_kernel();
-    let_next_kernel_begin();
-
     const int rank = blockIdx.x, cluster_size = gridDim.x;
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z, page_size = params.page_size;
     const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(page_size) - 1;
     const int first_head = kv_head_idx * params.group_size;
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     query += first_head * params.query_strides[1];
+    wait_for_previous_kernel();
+    let_next_kernel_begin();
+
     // Registers that wait for the query would hold up those that wait for the length, which comes sooner.
 #pragma unroll 1
     for (int idx = threadIdx.x; idx < params.group_size * kVectors; idx += kThreads) {
