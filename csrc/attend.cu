@@ -26,7 +26,8 @@ constexpr int least_blocks_per_sm(int head_dim) { return blocks_per_sm(head_dim)
 #endif
 
 // How much of a list of pages counts: all of it, or where it is longer than the row, up to its last page.
-__device__ void count_listed(int& num_listed, const int64_t* page_ids, int num_selected, int num_tokens, int page_size) {
+__device__ void count_listed(int& num_listed, const int64_t* page_ids, int num_selected, int num_tokens,
+                             int page_size) {
     const bool is_longer = int64_t(num_selected - 1) * page_size >= num_tokens;
     if (threadIdx.x == 0) num_listed = is_longer ? 0 : num_selected;
     __syncthreads();
@@ -79,8 +80,9 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int own_head = first_head + min(int(threadIdx.x % kWarpSize / 4), num_heads - 1);
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     const HeadQuery<T, kHeadDim> head_query(query + own_head * params.query_strides[1]);
-    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, head_query, num_heads, static_cast<const T*>(storage.keys) + row_start,
-                                         static_cast<const T*>(storage.values) + row_start, num_tokens, first_tile,
+    const T* keys = static_cast<const T*>(storage.keys) + row_start;
+    const T* values = static_cast<const T*>(storage.values) + row_start;
+    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, head_query, num_heads, keys, values, num_tokens, first_tile,
                                          end_tile, params.page_size, params.scaling, params.softcap, find_token);
 
     T* output = static_cast<T*>(params.output);
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const int64_t own_partial = first_partial + int64_t(split_idx) * heads_per_tile;
     for (int idx = threadIdx.x; idx < num_heads * kQuads; idx += kThreads) {
         const int head_idx = idx / kQuads, quad_of_head = idx % kQuads;
+        // A sum of 1 at kLowest, if there is no sink, has no weight beside tokens.
         float block_maximum = num_splits == 1 ? sink_of<T>(params, first_head + head_idx) : kLowest, block_sum = 1.0f;
         const float4 sums = warp_sums.merge(head_idx, quad_of_head, block_maximum, block_sum);
         if (num_splits == 1) {

@@ -22,7 +22,7 @@ __device__ inline float power_of_two(float exponent) {
 
 __device__ inline float weight_of(float value, float maximum) { return power_of_two(value - maximum); }
 
-// softcap * tanh(logit / softcap), up to a rounding of softcap.
+// softcap * tanh(logit / softcap), up to a few roundings of softcap.
 __device__ inline float cap(float logit, float softcap) {
     const float power = power_of_two(__fdividef(logit, softcap) * (2.0f * kLog2E));
     return softcap - softcap * __fdividef(2.0f, 1.0f + power);
@@ -91,11 +91,24 @@ struct WarpSums {
     }
 };
 
+// What a lane needs of a head's query for logits: a quarter of each chunk of channels.
+template <typename T, int kHeadDim>
+struct HeadQuery {
+    uint4 vectors[kHeadDim / kChunk];
+
+    __device__ explicit HeadQuery(const T* head) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / kChunk; ++i) {
+            vectors[i] = reinterpret_cast<const uint4*>(head + i * kChunk)[threadIdx.x % 4];
+        }
+    }
+};
+
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of head
 // group_idx of `num_heads`; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
-// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large. Loads come
-// after what shuffles, which would wait in the same queue until memory has taken them.
+// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large. Loads
+// come after what shuffles, which would wait in the same queue until memory has taken them.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kTilesInFlight, int kWarps, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQuery<T, kHeadDim>& query,

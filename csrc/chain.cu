@@ -25,6 +25,7 @@ constexpr int kDigitBits = 10;
 constexpr int kNumDigits = 1 << kDigitBits;
 static_assert(kNumDigits == 4 * kThreads);  // each thread sums up four, which it reads at once
 constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
+static_assert(kMaxKeys % kPagesPerTile == 0);
 constexpr int kMaxClusterSize = 16;
 
 // On their way for each warp, of pages and of tokens.
@@ -74,7 +75,7 @@ __device__ inline void wait_for_bytes(uint64_t* barrier) {
     unsigned is_done = 0;
     while (!is_done) {
         asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
             "selp.b32 %0, 1, 0, p; }"
             : "=r"(is_done)
             : "r"(address_of(barrier))
@@ -84,8 +85,8 @@ __device__ inline void wait_for_bytes(uint64_t* barrier) {
 
 // Sends to an address of a block's shared memory, and counts the bytes in at a barrier there.
 __device__ inline void send(unsigned target, unsigned barrier, uint4 value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(target),
-                 "r"(barrier), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
+                 ::"r"(target), "r"(barrier), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
 }
 
@@ -96,8 +97,8 @@ __device__ inline void send(unsigned target, unsigned barrier, uint2 value) {
 }
 
 __device__ inline void send(unsigned target, unsigned barrier, float4 value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(target),
-                 "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
+                 ::"r"(target), "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
                  : "memory");
 }
 
@@ -108,27 +109,24 @@ __device__ inline void arrive(uint64_t* barrier) {
 
 // Quads of keys that other blocks send: warps take turns at tiles of four.
 __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_size) {
-    const int num_quads = ceil_div(num_keys, 4), quads_of_block = 4 * kWarps, quads_of_turn = quads_of_block * cluster_size;
-    const int num_turns = num_quads / quads_of_turn, num_left = num_quads - num_turns * quads_of_turn;
-    return num_quads - num_turns * quads_of_block - min(max(num_left - rank * quads_of_block, 0), quads_of_block);
+    constexpr int kOfBlock = 4 * kWarps;  // in a turn of all warps
+    const int num_quads = ceil_div(num_keys, 4), num_turns = num_quads / (kOfBlock * cluster_size);
+    const int num_left = num_quads - num_turns * kOfBlock * cluster_size;
+    return num_quads - num_turns * kOfBlock - min(max(num_left - rank * kOfBlock, 0), kOfBlock);
 }
 
 // A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
 __device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
-// The sum of the values of the threads before this one, and in `total` that of all.
-__device__ int scan_block(int value, int* warp_totals, int& total) {
+// The sum of the values of the threads before this one.
+__device__ int scan_block(int value, int* warp_totals) {
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int end = scan_warp(value);
     if (lane_idx == kWarpSize - 1) warp_totals[warp_idx] = end;
     __syncthreads();
     int start = 0;
-    total = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-        if (i == warp_idx) start = total;
-        total += warp_totals[i];
-    }
+    for (int i = 0; i < kWarps - 1; ++i) start += i < warp_idx ? warp_totals[i] : 0;
     return start + end - value;
 }
 
@@ -150,7 +148,7 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
 
     // Round by round the last key that is taken is known more closely: to be one of `num_in_digit` that begin with
     // `last`, but for its lowest `shift` bits, of which the highest `num_wanted` are taken.
-    int shift = max(32 - __clz(highest - last) - kDigitBits, 0), num_in_digit, num_all;
+    int shift = max(32 - __clz(highest - last) - kDigitBits, 0), num_in_digit;
     unsigned num_digits = kNumDigits;
     while (true) {
         unsigned* counts = &shared.counts[0].x;
@@ -169,7 +167,7 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
         const uint4 quad = shared.counts[quad_idx];
         shared.counts[quad_idx] = {};
         const int in_digit[4] = {int(quad.w), int(quad.z), int(quad.y), int(quad.x)};
-        int num_before = scan_block(in_digit[0] + in_digit[1] + in_digit[2] + in_digit[3], shared.warp_totals, num_all);
+        int num_before = scan_block(in_digit[0] + in_digit[1] + in_digit[2] + in_digit[3], shared.warp_totals);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int num_after = num_before + in_digit[i];
@@ -228,7 +226,7 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
         };
         int num_equal = 0;
         for_each_equal([&](unsigned) { ++num_equal; });
-        int num_before = scan_block(num_equal, shared.warp_totals, num_all);
+        int num_before = scan_block(num_equal, shared.warp_totals);
         for_each_equal([&](unsigned page_idx) {
             if (++num_before == num_wanted) shared.last_taken = {last, page_idx};
         });
@@ -236,8 +234,8 @@ __device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wa
     __syncthreads();
     const uint2 last_taken = shared.last_taken;
 
-    // Taken pages are noted as bits, as many as there are bits for. Each warp tells of a share of the words, after it has
-    // counted what lies before them.
+    // Taken pages are noted as bits, as many as there are bits for. Each warp tells of a share of the words, after it
+    // has counted what lies before them.
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     int num_before = 0;
     for (int first_quad = 0; first_quad < num_quads; first_quad += kMaxKeys / 4) {
@@ -319,8 +317,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
     }
     commit_copies();
-    const int head_of_lane = min(int(threadIdx.x % kWarpSize / 4), params.group_size - 1);
-    const T* own_head = reinterpret_cast<const T*>(shared.query[head_of_lane]);
+    const ScoreInput<T> input = {reinterpret_cast<const T*>(shared.query), sizeof(shared.query[0]) / sizeof(T),
+                                 params.group_size, 1, queries, shared.tiles};
     const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
     const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
@@ -328,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
     const int first_own = rank * share, num_own = max(min(num_chosen - first_own, share), 0);
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
+    __syncwarp();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // from here on the others take what is sent
 
     using Narrow = NarrowBounds<T, kHeadDim>;
@@ -351,7 +350,11 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 const unsigned key = order_of(score * params.scaling);
                 lowest = min(lowest, key);
                 highest = max(highest, key);
-                (are_shared ? shared.keys : global_keys)[own_page] = key;
+                if (are_shared) {
+                    shared.keys[own_page] = key;
+                } else {
+                    global_keys[own_page] = key;
+                }
             } else if (are_shared && own_page != kNoPage) {
                 shared.keys[own_page] = 0;
             }
@@ -368,14 +371,13 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 send(barrier_there - barrier + keys + quad_idx * sizeof(quad), barrier_there, quad);
             }
         };
-        const auto load_head = [&] {
-            wait_for_copies<1>();  // of the query, not of pages
-            __syncthreads();
-            return typename Narrow::Head(own_head);
-        };
-        const ScoreInput<T> input = {query, params.query_strides[1], params.group_size, 1, queries, shared.tiles};
         const auto score = [&](auto bounds) {
-            score_pages<kTilesInFlight>(bounds, input, load_head, first_of_warp, step, newest_page, store);
+            constexpr bool kIsNarrow = std::is_same_v<decltype(bounds), Narrow>;
+            const auto wait_for_query = [] {
+                wait_for_copies<kIsNarrow ? 1 : 0>();  // pages in 8 bits are copied after it
+                __syncthreads();
+            };
+            score_pages<kTilesInFlight>(bounds, input, wait_for_query, first_of_warp, step, newest_page, store);
         };
         if (storage.scales == nullptr) {
             score(WideBounds<T, kHeadDim>(storage, first_page));
@@ -413,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) told_ids[idx] = -1;
         }
     }
-    wait_for_copies<0>();  // of the query, if no page had a score
+    wait_for_copies<0>();  // of the query, if nothing has waited for it
     __syncthreads();
 
     const auto find_token = [&](int chosen) {
@@ -422,9 +424,9 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     };
     const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
     attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(
-        shared.warp_sums, HeadQuery<T, kHeadDim>(own_head), params.group_size,
-        static_cast<const T*>(storage.keys) + row_start, static_cast<const T*>(storage.values) + row_start, num_tokens, 0,
-        ceil_div(num_own << page_shift, kTile), page_size, params.scaling, params.softcap, find_token);
+        shared.warp_sums, HeadQuery<T, kHeadDim>(input.own_head(0)), params.group_size,
+        static_cast<const T*>(storage.keys) + row_start, static_cast<const T*>(storage.values) + row_start, num_tokens,
+        0, ceil_div(num_own << page_shift, kTile), page_size, params.scaling, params.softcap, find_token);
 
     // Quads of channels are dealt to the blocks, which get them from all.
     const int num_quads = params.group_size * kQuads, num_parts = divide(num_quads + cluster_size - 1, cluster_size);
@@ -453,7 +455,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
 
     // Neighbouring lanes, as many as blocks rounded up to a power of two, sum up a part.
     T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-    const int lane_shift = 32 - __clz(cluster_size - 1), num_lanes = 1 << lane_shift, block_idx = threadIdx.x & (num_lanes - 1);
+    const int lane_shift = 32 - __clz(cluster_size - 1), num_lanes = 1 << lane_shift;
+    const int block_idx = threadIdx.x & (num_lanes - 1);
 #pragma unroll 1
     for (int first_part = 0; first_part < num_own_parts; first_part += kThreads >> lane_shift) {
         const int part_idx = first_part + (int(threadIdx.x) >> lane_shift), idx = part_idx * cluster_size + rank;
@@ -485,6 +488,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
         }
     }
+    __syncwarp();
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // no block ends while what it has sent is on its way
 #endif  // _CG_HAS_CLUSTER_GROUP
 }

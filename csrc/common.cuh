@@ -60,19 +60,6 @@ __device__ inline uint2 load_once(const uint2* source) {
     return data;
 }
 
-// What a lane needs of a head's query for logits: a quarter of each chunk of channels.
-template <typename T, int kHeadDim>
-struct HeadQuery {
-    uint4 vectors[kHeadDim / kChunk];
-
-    __device__ explicit HeadQuery(const T* head) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / kChunk; ++i) {
-            vectors[i] = reinterpret_cast<const uint4*>(head + i * kChunk)[threadIdx.x % 4];
-        }
-    }
-};
-
 // sums[16 x 8] += left[16 x 16] * right[16 x 8]. Of `sums` a lane holds row group_idx in 0 and 1, row group_idx + 8 in
 // 2 and 3, both in the columns 2 * quad_idx and 2 * quad_idx + 1.
 template <typename T>

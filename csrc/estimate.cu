@@ -4,8 +4,8 @@
 // the product (common.cuh), all of it in flight at once; in 8 bits it goes by shared memory. The signed query waits in
 // registers or in shared memory in the order in which lanes need it, 8 heads to a tile, of which those to spare repeat
 // the last head. Products are exact and sums are float32, so a score is an upper bound of q·k up to float32 rounding.
-// Bounds of 8 bits are multiplied as integers; a block of channels has a sum of its own, exact too, which its scale
-// multiplies. There q is rounded as well, by 2^-22 of the largest channel of 8 heads at most.
+// Bounds of 8 bits are multiplied as integers, summed up for each block of channels by itself, and multiplied by its
+// scale. There q is rounded as well, by 2^-22 of the largest channel of 8 heads at most.
 // The pages of a KV head are dealt to as many blocks as fill the GPU, and each stops at the row's last page.
 
 #include "estimate.cuh"
@@ -44,17 +44,19 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
     }
     const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
     query += int64_t(kv_head_idx) * params.group_size * params.query_strides[1];
-    const ScoreInput<T> input = {query,   params.query_strides[1],
-                                 params.group_size, ceil_div(params.group_size, kHeadTile),
-                                 queries, queries + count_query_bytes(params.group_size, kHeadDim)};
+    const int num_head_tiles = ceil_div(params.group_size, kHeadTile);
+    char* tiles = queries + count_query_bytes(params.group_size, kHeadDim);
+    const ScoreInput<T> input = {query, params.query_strides[1], params.group_size, num_head_tiles, queries, tiles};
     __syncthreads();
+    if (own.num_pages == 0) return;  // a row of padding alone has no scores
     const auto store = [&](int, int, int own_page, float score) {
         if (own_page < own.num_pages) own.storage.scores[own.first_page + own_page] = score * params.scaling;
     };
     const auto score = [&](auto bounds) {
-        const auto load_head = [&] { return typename NarrowBounds<T, kHeadDim>::Head(input.own_head(0)); };
+        const auto wait_for_query = [] {};
         const int first_page = (blockIdx.x * kWarps + threadIdx.x / kWarpSize) * kPagesPerTile;
-        score_pages<kTiles>(bounds, input, load_head, first_page, gridDim.x * kWarps * kPagesPerTile, own.num_pages, store);
+        const int step = gridDim.x * kWarps * kPagesPerTile;
+        score_pages<kTiles>(bounds, input, wait_for_query, first_page, step, own.num_pages, store);
     };
     if (own.storage.scales == nullptr) {
         score(WideBounds<T, kHeadDim>(own.storage, own.first_page));

@@ -19,12 +19,12 @@ __host__ __device__ constexpr bool is_query_stored(int num_head_tiles, int head_
     return num_head_tiles > 1 || head_dim > 128;
 }
 
-// Bytes of the query of a group in shared memory, of the larger kind of the two below.
+// Bytes of a group's query in shared memory, as one of the two kinds of bounds below wants it.
 __host__ __device__ constexpr int count_query_bytes(int group_size, int head_dim) {
-    const int num_tiles = (group_size + kHeadTile - 1) / kHeadTile, num_chunks = 2 * head_dim / kChunk;
-    const int wide_bytes = num_tiles * num_chunks * kWarpSize * int(sizeof(uint4));
-    const int narrow_bytes = num_tiles * (num_chunks * kDigits + 1) * kWarpSize * int(sizeof(uint2));
-    return is_query_stored(num_tiles, head_dim) && narrow_bytes > wide_bytes ? narrow_bytes : wide_bytes;
+    const int num_head_tiles = (group_size + kHeadTile - 1) / kHeadTile, num_chunks = 2 * head_dim / kChunk;
+    return is_query_stored(num_head_tiles, head_dim)
+               ? num_head_tiles * (num_chunks * kDigits + 1) * kWarpSize * int(sizeof(uint2))
+               : num_head_tiles * num_chunks * kWarpSize * int(sizeof(uint4));
 }
 
 // Bytes of a tile's bounds of 8 bits in shared memory.
@@ -35,15 +35,15 @@ __host__ __device__ constexpr int count_tile_bytes(int head_dim) {
 // Where a block finds what it scores pages with.
 template <typename T>
 struct ScoreInput {
-    const T* query;  // of the first head of a group, in global memory
+    const T* query;  // of the first head of a group, in any memory
     int64_t head_stride;
     int group_size, num_head_tiles;
     char* queries;  // in shared memory, count_query_bytes()
     char* tiles;    // in shared memory, count_tile_bytes() for each warp and tile on its way
 
-    // That of a lane in a tile of 8 heads: head group_idx, or the last one, which leaves the largest score as it is.
-    __device__ const T* own_head(int tile_idx) const {
-        return query + min(tile_idx * kHeadTile + int(threadIdx.x % kWarpSize / 4), group_size - 1) * head_stride;
+    // Of 8 heads that of a lane: head group_idx, or the last one, which leaves the largest score as it is.
+    __device__ const T* own_head(int head_tile) const {
+        return query + min(head_tile * kHeadTile + int(threadIdx.x % kWarpSize / 4), group_size - 1) * head_stride;
     }
 };
 
@@ -71,9 +71,9 @@ struct WideBounds {
     static __device__ void sign_query(const ScoreInput<T>& input) {
         const int num_vectors = input.num_head_tiles * kNumChunks * kWarpSize;
         for (int idx = threadIdx.x; idx < num_vectors; idx += blockDim.x) {
-            const int chunk_idx = idx / kWarpSize % kNumChunks, tile_idx = idx / kWarpSize / kNumChunks;
-            const T* channels = input.own_head(tile_idx) + chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
-            const uint4 vector = load_once(reinterpret_cast<const uint4*>(channels));
+            const int chunk_idx = idx / kWarpSize % kNumChunks, head_tile = idx / kWarpSize / kNumChunks;
+            const T* channels = input.own_head(head_tile) + chunk_idx * kChunk % kHeadDim + idx % 4 * 8;
+            const uint4 vector = *reinterpret_cast<const uint4*>(channels);
             const auto signed_part = [&](uint32_t bits) {
                 const Pair<T> pair = as_pair<T>(bits), zero = as_pair<T>(0);
                 return as_bits(chunk_idx * kChunk < kHeadDim ? __hmin2(pair, zero) : __hmax2(pair, zero));
@@ -84,8 +84,8 @@ struct WideBounds {
     }
 
     // The scores of pages group_idx and group_idx + 8 for two query heads.
-    static __device__ float2 score(const Page& low, const Page& high, const char* queries, int tile_idx) {
-        const uint4* q = reinterpret_cast<const uint4*>(queries) + tile_idx * kNumChunks * kWarpSize;
+    static __device__ float2 score(const Page& low, const Page& high, const char* queries, int head_tile) {
+        const uint4* q = reinterpret_cast<const uint4*>(queries) + head_tile * kNumChunks * kWarpSize;
         float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
 #pragma unroll
         for (int i = 0; i < kNumChunks; ++i) {
@@ -97,9 +97,9 @@ struct WideBounds {
     }
 };
 
-// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in steps of 2^-21 of
-// the power of two of the largest channel of 8 heads: three signed digits to base 256, the highest first. Of a channel
-// either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
+// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in steps of 2^-21
+// of the power of two of the largest channel of 8 heads: three signed digits to base 256, the highest first. Of a
+// channel either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
 template <typename T, int kHeadDim>
 struct NarrowBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
@@ -133,7 +133,7 @@ struct NarrowBounds {
     __device__ Scales load_scales(int page_idx) const {
         Scales loaded;
 #pragma unroll
-        for (int i = 0; i < Scales::kWords; ++i) loaded.words[i] = __ldg(&scales[page_idx].words[i]);
+        for (int i = 0; i < Scales::kWords; ++i) loaded.words[i] = __ldcg(&scales[page_idx].words[i]);
         return loaded;
     }
 
@@ -183,7 +183,7 @@ struct NarrowBounds {
         uint2 digits[kNumChunks][kDigits];
         float step;
 
-        // In registers alone: what touches shared memory would wait until pages on their way to it have been taken.
+        // By registers alone: stores to shared memory would wait until memory has taken the pages that are on their way.
         __device__ explicit Query(const Head& head) {
             constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose sum with a float has its integer in low bits
             constexpr unsigned kBias = 0x808080 - 0x400000;  // so that the lowest bytes are digits above -128
@@ -218,24 +218,25 @@ struct NarrowBounds {
     };
 
     // In shared memory: [head tiles, digits and step, lanes].
-    static constexpr int kQueryWords = (kNumChunks * kDigits + 1) * kWarpSize;
+    static constexpr int kQueryDigits = kNumChunks * kDigits, kQueryWords = (kQueryDigits + 1) * kWarpSize;
 
     static __device__ void store_queries(const ScoreInput<T>& input) {
-        for (int tile_idx = threadIdx.x / kWarpSize; tile_idx < input.num_head_tiles; tile_idx += blockDim.x / kWarpSize) {
-            const Query query{Head(input.own_head(tile_idx))};
-            uint2* words = reinterpret_cast<uint2*>(input.queries) + tile_idx * kQueryWords + threadIdx.x % kWarpSize;
+        const int lane_idx = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
+        for (int head_tile = threadIdx.x / kWarpSize; head_tile < input.num_head_tiles; head_tile += num_warps) {
+            const Query query{Head(input.own_head(head_tile))};
+            uint2* words = reinterpret_cast<uint2*>(input.queries) + head_tile * kQueryWords + lane_idx;
 #pragma unroll
-            for (int i = 0; i < kNumChunks * kDigits; ++i) words[i * kWarpSize] = query.digits[i / kDigits][i % kDigits];
-            words[kNumChunks * kDigits * kWarpSize] = {__float_as_uint(query.step), 0};
+            for (int i = 0; i < kQueryDigits; ++i) words[i * kWarpSize] = query.digits[i / kDigits][i % kDigits];
+            words[kQueryDigits * kWarpSize] = {__float_as_uint(query.step), 0};
         }
     }
 
-    static __device__ void load_query(Query& query, const ScoreInput<T>& input, int tile_idx) {
-        const uint2* words = reinterpret_cast<const uint2*>(input.queries) + tile_idx * kQueryWords;
+    static __device__ void load_query(Query& query, const ScoreInput<T>& input, int head_tile) {
+        const uint2* words = reinterpret_cast<const uint2*>(input.queries) + head_tile * kQueryWords;
         words += threadIdx.x % kWarpSize;
 #pragma unroll
-        for (int i = 0; i < kNumChunks * kDigits; ++i) query.digits[i / kDigits][i % kDigits] = words[i * kWarpSize];
-        query.step = __uint_as_float(words[kNumChunks * kDigits * kWarpSize].x);
+        for (int i = 0; i < kQueryDigits; ++i) query.digits[i / kDigits][i % kDigits] = words[i * kWarpSize];
+        query.step = __uint_as_float(words[kQueryDigits * kWarpSize].x);
     }
 
     struct Tile {  // of 16 pages, what a lane needs
@@ -280,8 +281,8 @@ __device__ inline float2 exchange(float2 scores, int distance) {
     return {__shfl_xor_sync(kWholeWarp, scores.x, distance), __shfl_xor_sync(kWholeWarp, scores.y, distance)};
 }
 
-// The lanes of a quad share the query heads, and have the scores of a low and a high page of each tile. Gives one page's
-// largest score over all heads to each: in turn that of the first tile's low and high page, and of the second tile's.
+// The lanes of a quad share the query heads, and have the scores of a low and a high page of each tile. Gives one
+// page's largest score over all heads to each: in turn of the first tile's low and high page, and of the second's.
 template <int kTiles>
 __device__ float deal_largest(const float2 (&scores)[kTiles]) {
     const bool is_second = threadIdx.x % 4 > 1, is_high = threadIdx.x % 2 == 1;
@@ -299,12 +300,12 @@ __device__ inline int find_own_page(int first_page, int num_tiles, int step, int
 }
 
 // Scores tiles of 16 pages, from `first_page` on in steps of `step` up to `end_page`, `kTiles` at a time (1 or 2), and
-// calls store(first_page, num_tiles, own_page, score) in all lanes, each of which has the score of a page of these tiles,
-// which may lie past the last one, or kNoPage. All threads call it. The next tiles are on their way, in registers, while
-// these are scored.
-template <int kTiles, typename T, int kHeadDim, typename LoadHead, typename Store>
-__device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, LoadHead, int first_page,
-                            int step, int end_page, Store store) {
+// calls store(first_page, num_tiles, own_page, score) in all lanes: each has the score of a page of these tiles, which
+// may lie past the last page, or kNoPage. There is a page. All threads call it. The next tiles are on their way, in
+// registers, while these are scored.
+template <int kTiles, typename T, int kHeadDim, typename Wait, typename Store>
+__device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, Wait wait_for_query,
+                            int first_page, int step, int end_page, Store store) {
     using Page = typename WideBounds<T, kHeadDim>::Page;
     const int group_idx = threadIdx.x % kWarpSize / 4;
     Page low[kTiles], high[kTiles];  // pages group_idx and group_idx + 8
@@ -312,6 +313,7 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
         bounds.load(low[tile], min(page_idx + group_idx, end_page - 1));
         bounds.load(high[tile], min(page_idx + group_idx + 8, end_page - 1));
     };
+    wait_for_query();
     bounds.sign_query(input);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -323,8 +325,8 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
         for (int tile = 0; tile < kTiles; ++tile, first_page += step) {
             if (tile > 0 && first_page >= end_page) break;
             float2 scores[1] = {{-INFINITY, -INFINITY}};
-            for (int tile_idx = 0; tile_idx < input.num_head_tiles; ++tile_idx) {
-                scores[0] = larger(scores[0], bounds.score(low[tile], high[tile], input.queries, tile_idx));
+            for (int head_tile = 0; head_tile < input.num_head_tiles; ++head_tile) {
+                scores[0] = larger(scores[0], bounds.score(low[tile], high[tile], input.queries, head_tile));
             }
             const int next_page = first_page + kTiles * step;
             if (next_page < end_page) load(tile, next_page);
@@ -335,10 +337,10 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
 }
 
 // The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a quad's
-// own channels would be 32 bytes of each of eight lines. load_head() gives the channels of this lane in the first tile
-// of heads; the pages are on their way by then.
-template <int kTiles, typename T, int kHeadDim, typename LoadHead, typename Store>
-__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, LoadHead load_head,
+// own channels would be 32 bytes of each of eight lines. The first pages are on their way before the query is waited
+// for, which may take as long as they do.
+template <int kTiles, typename T, int kHeadDim, typename Wait, typename Store>
+__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, Wait wait_for_query,
                             int first_page, int step, int end_page, Store store) {
     using Narrow = NarrowBounds<T, kHeadDim>;
     constexpr int kTileBytes = count_tile_bytes(kHeadDim);
@@ -358,7 +360,8 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
     };
     auto scales = load_scales();
     copy();
-    typename Narrow::Query query{load_head()};
+    wait_for_query();
+    typename Narrow::Query query{typename Narrow::Head(input.own_head(0))};
     const bool is_stored = is_query_stored(input.num_head_tiles, kHeadDim);
     if (is_stored) {
         bounds.store_queries(input);
@@ -377,12 +380,12 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
         copy();
         float2 scores[kTiles];
 #pragma unroll 1
-        for (int tile_idx = 0; tile_idx < input.num_head_tiles; ++tile_idx) {
-            if (is_stored) bounds.load_query(query, input, tile_idx);
+        for (int head_tile = 0; head_tile < input.num_head_tiles; ++head_tile) {
+            if (is_stored) bounds.load_query(query, input, head_tile);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 const float2 of_tile = bounds.score(tiles[i], query);
-                scores[i] = tile_idx == 0 ? of_tile : larger(scores[i], of_tile);
+                scores[i] = head_tile == 0 ? of_tile : larger(scores[i], of_tile);
             }
         }
         store(page_idx, kTiles, find_own_page(page_idx, kTiles, step, end_page), deal_largest(scores));

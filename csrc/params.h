@@ -19,8 +19,8 @@ struct Launch {
     bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
 };
 
-// The storage of one layer: given here, or found on the device. A captured graph must not know where storage lies, which
-// may be other storage by the time it runs.
+// The storage of one layer: given here, or found on the device. A captured graph must not know where storage lies,
+// which may be other storage by the time it runs.
 struct Storage {
     void* keys;                // [B, Hkv, capacity, D]
     void* values;              // [B, Hkv, capacity, D]
@@ -98,7 +98,8 @@ cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
 
 // launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
-// GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have scores.
+// GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have
+// scores.
 int find_cluster_size(const AttendParams& params);
 bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);

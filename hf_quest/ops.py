@@ -10,7 +10,6 @@ import warnings
 import torch
 
 from . import _build
-from .reference import SCALE_BLOCK
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -19,6 +18,7 @@ MAX_GROUP = 32
 MAX_SLOTS = 2**24  # so that 32 bits count the elements of a head, and 22 its pages
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
 NUM_ADDRESSES = 6  # of a layer, see decode
+SCALE_BLOCK = 32  # channels that share a scale, in csrc as in reference.py
 
 library = torch.library.Library("hf_quest", "DEF")
 library.define(

@@ -292,8 +292,18 @@ class TestEstimate:
     def test_huge_and_tiny_keys(self, dtype, scale, bounds_dtype):
         self.check(store((2, 4, 128, 16), 300, (0, 3), dtype, scale, bounds_dtype=bounds_dtype))
 
+    def test_heads_of_different_sizes(self, bounds_dtype):
+        stored = store((2, 4, 128, 16), 300, bounds_dtype=bounds_dtype)
+        stored.query.mul_(torch.tensor([1e3, 1, 1e-3, -1] * 2, device=DEVICE)[:, None, None])
+        self.check(stored)
+
+    def test_a_row_of_padding_alone_has_no_scores(self, bounds_dtype):
+        stored = store((2, 4, 128, 16), 300, (299, 0), bounds_dtype=bounds_dtype)
+        stored.padding[0] = 300
+        self.check(stored, rows=[1])
+
     @staticmethod
-    def check(stored):
+    def check(stored, rows=None):
         scores = stored.estimate()
         expected = stored.reference_estimate()
         bounds = stored.bounds
@@ -302,8 +312,8 @@ class TestEstimate:
         signed = torch.cat([stored.query.clamp(max=0), stored.query.clamp(min=0)], dim=-1)
         signed = signed.unflatten(1, (stored.keys.shape[1], -1))[..., 0, :]
         same_precision = (signed @ bounds.flatten(3).transpose(-1, -2)).amax(2, keepdim=True) * stored.scaling
-        for row, padding in enumerate(stored.padding.tolist()):
-            pages = slice(-(-(stored.num_tokens - padding) // stored.page_size))
+        for row in rows or range(len(stored.padding)):
+            pages = slice(-(-(stored.num_tokens - int(stored.padding[row])) // stored.page_size))
             row_of = (tensor[row, ..., pages] for tensor in (scores, expected, same_precision))
             assert_within_twice(*row_of)
 
