@@ -56,21 +56,24 @@ def generate_table(report):
 
 
 def first_token_table(report):
-    """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over both dense ways."""
-    ways = list(dict.fromkeys(result["way"] for result in report["results"]))
-    table = Table("shape", "tokens", *ways, "over stock", "over the best dense", "memory above it, GB")
+    """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over dense ways."""
+    titles = {result["kind"]: result["way"] for result in report["results"]}
+    over = [f"over {titles[kind]}" for kind in ("stock", "flash") if kind in titles]
+    table = Table("shape", "tokens", *titles.values(), *over, "over the best dense", "memory above dense, GB")
     cases = {}
     for result in report["results"]:
-        cases.setdefault((result["shape"], result["context"]), {})[result["way"]] = result
+        cases.setdefault((result["shape"], result["context"]), {})[result["kind"]] = result
     for (shape, context), results in cases.items():
-        measured = [results[way] if "seconds" in results.get(way, {}) else None for way in ways]
-        seconds = [f"{result['seconds']:.2f}" if result else "-" for result in measured]
-        stock, dense, critical = (next((r for r in measured if r and r["kind"] == kind), None) for kind in PREFILLS)
-        speedups = [
-            f"{way['seconds'] / critical['seconds']:.1f}×" if way and critical else "-" for way in (stock, dense)
-        ]
-        memory = f"{critical['peak_memory_gb'] - dense['peak_memory_gb']:.1f}" if dense and critical else "-"
-        table.add_row(shape, f"{context:,}", *seconds, *speedups, memory)
+        measured = {kind: result for kind, result in results.items() if "seconds" in result}
+        seconds = {kind: result["seconds"] for kind, result in measured.items()}
+        best = min((value for kind, value in seconds.items() if kind != "critical"), default=None)
+        baselines = [*(seconds.get(kind) for kind in ("stock", "flash") if kind in titles), best]
+        speedups = [f"{base / seconds['critical']:.1f}×" if base and "critical" in seconds else "-" for base in baselines]
+        memory = "-"
+        if {"dense", "critical"} <= measured.keys():
+            memory = f"{measured['critical']['peak_memory_gb'] - measured['dense']['peak_memory_gb']:.1f}"
+        cells = [f"{seconds[kind]:.2f}" if kind in seconds else "-" for kind in titles]
+        table.add_row(shape, f"{context:,}", *cells, *speedups, memory)
     return table
 
 
