@@ -68,7 +68,8 @@ def first_token_table(report):
         seconds = {kind: result["seconds"] for kind, result in measured.items()}
         best = min((value for kind, value in seconds.items() if kind != "critical"), default=None)
         baselines = [*(seconds.get(kind) for kind in ("stock", "flash") if kind in titles), best]
-        speedups = [f"{base / seconds['critical']:.1f}×" if base and "critical" in seconds else "-" for base in baselines]
+        critical = seconds.get("critical")
+        speedups = [f"{base / critical:.1f}×" if base and critical else "-" for base in baselines]
         memory = "-"
         if {"dense", "critical"} <= measured.keys():
             memory = f"{measured['critical']['peak_memory_gb'] - measured['dense']['peak_memory_gb']:.1f}"
