@@ -45,7 +45,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     """
     layer = getattr(key, "quest_layer", None)
     if layer is None or getattr(value, "quest_layer", None) is not layer:
-        say_once('attn_implementation="quest" runs dense attention: the forward has no QuestCache as past_key_values.')
+        say_once('attn_implementation="quest" runs dense attention: the forward was given no QuestCache.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     if not isinstance(layer, QuestLayer):  # one of the baselines
         return layer.attention(module, query, key, value, attention_mask, **kwargs)

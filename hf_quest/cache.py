@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import ops, reference
 from . import prefill as prompts
@@ -14,6 +15,8 @@ from .prefill import BlockScores, CritiPrefill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PREPARED, TAKEN = "prepared", "taken"
+# What models and `generate` call their cache. From Transformers 5.24 on the former name is deprecated.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 outside_of_graphs = torch.compiler.disable(
@@ -585,7 +588,8 @@ class QuestLayer(CacheLayerMixin):
 
 class QuestCache(Cache):
     """A key/value cache for `model.generate(past_key_values=QuestCache(budget=2048))` of a model that was loaded with
-    `attn_implementation="quest"` (Quest, arXiv 2406.10774).
+    `attn_implementation="quest"` (Quest, arXiv 2406.10774). From Transformers 5.24 on the argument is called `cache`,
+    and the former name works until 6.0.
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no

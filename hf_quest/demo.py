@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from . import CritiPrefill, QuestCache, tiny
+from .cache import CACHE_NAME
 from .evaluation.documents import Library, documents, heldout_text
 
 DOCUMENT_LENGTH = 24_000  # tokens
@@ -167,7 +168,7 @@ def chunks(document_ids):
 def read(model, cache, chunk):
     """One forward of the document: token ids [1, T] into the cache."""
     try:
-        model.base_model(chunk, past_key_values=cache, use_cache=True)
+        model.base_model(chunk, **{CACHE_NAME: cache}, use_cache=True)
     except (RuntimeError, ValueError) as error:  # QuestError is a RuntimeError, and so is running out of memory
         raise DemoError(f"The model cannot read the document: {first_line(error)}") from error
 
@@ -196,7 +197,7 @@ def answer_quest(model, cache, document_ids, question_ids, answer, max_new_token
     # would not be Quest's work. Fed one by one, its tokens select their pages as those of the answer do.
     with torch.inference_mode():
         for token in question_ids[:, :-1].split(1, dim=1):
-            model.base_model(token, past_key_values=cache, use_cache=True)
+            model.base_model(token, **{CACHE_NAME: cache}, use_cache=True)
     generate(model, cache, torch.cat([document_ids, question_ids], dim=1), answer, max_new_tokens)
 
 
@@ -204,7 +205,7 @@ def generate(model, cache, input_ids, answer, max_new_tokens, **kwargs):
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         streamer=answer,
         max_new_tokens=max_new_tokens,
         do_sample=False,

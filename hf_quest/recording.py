@@ -5,7 +5,7 @@ import weakref
 import torch
 
 from .attention import say_once
-from .cache import PREPARED, TAKEN, QuestCache
+from .cache import CACHE_NAME, PREPARED, TAKEN, QuestCache
 
 
 def capture(model, compile=False):
@@ -40,14 +40,15 @@ class RecordedStep:
         self.step = torch.compile(model.__call__) if compile else model
         self.recording = None
 
-    def __call__(self, *, past_key_values=None, **inputs):
-        if not can_be_recorded(past_key_values, inputs):
+    def __call__(self, **inputs):
+        cache = inputs.pop(CACHE_NAME, None)
+        if not can_be_recorded(cache, inputs):
             say_once("hf_quest.capture does not record a step that the CUDA kernels do not serve alone, on one GPU.")
-            return self.model(past_key_values=past_key_values, **inputs)
-        if self.recording is None or not self.recording.serves(past_key_values, inputs):
+            return self.model(**{CACHE_NAME: cache}, **inputs)
+        if self.recording is None or not self.recording.serves(cache, inputs):
             self.recording = None  # frees its memory before the next one takes its own
-            self.recording = Recording(self.step, past_key_values, inputs, self.forget)
-        return self.recording.replay(past_key_values, inputs)
+            self.recording = Recording(self.step, cache, inputs, self.forget)
+        return self.recording.replay(cache, inputs)
 
     def forget(self, cache):
         """Drop the recording that serves `cache`, a weak reference whose object is gone.
@@ -83,16 +84,16 @@ class Recording:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # Compiles and loads, at its first use. The graph stores the same token in the same slot again.
-                step(past_key_values=cache, **self.inputs)
+                step(**{CACHE_NAME: cache}, **self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             cache.settings.step = PREPARED
             with torch.cuda.graph(self.graph):
-                output = step(past_key_values=cache, **self.inputs)
+                output = step(**{CACHE_NAME: cache}, **self.inputs)
         finally:
             cache.settings.is_recording = False
             cache.settings.step = PREPARED
         self.output_class = type(output)
-        self.output = {name: value for name, value in output.items() if name != "past_key_values"}
+        self.output = {name: value for name, value in output.items() if name != CACHE_NAME}
 
     def serves(self, cache, inputs):
         """Whether the graph does what the model would."""
@@ -108,7 +109,7 @@ class Recording:
                 mine.copy_(inputs[name])
         self.graph.replay()
         cache.settings.step = TAKEN
-        return self.output_class(past_key_values=cache, **self.output)
+        return self.output_class(**{CACHE_NAME: cache}, **self.output)
 
 
 def read_by_kernels(cache):

@@ -3,6 +3,8 @@
 import torch
 from transformers import LlamaForCausalLM
 
+from hf_quest.cache import CACHE_NAME
+
 VOCABULARY = 256
 PROMPT, ANSWER = 150, 24  # tokens
 BUDGET = 48  # three pages: the newest and two of the nine or more before it
@@ -36,15 +38,15 @@ def tokens(num_tokens, seed=1, batch_size=1):
 def generate(model, input_ids, cache, **options):
     options = {"max_new_tokens": ANSWER, "pad_token_id": 0, "do_sample": False, **options}
     options.setdefault("attention_mask", torch.ones_like(input_ids))
-    return model.generate(input_ids, past_key_values=cache, **options)
+    return model.generate(input_ids, **{CACHE_NAME: cache}, **options)
 
 
 @torch.no_grad()
 def feed(model, cache, input_ids, answer):
     """The prompt in one forward, the answer token by token: [1, answer, V] logits, each before its answer token."""
-    logits = [model(input_ids, past_key_values=cache).logits[:, -1:]]
+    logits = [model(input_ids, **{CACHE_NAME: cache}).logits[:, -1:]]
     for token in answer[0, :-1]:
-        logits.append(model(token.view(1, 1), past_key_values=cache).logits)
+        logits.append(model(token.view(1, 1), **{CACHE_NAME: cache}).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -53,7 +55,7 @@ def greedy(model, cache, input_ids, num_tokens=ANSWER):
     """Greedy decoding by plain forwards: [1, prompt + answer] tokens."""
     sequence = input_ids
     for _ in range(num_tokens):
-        logits = model(input_ids, past_key_values=cache).logits
+        logits = model(input_ids, **{CACHE_NAME: cache}).logits
         input_ids = logits[:, -1:].argmax(dim=-1)
         sequence = torch.cat([sequence, input_ids], dim=1)
     return sequence

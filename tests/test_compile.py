@@ -9,11 +9,11 @@ import pickle
 
 import pytest
 import torch
-from small_llama import BUDGET, PROMPT, generate, greedy, make_model, tokens
+from small_llama import ANSWER, BUDGET, PROMPT, generate, greedy, make_model, tokens
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from hf_quest import QuestCache, tiny
+from hf_quest import QuestCache, capture, recording, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
 
 LAYERS = {"num_hidden_layers": 2}
@@ -60,6 +60,19 @@ def test_a_captured_step_is_dense_where_the_budget_covers_all_to_come(budget, ma
     cache = QuestCache(budget, max_cache_len=max_cache_len)
     greedy(make_model(**LAYERS), cache, tokens(PROMPT))
     assert cache.settings.reads_everything == reads_everything
+
+
+def test_a_captured_model_is_given_the_cache_and_takes_steps_that_it_cannot_record(monkeypatch):
+    seen, can_be_recorded = [], recording.can_be_recorded
+    monkeypatch.setattr(
+        recording, "can_be_recorded", lambda cache, inputs: seen.append(cache) or can_be_recorded(cache, inputs)
+    )
+    model, config, cache = capture(make_model(**LAYERS)), on_any_device(), new_cache()
+    model._last_compile_config = config  # or `generate` would compile the step by itself
+    output = generate(model, tokens(PROMPT), cache, compile_config=config)
+    assert len(seen) == ANSWER - 1
+    assert all(given is cache for given in seen)
+    assert torch.equal(output, greedy(make_model(**LAYERS), new_cache(), tokens(PROMPT)))
 
 
 class TestOneGraph:

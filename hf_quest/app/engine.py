@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 
 from .. import demo, tiny
+from ..cache import CACHE_NAME
 from ..pages import PageReads
 
 MAX_NEW_TOKENS = 512
@@ -40,7 +41,7 @@ class Contestant:
     def step(self):
         """One forward."""
         began = time.perf_counter()
-        logits = self.model(self.pending.pop(0), past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(self.pending.pop(0), **{CACHE_NAME: self.cache}, use_cache=True).logits
         if self.pending:
             self.seconds += time.perf_counter() - began
             return

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import QuestCache
+from ..cache import CACHE_NAME
 from .methods import EVERYTHING, Way, check_length, make_ways, new_cache, step
 from .observation import OBSERVED, attended, logits, observe, share_found
 from .plots import figure, save
@@ -128,7 +129,7 @@ class Calibration:
         if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
             chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
         for chunk in chunks:
-            self.model.base_model(chunk, past_key_values=self.cache, use_cache=True)
+            self.model.base_model(chunk, **{CACHE_NAME: self.cache}, use_cache=True)
 
     def steps(self) -> Iterator[Tensor]:
         """Feeds the last tokens one by one, and takes them back: the logits [1, V] of each next one."""

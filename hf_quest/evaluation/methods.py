@@ -22,6 +22,7 @@ from transformers import (
 
 from .. import QuestCache
 from ..baselines import H2OCache, StreamingLLMCache, TOVACache
+from ..cache import CACHE_NAME
 
 DENSE = "dense"
 CACHES = {"quest": QuestCache, "h2o": H2OCache, "tova": TOVACache, "streamingllm": StreamingLLMCache}
@@ -139,13 +140,13 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | No
     end = cache.get_seq_length()
     for chunk in chunks:
         end += chunk.shape[1]
-        model.base_model(chunk, past_key_values=cache, use_cache=True, **positions(mask, end, chunk.shape[1]))
+        model.base_model(chunk, **{CACHE_NAME: cache}, use_cache=True, **positions(mask, end, chunk.shape[1]))
 
 
 def step(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Feeds one token per row, [B, 1], and returns the logits of the next, [B, V] float32."""
     end = cache.get_seq_length() + 1
-    return model(ids, past_key_values=cache, use_cache=True, **positions(mask, end, 1)).logits[:, -1].float()
+    return model(ids, **{CACHE_NAME: cache}, use_cache=True, **positions(mask, end, 1)).logits[:, -1].float()
 
 
 def positions(mask: Tensor | None, end: int, num_new: int) -> dict[str, Tensor]:
@@ -165,7 +166,7 @@ def answer(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         **options,

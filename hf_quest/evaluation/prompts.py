@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import CritiPrefill, QuestCache, prefill
+from ..cache import CACHE_NAME
 from .documents import JOBS, Document, Library, documents, heldout_text
 from .methods import EVERYTHING, answer
 from .recall import score
@@ -33,7 +34,7 @@ def perplexity(
     total, count = 0.0, 0
     for chunk in ids.split(window):
         if len(chunk) > 1:
-            cache = {} if prefill_budget is None else {"past_key_values": new_cache(prefill_budget)}
+            cache = {} if prefill_budget is None else {CACHE_NAME: new_cache(prefill_budget)}
             logits = model(chunk[None], use_cache=bool(cache), **cache).logits[0, :-1]
             for part, targets in zip(logits.split(4096), chunk[1:].split(4096), strict=True):
                 total += cross_entropy(part.float(), targets, reduction="sum").item()
@@ -65,7 +66,7 @@ def attention_mass(model: PreTrainedModel, ids: Tensor, cache: QuestCache) -> di
 
     model.set_attn_implementation("quest")
     cache.watch_prefill(watch)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     return {layer_idx: sum(values) / len(values) for layer_idx, values in shares.items()}
 
 
@@ -156,7 +157,7 @@ def answer_scores(
     )
     model.set_attn_implementation("quest")
     cache = new_cache(prefill_budget, EVERYTHING, compile=False)
-    model.base_model(ids[:, :-question_len], past_key_values=cache, use_cache=True)
+    model.base_model(ids[:, :-question_len], **{CACHE_NAME: cache}, use_cache=True)
     output = answer(model, cache, ids, None, answer_len + 8)
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     return [score(job, text, document) for text, document in zip(texts, batch, strict=True)]
