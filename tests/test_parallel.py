@@ -11,10 +11,11 @@ import pytest
 import torch
 from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, Gemma3ForCausalLM, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, CompileConfig, Gemma3ForCausalLM, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from hf_quest import QuestCache, QuestError
+from hf_quest import QuestCache, QuestError, tiny
+from hf_quest.cache import CACHE_NAME
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -170,3 +171,23 @@ class TestInt4:
         pytest.importorskip("torchao")
         run_example("int4.py", monkeypatch)
         assert capsys.readouterr().out.strip().startswith("48213")
+
+    @pytest.mark.parametrize("compile", [True, False])
+    def test_bitsandbytes(self, compile):
+        pytest.importorskip("bitsandbytes")
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        model, tokenizer = tiny.load(attn_implementation="quest", quantization_config=options, device_map="cpu")
+        assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+        hay = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 50
+        needle = "The pass key is 48213. Remember it. 48213 is the pass key."
+        text = f"{hay}\n{needle}\n{hay}\nWhat is the pass key? The pass key is"
+        inputs = tokenizer(text, return_tensors="pt")
+        config = CompileConfig(backend="eager", mode=None)
+        config._compile_all_devices = True
+        output = model.generate(
+            **inputs,
+            **{CACHE_NAME: QuestCache(budget=256)},
+            max_new_tokens=6,
+            compile_config=config if compile else None,
+        )
+        assert tokenizer.decode(output[0, inputs.input_ids.shape[1] :]).strip().startswith("48213")
