@@ -23,7 +23,7 @@ import torch
 from bench_generate import make_model
 from environment import describe
 from rich.console import Console
-from tables import PREFILLS, RESULTS, first_token_table, markdown
+from tables import RESULTS, STOCK, first_token_table, markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
@@ -51,7 +51,7 @@ def make_prompt(num_tokens, vocab_size):
 
 
 def make_cache(kind, context, prefill):
-    if kind in ("stock", "flash"):
+    if kind in STOCK:
         return DynamicCache()
     length = -(-(context + 1) // prefill.block_size) * prefill.block_size
     return QuestCache(max_cache_len=length, prefill=prefill if kind == "critical" else None)
@@ -77,7 +77,7 @@ def first_token(model, input_ids, cache, chunk):
 
 def measure(model, kind, context, chunk, prefill):
     """A dict of one way to read a prompt: seconds, and GB of memory at its peak, the weights' included."""
-    model.set_attn_implementation("sdpa" if kind in ("stock", "flash") else "quest")
+    model.set_attn_implementation("sdpa" if kind in STOCK else "quest")
     input_ids = make_prompt(context, model.config.vocab_size)
     layers = model.model.layers
     model.model.layers = layers[:2]
@@ -95,7 +95,7 @@ def measure(model, kind, context, chunk, prefill):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, help="model shape:tokens[:prefill_chunk_size]")
-    parser.add_argument("--ways", nargs="+", choices=TITLES, default=list(PREFILLS))
+    parser.add_argument("--ways", nargs="+", choices=TITLES, default=["stock", "dense", "critical"])
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--dense-layers", type=int, default=1, help="layers that CritiPrefill leaves dense")
     parser.add_argument("--output", type=Path, default=RESULTS / "first_token_gpu.json")

@@ -16,7 +16,7 @@ from hf_quest.evaluation.report import markdown
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
-PREFILLS = ("stock", "dense", "critical")  # of reading a prompt
+STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
 def decode_table(report):
@@ -58,7 +58,8 @@ def generate_table(report):
 def first_token_table(report):
     """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over dense ways."""
     titles = {result["kind"]: result["way"] for result in report["results"]}
-    over = [f"over {titles[kind]}" for kind in ("stock", "flash") if kind in titles]
+    stock = [kind for kind in STOCK if kind in titles]
+    over = [f"over {titles[kind]}" for kind in stock]
     table = Table("shape", "tokens", *titles.values(), *over, "over the best dense", "memory above dense, GB")
     cases = {}
     for result in report["results"]:
@@ -67,7 +68,7 @@ def first_token_table(report):
         measured = {kind: result for kind, result in results.items() if "seconds" in result}
         seconds = {kind: result["seconds"] for kind, result in measured.items()}
         best = min((value for kind, value in seconds.items() if kind != "critical"), default=None)
-        baselines = [*(seconds.get(kind) for kind in ("stock", "flash") if kind in titles), best]
+        baselines = [*(seconds.get(kind) for kind in stock), best]
         critical = seconds.get("critical")
         speedups = [f"{base / critical:.1f}×" if base and critical else "-" for base in baselines]
         memory = "-"
