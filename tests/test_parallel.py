@@ -15,7 +15,6 @@ from transformers import BitsAndBytesConfig, CompileConfig, Gemma3ForCausalLM, L
 from transformers.distributed import DistributedConfig
 
 from hf_quest import QuestCache, QuestError, tiny
-from hf_quest.cache import CACHE_NAME
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -27,6 +26,12 @@ def padded_batch():
     input_ids = tokens(PROMPT, batch_size=2)
     input_ids[1, :37] = 0
     return input_ids, (input_ids > 0).long()
+
+
+def compiled_on_any_device():
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    return config
 
 
 def run_example(name, monkeypatch):
@@ -118,11 +123,10 @@ class TestDevices:
     def test_a_step_on_several_devices_is_not_compiled(self, num_devices):
         model = make_model(num_hidden_layers=2)
         model.hf_device_map = {"model": 0, "lm_head": num_devices - 1}
-        config = CompileConfig(backend="eager", mode=None)
-        config._compile_all_devices = True
         torch._dynamo.reset()
         counters.clear()
-        generate(model, tokens(PROMPT), QuestCache(BUDGET), max_new_tokens=3, compile_config=config)
+        options = {"max_new_tokens": 3, "compile_config": compiled_on_any_device()}
+        generate(model, tokens(PROMPT), QuestCache(BUDGET), **options)
         assert counters["stats"]["unique_graphs"] == (num_devices == 1)
 
     def test_offloaded_weights(self, tmp_path):
@@ -173,21 +177,15 @@ class TestInt4:
         assert capsys.readouterr().out.strip().startswith("48213")
 
     @pytest.mark.parametrize("compile", [True, False])
-    def test_bitsandbytes(self, compile):
+    def test_bitsandbytes(self, compile, monkeypatch):
         pytest.importorskip("bitsandbytes")
-        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-        model, tokenizer = tiny.load(attn_implementation="quest", quantization_config=options, device_map="cpu")
+        monkeypatch.syspath_prepend(EXAMPLES)
+        from task import HAY, NEEDLE, QUESTION
+
+        weights = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        model, tokenizer = tiny.load(attn_implementation="quest", quantization_config=weights, device_map="cpu")
         assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-        hay = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 50
-        needle = "The pass key is 48213. Remember it. 48213 is the pass key."
-        text = f"{hay}\n{needle}\n{hay}\nWhat is the pass key? The pass key is"
-        inputs = tokenizer(text, return_tensors="pt")
-        config = CompileConfig(backend="eager", mode=None)
-        config._compile_all_devices = True
-        output = model.generate(
-            **inputs,
-            **{CACHE_NAME: QuestCache(budget=256)},
-            max_new_tokens=6,
-            compile_config=config if compile else None,
-        )
-        assert tokenizer.decode(output[0, inputs.input_ids.shape[1] :]).strip().startswith("48213")
+        input_ids = tokenizer(f"{HAY}\n{NEEDLE}\n{HAY}\n{QUESTION}", return_tensors="pt").input_ids
+        options = {"max_new_tokens": 6, "compile_config": compiled_on_any_device() if compile else None}
+        output = generate(model, input_ids, QuestCache(budget=256), **options)
+        assert tokenizer.decode(output[0, input_ids.shape[1] :]).strip().startswith("48213")
