@@ -229,13 +229,16 @@ def estimate(query, bounds, num_before, num_visible, scaling, score):
         num_visible: the smallest of them.
 
     Returns:
-        [Hkv, R, C] float32 that sum to 1 for each segment; 0 for blocks that are not before it.
+        [Hkv, R, C] float32 that sum to 1 for each segment; -1 for blocks that are not before it, so that blocks whose
+        softmax has come to 0 are better still.
     """
     query = query.unflatten(1, (bounds.shape[0], -1)).permute(1, 0, 2, 3, 4)  # [Hkv, R, G, L, D]
     logits = published_logits(query, bounds) if score == "published" else sampled_logits(query, bounds, scaling)
     hidden = torch.arange(num_visible, bounds.shape[1], device=bounds.device) >= num_before[:, None]
     logits[..., num_visible:].masked_fill_(hidden[:, None], -torch.inf)
-    return logits.softmax(dim=-1).mean(dim=2, dtype=torch.float32)
+    scores = logits.softmax(dim=-1).mean(dim=2, dtype=torch.float32)
+    scores[..., num_visible:].masked_fill_(hidden, -1)
+    return scores
 
 
 def sampled_logits(query, bounds, scaling):

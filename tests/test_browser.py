@@ -77,7 +77,7 @@ def open_settings(tab):
 
 def shorten(tab, num_tokens):
     open_settings(tab)
-    tab.wait_for_timeout(1_000)  # Gradio draws the settings now, and some 100 ms later sets their first values once more
+    tab.wait_for_timeout(1_000)  # Gradio draws the settings now, and sets their first values again some 100 ms later
     tab.locator("#longest input[type=number]").fill(str(num_tokens))
     tab.locator("#longest input[type=number]").press("Tab")
     expect(tab.locator("#longest input[type=range]")).to_have_value(str(num_tokens))  # the page has taken it
