@@ -1,7 +1,6 @@
 """`generate` compiles its decode step with a QuestCache: one graph, whatever follows, and the same answers.
 
-On a CPU `generate` compiles only where a private flag of its CompileConfig says so. Everything but the recording of
-CUDA graphs is then as on a GPU.
+It is made to compile on a CPU, where everything but the recording of CUDA graphs is then as on a GPU.
 """
 
 import copy
@@ -9,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from small_llama import ANSWER, BUDGET, PROMPT, generate, greedy, make_model, tokens
+from small_llama import ANSWER, BUDGET, PROMPT, generate, greedy, make_model, on_any_device, tokens
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
+from transformers import Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
 from hf_quest import QuestCache, capture, recording, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
@@ -21,12 +20,6 @@ LAYERS = {"num_hidden_layers": 2}
 
 def new_cache(**options):
     return QuestCache(BUDGET, dense_layers=1, **options)
-
-
-def on_any_device(**options):
-    config = CompileConfig(fullgraph=True, **options)
-    config._compile_all_devices = True
-    return config
 
 
 def num_graphs():

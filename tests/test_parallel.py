@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
+from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, on_any_device, tokens
 from torch._dynamo.utils import counters
-from transformers import BitsAndBytesConfig, CompileConfig, Gemma3ForCausalLM, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, Gemma3ForCausalLM, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_quest import QuestCache, QuestError, tiny
@@ -26,12 +26,6 @@ def padded_batch():
     input_ids = tokens(PROMPT, batch_size=2)
     input_ids[1, :37] = 0
     return input_ids, (input_ids > 0).long()
-
-
-def compiled_on_any_device():
-    config = CompileConfig(backend="eager", mode=None)
-    config._compile_all_devices = True
-    return config
 
 
 def run_example(name, monkeypatch):
@@ -125,7 +119,7 @@ class TestDevices:
         model.hf_device_map = {"model": 0, "lm_head": num_devices - 1}
         torch._dynamo.reset()
         counters.clear()
-        options = {"max_new_tokens": 3, "compile_config": compiled_on_any_device()}
+        options = {"max_new_tokens": 3, "compile_config": on_any_device(backend="eager", mode=None)}
         generate(model, tokens(PROMPT), QuestCache(BUDGET), **options)
         assert counters["stats"]["unique_graphs"] == (num_devices == 1)
 
@@ -186,6 +180,6 @@ class TestInt4:
         model, tokenizer = tiny.load(attn_implementation="quest", quantization_config=weights, device_map="cpu")
         assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
         input_ids = tokenizer(f"{HAY}\n{NEEDLE}\n{HAY}\n{QUESTION}", return_tensors="pt").input_ids
-        options = {"max_new_tokens": 6, "compile_config": compiled_on_any_device() if compile else None}
-        output = generate(model, input_ids, QuestCache(budget=256), **options)
+        config = on_any_device(backend="eager", mode=None) if compile else None
+        output = generate(model, input_ids, QuestCache(budget=256), max_new_tokens=6, compile_config=config)
         assert tokenizer.decode(output[0, input_ids.shape[1] :]).strip().startswith("48213")
