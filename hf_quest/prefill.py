@@ -229,8 +229,8 @@ def estimate(query, bounds, num_before, num_visible, scaling, score):
         num_visible: the smallest of them.
 
     Returns:
-        [Hkv, R, C] float32 that sum to 1 for each segment; -1 for blocks that are not before it, so that blocks whose
-        softmax has come to 0 are better still.
+        [Hkv, R, C] float32: shares, which sum to 1 over the blocks before a segment, and -1 for all others, less than a
+        share that has come to 0.
     """
     query = query.unflatten(1, (bounds.shape[0], -1)).permute(1, 0, 2, 3, 4)  # [Hkv, R, G, L, D]
     logits = published_logits(query, bounds) if score == "published" else sampled_logits(query, bounds, scaling)
