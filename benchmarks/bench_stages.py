@@ -7,6 +7,7 @@ start of a graph is shared as in a real decode step. Its time is the median over
 Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
 too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
+FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 
 import argparse
@@ -24,8 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_quest import ops
 
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
+
 CASES = [(*heads, context) for heads in ((1, 32, 32), (1, 32, 8), (8, 32, 8)) for context in (2048, 32768, 131072)]
-BASELINES = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+FLASHINFER = {"FlashInfer": False, "FlashInfer, tensor cores": True}
+BASELINES = (*SDPA, *FLASHINFER) if flashinfer else tuple(SDPA)
 HEAD_DIM, PAGE_SIZE = 128, 16
 MAX_LAYERS, MAX_BYTES = 32, 60e9
 DTYPE = torch.bfloat16
@@ -78,6 +86,11 @@ class Layer:
         has_groups = self.query.shape[1] != self.keys.shape[1]
         F.scaled_dot_product_attention(self.query, self.keys, self.values, enable_gqa=has_groups)
 
+    def flashinfer(self, plan):
+        # Its pages are of all heads: the same memory, cut in another way.
+        pages = [stored.view(-1, stored.shape[1], PAGE_SIZE, HEAD_DIM) for stored in (self.keys, self.values)]
+        plan.run(self.query[:, :, 0], tuple(pages))
+
     def _chain(self, bounds):
         where = (*self.where, self.num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
         ops.chain(self.query, self.keys, self.values, *bounds, *where)
@@ -107,6 +120,28 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
     layer.estimate()
     layer.select()
     return layer
+
+
+def plan_flashinfer(case, use_tensor_cores):
+    """FlashInfer's decode over pages, planned once for all layers, as engines that serve models do."""
+    batch_size, num_heads, num_kv_heads, context = case
+    num_pages = context // PAGE_SIZE
+    starts = torch.arange(batch_size + 1, dtype=torch.int32) * num_pages
+    page_ids = torch.arange(batch_size * num_pages, dtype=torch.int32, device="cuda")
+    last_page_lens = torch.full((batch_size,), PAGE_SIZE, dtype=torch.int32)
+    plan = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(1 << 28, dtype=torch.uint8, device="cuda"),
+        "HND",
+        use_cuda_graph=True,
+        use_tensor_cores=use_tensor_cores,
+        paged_kv_indptr_buffer=starts.cuda(),
+        paged_kv_indices_buffer=page_ids,
+        paged_kv_last_page_len_buffer=last_page_lens.cuda(),
+        backend="fa2",
+    )
+    shape = (num_heads, num_kv_heads, HEAD_DIM, PAGE_SIZE)
+    plan.plan(starts, page_ids, last_page_lens, *shape, q_data_type=DTYPE, kv_data_type=DTYPE)
+    return plan
 
 
 def microseconds(layers, run, num_replays):
@@ -153,12 +188,8 @@ def measure(case, budget, num_replays):
     for name, num_bytes in moved.items():
         run = getattr(Layer, name.replace(" ", "_"))
         stages[name] = {"us": microseconds(layers, run, num_replays), "bytes": num_bytes}
-    for name, backend in BASELINES.items():
-        with sdpa_kernel(backend):
-            try:
-                stages[name] = {"us": microseconds(layers, Layer.sdpa, num_replays), "bytes": moved["dense"]}
-            except RuntimeError as error:
-                stages[name] = {"error": str(error).splitlines()[0]}
+    for name in BASELINES:
+        stages[name] = measure_baseline(name, case, layers, num_replays) | {"bytes": moved["dense"]}
     best_dense = min(stages[name]["us"] for name in BASELINES if "us" in stages[name])
     return {
         "batch_size": batch_size,
@@ -169,6 +200,18 @@ def measure(case, budget, num_replays):
         "speedup": best_dense / stages["chain"]["us"],
         "stages": stages,
     }
+
+
+def measure_baseline(name, case, layers, num_replays):
+    """{"us": ...} of somebody else's dense attention, or {"error": ...} where it doesn't take the case."""
+    try:
+        if name in FLASHINFER:
+            plan = plan_flashinfer(case, FLASHINFER[name])
+            return {"us": microseconds(layers, lambda layer: layer.flashinfer(plan), num_replays)}
+        with sdpa_kernel(SDPA[name]):
+            return {"us": microseconds(layers, Layer.sdpa, num_replays)}
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0]}
 
 
 def copy_bandwidth(num_bytes=4 * 2**30):
@@ -228,6 +271,7 @@ def main():
         "gpu": gpu,
         **describe("cuda"),
         "cuda": torch.version.cuda,
+        "flashinfer": flashinfer and flashinfer.__version__,
         "budget": arguments.budget,
         "head_dim": HEAD_DIM,
         "page_size": PAGE_SIZE,
@@ -251,10 +295,12 @@ def main():
 
 
 def as_markdown(report):
+    compared = f"FlashInfer {report['flashinfer']}, " if report["flashinfer"] else ""
     return (
         f"# Quest's stages on one {report['gpu']}\n\n"
         f"{report['dtype']}, head dim {report['head_dim']}, pages of {report['page_size']}, a budget of "
-        f"{report['budget']} tokens; torch {report['torch']}, CUDA {report['cuda']}, commit {report['commit']}, "
+        f"{report['budget']} tokens; torch {report['torch']}, CUDA {report['cuda']}, {compared}"
+        f"commit {report['commit']}, "
         f"`{report['command']}`. A large copy reaches {report['copy_bytes_per_second'] / 1e12:.2f} TB/s.\n\n"
         f"Microseconds per layer:\n\n{markdown(speed_table(report))}\n"
         f"GB/s, and in brackets the percentage of that copy:\n\n{markdown(bandwidth_table(report))}"
