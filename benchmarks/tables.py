@@ -70,7 +70,7 @@ def first_token_table(report):
         best = min((value for kind, value in seconds.items() if kind != "critical"), default=None)
         baselines = [*(seconds.get(kind) for kind in stock), best]
         critical = seconds.get("critical")
-        speedups = [f"{base / critical:.1f}×" if base and critical else "-" for base in baselines]
+        speedups = [f"{base / critical:.2f}×" if base and critical else "-" for base in baselines]
         memory = "-"
         if {"dense", "critical"} <= measured.keys():
             memory = f"{measured['critical']['peak_memory_gb'] - measured['dense']['peak_memory_gb']:.1f}"

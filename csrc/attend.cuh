@@ -10,15 +10,7 @@ namespace hf_quest {
 constexpr int kTile = 16;  // tokens
 constexpr int kHalf = 8;   // tokens that lie together, whatever the page size
 constexpr int kNoToken = 1 << 30;
-constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -3.402823466e38f;  // a maximum of nothing: finite, so that differences are numbers
-
-// 2^exponent, and 0 where that is below 2^-126.
-__device__ inline float power_of_two(float exponent) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
-    return power;
-}
 
 __device__ inline float weight_of(float value, float maximum) { return power_of_two(value - maximum); }
 

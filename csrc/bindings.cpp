@@ -287,6 +287,67 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     return output;
 }
 
+// The strides of the first two dimensions, of which the copy engine wants multiples of 16 bytes. Of one whose size is 1
+// it may be anything.
+void set_strides(int64_t (&strides)[2], const Tensor& tokens) {
+    rows_of(tokens.unsqueeze(0), tokens.scalar_type());
+    for (int dim = 0; dim < 2; ++dim) strides[dim] = tokens.size(dim) == 1 ? tokens.size(2) : tokens.stride(dim);
+}
+
+void set_prompt(PromptParams& params, const Tensor& query, const Tensor& keys, int64_t first_position,
+                int64_t segment_size, int64_t block_size, double scaling) {
+    params.launch = launch_on_current_stream();
+    params.data_type = data_type_of(query);
+    params.num_kv_heads = keys.size(0);
+    params.group_size = query.size(0) / keys.size(0);
+    params.segment_size = segment_size;
+    params.block_size = block_size;
+    params.num_segments = query.size(1) / segment_size;
+    params.first_position = first_position;
+    params.scaling = scaling;
+    params.query = address_of(query);
+    params.keys = address_of(keys);
+    set_strides(params.query_strides, query);
+    set_strides(params.key_strides, keys);
+}
+
+Tensor prompt_estimate(const Tensor& query, const Tensor& keys, int64_t first_position, int64_t segment_size,
+                       int64_t sample_stride, int64_t block_size, double scaling) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    PromptEstimateParams params = {};
+    set_prompt(params, query, keys, first_position, segment_size, block_size, scaling);
+    params.query_strides[1] *= sample_stride;
+    params.num_samples = segment_size / sample_stride;
+    params.num_blocks = (first_position + query.size(1) - segment_size) / block_size;
+    params.row_stride = (params.num_blocks + 7) / 8 * 8;
+    const int64_t num_rows = query.size(0) * params.num_segments * params.num_samples;
+    const int64_t num_chunks = (params.num_blocks * block_size + kEstimateChunk - 1) / kEstimateChunk;
+    const Tensor maxima = at::empty({num_rows, params.row_stride}, query.options().dtype(at::kHalf));
+    const Tensor softmax = at::empty({num_rows, num_chunks, 2}, query.options().dtype(at::kFloat));
+    const Tensor scores = at::empty({keys.size(0), params.num_segments, params.num_blocks}, softmax.options());
+    params.maxima = reinterpret_cast<__half*>(maxima.data_ptr());
+    params.softmax = reinterpret_cast<float2*>(softmax.data_ptr<float>());
+    params.scores = scores.data_ptr<float>();
+    C10_CUDA_CHECK(launch_prompt_estimate(params));
+    return scores;
+}
+
+void prompt_attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& block_ids,
+                   const Tensor& output, int64_t first_position, int64_t segment_size, int64_t block_size,
+                   double scaling, const std::optional<Tensor>& sinks) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    PromptAttendParams params = {};
+    set_prompt(params, query, keys, first_position, segment_size, block_size, scaling);
+    params.num_selected = block_ids.size(2);
+    params.values = address_of(values);
+    set_strides(params.value_strides, values);
+    params.block_ids = block_ids.data_ptr<int64_t>();
+    params.sinks = sinks ? sinks->data_ptr() : nullptr;
+    params.output = address_of(output);
+    set_strides(params.output_strides, output);
+    C10_CUDA_CHECK(launch_prompt_attend(params));
+}
+
 }  // namespace hf_quest::operators
 
 TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
@@ -296,4 +357,6 @@ TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
     library.impl("attend", &hf_quest::operators::attend);
     library.impl("chain", &hf_quest::operators::chain);
     library.impl("decode", &hf_quest::operators::decode);
+    library.impl("prompt_estimate", &hf_quest::operators::prompt_estimate);
+    library.impl("prompt_attend", &hf_quest::operators::prompt_attend);
 }

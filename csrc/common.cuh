@@ -45,6 +45,15 @@ __device__ Pair<T> round_to_pair(float low, float high) {
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+constexpr float kLog2E = 1.44269504f;
+
+// 2^exponent, and 0 where that is below 2^-126.
+__device__ inline float power_of_two(float exponent) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+    return power;
+}
+
 // 16 or 8 bytes that this kernel reads once. Without a condition: a load that may be left out is waited for at once.
 __device__ inline uint4 load_once(const uint4* source) {
     uint4 data;

@@ -3,6 +3,7 @@
 // included; it lives on the device, so that a captured graph stays right while the sequence grows.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -84,6 +85,40 @@ struct AttendParams {
     void* output;              // [B, Hq, 1, D]
 };
 
+// Whole segments of one row's prompt, which begin at position `first_position`. The row's tokens are given from its
+// first one on, without padding. Strides are of heads and tokens, in elements.
+struct PromptParams {
+    Launch launch;
+    DataType data_type;
+    int num_kv_heads, group_size, segment_size, block_size, num_segments, first_position;
+    float scaling;
+    const void* query;  // [Hq, R * L, D], for the estimate [Hq, R * samples, D]
+    const void* keys;   // [Hkv, first_position + R * L, D]
+    int64_t query_strides[2], key_strides[2];
+};
+
+// Tokens whose part of a softmax is summed at a time.
+constexpr int kEstimateChunk = 2048;
+
+// `num_samples` queries of each segment.
+struct PromptEstimateParams : PromptParams {
+    int num_samples, num_blocks;  // C, blocks before the last segment
+    __half* maxima;               // [Hq, R * samples, C] with rows of row_stride, a multiple of 8; scratch
+    int64_t row_stride;
+    float2* softmax;              // [Hq, R * samples, chunks]: highest and sum; scratch
+    float* scores;                // [Hkv, R, C]
+};
+
+struct PromptAttendParams : PromptParams {
+    int num_selected;
+    const void* values;         // as keys
+    int64_t value_strides[2];
+    const int64_t* block_ids;   // [Hkv, R, K]
+    const void* sinks;          // [Hq] or null
+    void* output;               // [R * L, Hq, D]
+    int64_t output_strides[2];  // of tokens and heads
+};
+
 // Query heads that one thread block attends for together.
 constexpr int kHeadTile = 8;
 
@@ -96,6 +131,10 @@ cudaError_t launch_append(const AppendParams& params);
 cudaError_t launch_estimate(const EstimateParams& params);
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
+
+// For prompts, on sm_90 alone: head dim 128, segments that are multiples of 128, blocks that divide 128.
+cudaError_t launch_prompt_estimate(const PromptEstimateParams& params);  // blocks of 16 or 32
+cudaError_t launch_prompt_attend(const PromptAttendParams& params);
 
 // launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
 // GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have

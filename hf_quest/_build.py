@@ -39,7 +39,8 @@ def _load():
     capabilities = [capability for capability in found if capability >= OLDEST_CAPABILITY]
     if not capabilities:
         raise RuntimeError(f"the kernels need compute capability 8.0 (Ampere) or later, and the GPUs have {found}")
-    architectures = [f"{major}{minor}" for major, minor in capabilities]
+    # Hopper's own instructions are in the architecture with an "a" alone.
+    architectures = [f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in capabilities]
 
     from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
 

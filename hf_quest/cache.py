@@ -701,7 +701,7 @@ class QuestCache(Cache):
     def watch_prefill(self, watch):
         """Have `watch(layer_idx, position, query, keys, block_ids)` called for every slab of segments, or None.
 
-        The slab begins at `position` of its row; query [R, Hq, L, D] of its R segments, keys [Hkv, N, D] of the row,
+        The slab begins at `position` of its row; query [Hq, R · L, D] of its R segments, keys [Hkv, N, D] of the row,
         block_ids [Hkv, R, K] of the blocks that the segments attend.
         """
         self.settings.block_scores.watch = watch

@@ -18,6 +18,8 @@ MAX_GROUP = 32
 MAX_SLOTS = 2**24  # so that 32 bits count the elements of a head, and 22 its pages
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
 NUM_ADDRESSES = 6  # of a layer, see decode
+PROMPT_HEAD_DIM, PROMPT_BLOCK_SIZES, PROMPT_TILE = 128, (16, 32), 128  # of the kernels for prompts
+PROMPT_MAX_SAMPLES = 1024  # queries of a segment that are looked at, of all heads that choose together
 SCALE_BLOCK = 32  # channels that share a scale, in csrc as in reference.py
 
 library = torch.library.Library("hf_quest", "DEF")
@@ -43,6 +45,15 @@ library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
     "Tensor? sinks=None) -> Tensor"
+)
+
+library.define(
+    "prompt_estimate(Tensor query, Tensor keys, int first_position, int segment_size, int sample_stride, "
+    "int block_size, float scaling) -> Tensor"
+)
+library.define(
+    "prompt_attend(Tensor query, Tensor keys, Tensor values, Tensor block_ids, Tensor(a!) output, int first_position, "
+    "int segment_size, int block_size, float scaling, Tensor? sinks=None) -> ()"
 )
 
 
@@ -255,6 +266,91 @@ def decode(
     )
 
 
+def serves_prompts(query, keys, values, segment_size, block_size, num_samples, softcap=None):
+    """Whether a prompt's segments have kernels of their own, by up to `num_samples` queries of each: on Hopper, for the
+    heads of most models.
+    """
+    is_served = (
+        query.device.type == "cuda"
+        and query.dtype in DTYPES
+        and query.shape[-1] == values.shape[-1] == PROMPT_HEAD_DIM
+        and segment_size % PROMPT_TILE == 0
+        and block_size in PROMPT_BLOCK_SIZES
+        and keys.dtype == query.dtype
+        and query.shape[0] <= MAX_GROUP * keys.shape[0]
+        and query.shape[0] // keys.shape[0] * num_samples <= PROMPT_MAX_SAMPLES
+        and softcap is None
+        and torch.cuda.get_device_capability(query.device) == (9, 0)
+    )
+    return is_served and _build.load()
+
+
+def prompt_estimate(query, keys, first_position, segment_size, sample_stride, block_size, scaling):
+    """How much each block matters to the segments: `prefill.estimate`, by some queries of each.
+
+    Args:
+        query: [Hq, R · L, D] of whole segments, the first of which begins at `first_position`; float16 or bfloat16.
+        keys: [Hkv, N, D] from the row's first token on.
+        sample_stride: from one query that is looked at to the next; it divides segment_size, L.
+
+    Returns:
+        [Hkv, R, C] float32: -1 for blocks that are not before the segment.
+    """
+    _check_prompt(query, keys, first_position, segment_size, block_size)
+    if segment_size % sample_stride:
+        raise ValueError(f"sample_stride={sample_stride} does not divide segment_size={segment_size}.")
+    if first_position + query.shape[1] == segment_size:
+        raise ValueError("there are no blocks before the first segment of a prompt.")
+    num_samples = query.shape[0] // len(keys) * (segment_size // sample_stride)
+    if num_samples > PROMPT_MAX_SAMPLES:
+        raise ValueError(f"{num_samples} queries of a segment and KV head are more than {PROMPT_MAX_SAMPLES}.")
+    return torch.ops.hf_quest.prompt_estimate(
+        query, keys, first_position, segment_size, sample_stride, block_size, scaling
+    )
+
+
+def prompt_attend(
+    query, keys, values, block_ids, output, first_position, segment_size, block_size, scaling, sinks=None
+):
+    """Attention of each segment over its blocks and, causally, itself, as `prefill.attend_segments`.
+
+    Args:
+        query: [Hq, R · L, D] of whole segments, the first of which begins at `first_position`.
+        keys, values: [Hkv, N, D] from the row's first token on.
+        block_ids: [Hkv, R, K] int64, of blocks before the segment.
+        output: [R · L, Hq, D], mutated.
+        sinks: [Hq] in the dtype of `query`, or None.
+    """
+    _check_prompt(query, keys, first_position, segment_size, block_size)
+    num_heads, num_queries, head_dim = query.shape
+    _check_rows("values", values, query.device, (query.dtype,), tuple(keys.shape))
+    _check_rows("output", output, query.device, (query.dtype,), (num_queries, num_heads, head_dim))
+    block_shape = (len(keys), num_queries // segment_size, block_ids.shape[-1])
+    _check("block_ids", block_ids, query.device, (torch.int64,), block_shape)
+    if sinks is not None:
+        _check("sinks", sinks, query.device, (query.dtype,), (num_heads,))
+    torch.ops.hf_quest.prompt_attend(
+        query, keys, values, block_ids, output, first_position, segment_size, block_size, scaling, sinks
+    )
+
+
+def _check_prompt(query, keys, first_position, segment_size, block_size):
+    num_heads, num_queries, _ = query.shape
+    _check_rows("query", query, query.device, DTYPES, (num_heads, num_queries, PROMPT_HEAD_DIM))
+    _check_rows("keys", keys, query.device, (query.dtype,), (*keys.shape[:2], PROMPT_HEAD_DIM))
+    if num_heads % len(keys) or not 1 <= num_heads // len(keys) <= MAX_GROUP:
+        raise ValueError(f"query must have 1 to {MAX_GROUP} heads for each of {len(keys)} KV heads, not {num_heads}.")
+    if segment_size % PROMPT_TILE or num_queries % segment_size or num_queries < segment_size:
+        raise ValueError(f"{num_queries} queries are not segments of {segment_size}, a multiple of {PROMPT_TILE}.")
+    if block_size not in PROMPT_BLOCK_SIZES or first_position % segment_size:
+        raise ValueError(
+            f"blocks of {block_size} tokens or a first position of {first_position} are not served: blocks are of "
+            f"{PROMPT_BLOCK_SIZES}, and segments begin at multiples of their size, {segment_size}."
+        )
+    if keys.shape[1] < first_position + num_queries:
+        raise ValueError(f"there are {keys.shape[1]} keys for queries that end at {first_position + num_queries}.")
+
+
 def new_counters(keys):
     """int32 zeros, by which the thread blocks of `attend` know which is the last; zeros again afterwards.
 
@@ -355,3 +451,15 @@ def _(query, keys, *rest, **options):
 @torch.library.register_fake("hf_quest::decode", lib=library)
 def _(query, new_keys, new_values, addresses, length, padding, layer_idx, num_kv_heads, *settings):
     return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("hf_quest::prompt_estimate", lib=library)
+def _(query, keys, first_position, segment_size, sample_stride, block_size, scaling):
+    num_blocks = (first_position + query.shape[1] - segment_size) // block_size
+    shape = (len(keys), query.shape[1] // segment_size, num_blocks)
+    return query.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hf_quest::prompt_attend", lib=library)
+def _(query, keys, values, block_ids, output, *settings):
+    return None

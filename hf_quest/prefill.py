@@ -1,9 +1,8 @@
 """CritiPrefill (arXiv 2409.12490): neighbouring queries of a prompt want the same keys, so they read only those blocks.
 
-The prompt is cut into segments of queries and blocks of keys, both counted from the row's first token. Five stages, of
+The prompt is cut into segments of queries and blocks of keys, both counted from the row's first token. Four stages, of
 which all segments go through together, in slabs that bound the memory:
 
-    block_bounds   per-channel minimum and maximum of each block's keys
     estimate       how much each block before a segment matters to the segment's queries, per KV head
     fuse           the same, mixed with what the last layer found
     select         the best blocks of every segment
@@ -15,6 +14,7 @@ Letters beside those of `reference.py`, for one row at a time:
     R    segments                                K    blocks that a segment attends
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +22,14 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
+from . import ops
+
 SLAB_BYTES = 1 << 30  # what the segments that are attended together may take beside the result
 SLAB_SEGMENTS = 64  # which fill a GPU; more gain nothing
-NUM_SAMPLES = 8  # queries of a segment that the score "mass" looks at
+# The score "mass" looks at one query in four, and at fewer where there are more keys before them than this. So an
+# estimate, like attention, takes the same wherever its segment is: within a factor of two, and while it has queries to
+# leave out.
+SAMPLE_STRIDE, SAMPLED_KEYS = 4, 1 << 14
 # Products q·k from which cuDNN's lead over flash outweighs the 65 ms that it takes to plan for a new shape. The shapes
 # of slabs come again in every layer and prompt, those of whole prompts do not.
 CUDNN_PAYS, CUDNN_PAYS_AGAIN = 1 << 27, 1 << 24
@@ -48,19 +53,19 @@ class CritiPrefill:
         threshold: tokens below which everything is dense, at least `budget`; rounded up to whole segments.
         dense_layers: how many of the first layers attend everything.
         layer_fusion: share of the last layer's scores in a layer's own, from 0 to below 1.
-        score: "mass", the attention mass that a block's bounds let some of the segment's queries expect, or
-            "published", the paper's, by the extremes of all its queries.
+        score: "mass", the squares of the attention that some of the segment's queries pay to a block's best key, or
+            "published", the paper's, by the extremes of blocks and of all queries.
 
     Raises:
         ValueError: for settings outside these ranges.
     """
 
     budget: int = 2048
-    segment_size: int = 512
-    block_size: int = 32
+    segment_size: int = 128
+    block_size: int = 16
     threshold: int = 4096
     dense_layers: int = 1
-    layer_fusion: float = 0.25
+    layer_fusion: float = 0.0
     score: str = "mass"
 
     def __post_init__(self):
@@ -118,7 +123,7 @@ class BlockScores:
 
     layer_idx: int = -1
     scores: dict = field(default_factory=dict)
-    # Called with layer_idx, position of the slab, query [R, Hq, L, D], keys [Hkv, N, D] and what `select` chose.
+    # Called with layer_idx, position of the slab, query [Hq, R · L, D], keys [Hkv, N, D] and what `select` chose.
     watch: Callable | None = None
 
     def enter(self, layer_idx):
@@ -142,6 +147,7 @@ def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap
         [B, T, Hq, D] in the dtype of `query`; 0 in left padding.
     """
     query = query.detach()
+    sinks = None if sinks is None else sinks.detach().to(query.dtype)
     batch_size, num_heads, num_queries, _ = query.shape
     options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if not any(left_padding) and (prefill is None or not prefill.is_sparse(num_queries, keys.shape[2])):
@@ -161,106 +167,145 @@ def attend_row(output, query, keys, values, prefill, earlier, row, options):
     end = keys.shape[1]
     first = end - query.shape[1]
     start, stop = (end, end) if prefill is None else prefill.segments(first, end)
-    if stop == start:
-        start = stop = end
-    for begin, finish in ((first, start), (stop, end)):
-        if begin < finish:
-            past = (keys[None, :, :finish], values[None, :, :finish])
-            dense = causal_attention(query[None, :, begin - first : finish - first], *past, **options)
-            output[begin - first : finish - first] = dense[0].transpose(0, 1)
     if start == stop:
+        attend_dense(output, query, keys, values, options)
         return
 
+    def between(begin, finish):
+        return output[begin - first : finish - first], query[:, begin - first : finish - first]
+
     segment_size, block_size = prefill.segment_size, prefill.block_size
-    blocks = block_bounds(keys, (stop - segment_size) // block_size, block_size)
-    for slab, slab_end in slabs(start, stop, segment_size, segments_in_slab(query, keys, prefill, blocks.shape[1])):
-        by_segment = (-1, segment_size)
-        slab_query = query[:, slab - first : slab_end - first].unflatten(1, by_segment).transpose(0, 1)
-        num_before = torch.arange(slab, slab_end, segment_size, device=query.device) // block_size
-        slab_blocks = blocks[:, : (slab_end - segment_size) // block_size]
-        num_visible = slab // block_size  # to all segments of the slab
-        scores = estimate(slab_query, slab_blocks, num_before, num_visible, options["scaling"], prefill.score)
+    scaling, softcap, sinks = options["scaling"], options["softcap"], options["sinks"]
+    num_samples = segment_size // sample_stride(start, segment_size)
+    has_kernels = ops.serves_prompts(query, keys, values, segment_size, block_size, num_samples, softcap)
+    attend_dense(*between(first, start), keys[:, :start], values[:, :start], options, has_kernels)
+    attend_dense(*between(stop, end), keys, values, options)
+    limit = segments_in_slab(query, keys, prefill, stop // block_size, has_kernels)
+    for slab, slab_end in slabs(start, stop, segment_size, limit):
+        slab_output, slab_query = between(slab, slab_end)
+        scores = estimate(slab_query, keys, slab, scaling, prefill, has_kernels)
         scores = fuse(scores, earlier.scores, (row, slab), prefill.layer_fusion)
-        block_ids = select(scores, prefill.num_selected, keeps_sink=prefill.score == "mass")
+        block_ids = select(scores, prefill.num_selected, prefill.score == "mass", has_kernels)
         if earlier.watch is not None:
             earlier.watch(earlier.layer_idx, slab, slab_query, keys, block_ids)
-        own = [stored[:, slab:slab_end].unflatten(1, by_segment).transpose(0, 1) for stored in (keys, values)]
-        chosen = [gather(stored, block_ids, block_size) for stored in (keys, values)]
-        slab_output = output[slab - first : slab_end - first].unflatten(0, by_segment).transpose(1, 2)
-        attend_segments(slab_query, chosen, own, slab_output, **options)
+        of_segments = (slab_query, keys, values, block_ids, slab_output, slab, segment_size, block_size)
+        if has_kernels:
+            ops.prompt_attend(*of_segments, scaling, sinks)
+        else:
+            attend_segments(*of_segments, **options)
+
+
+def attend_dense(output, query, keys, values, options, has_kernels=False):
+    """Attention of the newest T of N tokens over all: query [Hq, T, D], keys and values [Hkv, N, D], into `output`
+    [T, Hq, D].
+    """
+    num_queries, num_keys = query.shape[1], keys.shape[1]
+    if has_kernels and num_queries == num_keys:  # one segment, before which there is nothing to choose from
+        nothing = torch.empty(len(keys), 1, 0, dtype=torch.int64, device=keys.device)
+        place = (0, num_keys, ops.PROMPT_BLOCK_SIZES[-1])
+        ops.prompt_attend(query, keys, values, nothing, output, *place, options["scaling"], options["sinks"])
+    elif num_queries > 0:
+        output.copy_(causal_attention(query[None], keys[None], values[None], **options)[0].transpose(0, 1))
 
 
 def slabs(start, stop, segment_size, limit):
     """(start, stop) of runs of whole segments: `limit` of them, a power of two, and smaller powers for what is left.
 
-    So there are few shapes, whatever the length of the prompt.
+    So there are few shapes, whatever the length of the prompt. The segments of a run have one sample stride.
     """
     while start < stop:
-        num_segments = min(limit, 1 << ((stop - start) // segment_size).bit_length() - 1)
+        end = min(stop, next_power_of_two(max(start, SAMPLED_KEYS - 1)))
+        num_segments = max(1, (end - start) // segment_size)
+        num_segments = min(limit, 1 << num_segments.bit_length() - 1)
         yield start, start + num_segments * segment_size
         start += num_segments * segment_size
 
 
-def segments_in_slab(query, keys, prefill, num_blocks):
-    """How many segments, a power of two, fit SLAB_BYTES with their scores, chosen keys and values, and two outputs."""
+def next_power_of_two(number):
+    """The least one above `number`."""
+    return 1 << number.bit_length()
+
+
+def sample_stride(position, segment_size):
+    """From one query that is looked at to the next, in a segment that begins at `position`."""
+    return math.gcd(segment_size, SAMPLE_STRIDE * max(1, next_power_of_two(position) // SAMPLED_KEYS))
+
+
+def segments_in_slab(query, keys, prefill, num_blocks, has_kernels):
+    """How many segments, a power of two, fit SLAB_BYTES with what is made of them beside the result."""
     num_heads, _, head_dim = query.shape
-    chosen = 2 * keys.shape[0] * prefill.num_selected * prefill.block_size * head_dim
-    outputs = 2 * num_heads * prefill.segment_size * head_dim
-    scores = 2 * num_heads * NUM_SAMPLES * num_blocks
-    if not has_library_attention(query, keys):
-        scores += 4 * num_heads * prefill.segment_size * (prefill.num_selected * prefill.block_size)
-    num_segments = SLAB_BYTES // (query.element_size() * (chosen + outputs + scores))
-    return 1 << min(SLAB_SEGMENTS, max(1, num_segments)).bit_length() - 1
+    segment_size, block_size, width = prefill.segment_size, prefill.block_size, query.element_size()
+    per_segment = 8 * keys.shape[0] * num_blocks  # bytes; the scores, twice
+    if prefill.score == "published":
+        per_segment += 16 * num_heads * num_blocks
+    else:
+        # Queries that are looked at, times blocks before: most at the end, or where the share is still the largest.
+        num_looks = max(
+            segment_size // sample_stride(position, segment_size) * min(num_blocks, position // block_size)
+            for position in (SAMPLED_KEYS - 1, num_blocks * block_size)
+        )
+        per_segment += num_heads * num_looks * (2 if has_kernels else width * block_size)
+    if not has_kernels:
+        num_chosen = prefill.num_selected * block_size
+        outputs = 2 * num_heads * segment_size * head_dim
+        per_segment += width * (2 * keys.shape[0] * num_chosen * head_dim + outputs)
+        if not has_library_attention(query, keys):
+            per_segment += 4 * num_heads * segment_size * num_chosen
+    return 1 << min(SLAB_SEGMENTS, max(1, SLAB_BYTES // per_segment)).bit_length() - 1
 
 
-def block_bounds(keys, num_blocks, block_size):
-    """[Hkv, C, 2, D]: minimum and maximum of the keys in each of the first `num_blocks` blocks, [Hkv, N, D]."""
-    blocks = keys[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
-    return torch.stack(blocks.aminmax(dim=2), dim=2)
-
-
-def estimate(query, bounds, num_before, num_visible, scaling, score):
+def estimate(query, keys, start, scaling, prefill, has_kernels=False):
     """How much every block matters to the queries of every segment.
 
     Args:
-        query: [R, Hq, L, D].
-        bounds: [Hkv, C, 2, D] of blocks.
-        num_before: [R], blocks before each segment.
-        num_visible: the smallest of them.
+        query: [Hq, R · L, D] of segments, the first of which begins at position `start`.
+        keys: [Hkv, N, D].
 
     Returns:
-        [Hkv, R, C] float32: shares, which sum to 1 over the blocks before a segment, and -1 for all others, less than a
-        share that has come to 0.
+        [Hkv, R, C] float32; -1 for blocks that are not before the segment, so that blocks whose softmax has come to 0
+        are better still.
     """
-    query = query.unflatten(1, (bounds.shape[0], -1)).permute(1, 0, 2, 3, 4)  # [Hkv, R, G, L, D]
-    logits = published_logits(query, bounds) if score == "published" else sampled_logits(query, bounds, scaling)
-    hidden = torch.arange(num_visible, bounds.shape[1], device=bounds.device) >= num_before[:, None]
+    segment_size, block_size = prefill.segment_size, prefill.block_size
+    if has_kernels and prefill.score == "mass":
+        stride = sample_stride(start, segment_size)
+        return ops.prompt_estimate(query, keys, start, segment_size, stride, block_size, scaling)
+    num_segments = query.shape[1] // segment_size
+    num_visible = start // block_size  # to all segments
+    num_before = num_visible + torch.arange(num_segments, device=query.device) * (segment_size // block_size)
+    num_blocks = num_visible + (num_segments - 1) * (segment_size // block_size)
+    hidden = torch.arange(num_visible, num_blocks, device=query.device) >= num_before[:, None]
+    query = query.unflatten(1, (-1, segment_size)).unflatten(0, (len(keys), -1)).transpose(1, 2)  # [Hkv, R, G, L, D]
+    blocks = keys[:, : num_blocks * block_size].unflatten(1, (num_blocks, block_size))
+    if prefill.score == "mass":
+        logits = largest_logits(query[..., :: sample_stride(start, segment_size), :], blocks) * scaling
+    else:
+        logits = published_logits(query, blocks)
     logits[..., num_visible:].masked_fill_(hidden[:, None], -torch.inf)
-    scores = logits.softmax(dim=-1).mean(dim=2, dtype=torch.float32)
+    weights = logits.softmax(dim=-1)
+    if prefill.score == "mass":
+        # The mean of squares: a block that one query needs more than anything is worth more than one that all look at a
+        # little. In float32, since squares of 16 bits come to 0. benchmarks/NOTES.md has what was measured.
+        scores = torch.linalg.vector_norm(weights, dim=2, dtype=torch.float32).square_().div_(weights.shape[2])
+    else:
+        scores = weights.mean(dim=2, dtype=torch.float32)
     scores[..., num_visible:].masked_fill_(hidden, -1)
     return scores
 
 
-def sampled_logits(query, bounds, scaling):
-    """[Hkv, R, G · samples, C]: what evenly spaced queries of a segment, its last one too, expect of a block.
-
-    They expect what is halfway between the middle of q·k within the bounds of the block and its largest value. That one
-    alone, Quest's score, favours blocks with wide bounds; benchmarks/NOTES.md has what was measured.
-    """
-    stride = max(1, query.shape[3] // NUM_SAMPLES)
-    samples = query[:, :, :, stride - 1 :: stride].flatten(2, 3) * scaling
-    negative, positive = samples.clamp(max=0), samples.clamp(min=0)
-    weights = torch.cat([0.75 * negative + 0.25 * positive, 0.25 * negative + 0.75 * positive], dim=-1)  # of min, max
-    logits = weights.flatten(1, 2) @ bounds.flatten(2).transpose(1, 2)
-    return logits.unflatten(1, weights.shape[1:3])
+def largest_logits(samples, blocks):
+    """[Hkv, R, G · samples, C]: the largest q·k of each block, for samples [Hkv, R, G, samples, D] of the queries."""
+    logits = samples.flatten(1, 3) @ blocks.flatten(1, 2).transpose(1, 2)
+    shape = (samples.shape[1], -1, *blocks.shape[1:3])
+    return logits.unflatten(2, shape[2:]).amax(dim=3).unflatten(1, shape[:2])
 
 
-def published_logits(query, bounds):
-    """[Hkv, R, 1, C] float32: the middle of a segment's queries against the extremes of the block, as the mean over the
-    heads of a group; unscaled (CritiPrefill, section 3.2).
+def published_logits(query, blocks):
+    """[Hkv, R, 1, C] float32: the middle of a segment's queries against the extremes of each block, [Hkv, C, block, D],
+    as the mean over the heads of a group; unscaled (CritiPrefill, section 3.2).
     """
     middle = (query.amax(dim=3) + query.amin(dim=3)) / 2  # [Hkv, R, G, D]
-    logits = (middle.flatten(1, 2) @ bounds.flatten(1, 2).transpose(1, 2)).unflatten(1, middle.shape[1:3])
+    extremes = torch.stack(blocks.aminmax(dim=2), dim=2)  # [Hkv, C, 2, D]
+    logits = (middle.flatten(1, 2) @ extremes.flatten(1, 2).transpose(1, 2)).unflatten(1, middle.shape[1:3])
     return logits.float().unflatten(3, (-1, 2)).amax(dim=4).mean(dim=2, keepdim=True)
 
 
@@ -274,11 +319,19 @@ def fuse(scores, earlier, place, share):
     return scores
 
 
-def select(scores, num_selected, keeps_sink):
+def select(scores, num_selected, keeps_sink, has_kernels=False):
     """The blocks that each segment attends, [Hkv, R, K] int64 in no order: the best, and the first if it is kept."""
+    # A copy; for the kernel with one more, since it takes the newest page besides, whatever its score.
+    scores = torch.nn.functional.pad(scores, (0, int(has_kernels)))
     if keeps_sink:
-        scores = scores.index_fill(2, torch.zeros(1, dtype=torch.int64, device=scores.device), torch.inf)
-    return scores.topk(num_selected, dim=-1, sorted=False).indices
+        scores[..., 0] = torch.inf
+    if not has_kernels:
+        return scores.topk(num_selected, dim=-1, sorted=False).indices
+    page_size = ops.PAGE_SIZES[0]
+    length = torch.full((1,), (scores.shape[2] - 1) * page_size + 1, dtype=torch.int64, device=scores.device)
+    scores = scores.unsqueeze(2)  # [Hkv, R, 1, C + 1], as rows, heads and pages
+    page_ids = ops.select(scores, length, length.new_zeros(len(scores)), num_selected + 1, page_size)
+    return page_ids[:, :, 0, :-1].contiguous()
 
 
 def gather(stored, block_ids, block_size):
@@ -292,17 +345,24 @@ def gather(stored, block_ids, block_size):
     return rows.index_select(0, row_ids.flatten()).view(*row_ids.shape[:2], -1, head_dim)
 
 
-def attend_segments(query, chosen, own, output, scaling, softcap=None, sinks=None):
+def attend_segments(query, keys, values, block_ids, output, start, segment_size, block_size, **options):
     """Attention of each segment over its chosen blocks and, causally, itself: one softmax over both.
 
     Args:
-        query: [R, Hq, L, D].
-        chosen: keys and values of the blocks, each [R, Hkv, K · block_size, D].
-        own: those of the segments, each [R, Hkv, L, D].
-        output: [R, Hq, L, D], written.
+        query: [Hq, R · L, D] of segments, the first of which begins at position `start`.
+        keys, values: [Hkv, N, D].
+        block_ids: [Hkv, R, K].
+        output: [R · L, Hq, D], written.
     """
-    before = attention(query, *chosen, False, scaling, softcap, CUDNN_PAYS_AGAIN)
-    merge(*before, *attention(query, *own, True, scaling, softcap, CUDNN_PAYS_AGAIN), sinks, output)
+    by_segment = (-1, segment_size)
+    query = query.unflatten(1, by_segment).transpose(0, 1)
+    output = output.unflatten(0, by_segment).transpose(1, 2)
+    own = [stored[:, start : start + len(query) * segment_size] for stored in (keys, values)]
+    own = [stored.unflatten(1, by_segment).transpose(0, 1) for stored in own]
+    chosen = [gather(stored, block_ids, block_size) for stored in (keys, values)]
+    sinks = options.pop("sinks")
+    before = attention(query, *chosen, False, **options, cudnn_pays=CUDNN_PAYS_AGAIN)
+    merge(*before, *attention(query, *own, True, **options, cudnn_pays=CUDNN_PAYS_AGAIN), sinks, output)
 
 
 def causal_attention(query, keys, values, scaling, softcap=None, sinks=None):

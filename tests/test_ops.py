@@ -227,12 +227,13 @@ class TestBuild:
         ((name, options),) = calls
         assert "sm90" in name
         assert [flag for flag in options["extra_cuda_cflags"] if "arch" in flag] == [
-            "-gencode=arch=compute_90,code=sm_90"
+            "-gencode=arch=compute_90a,code=sm_90a"
         ]
         sources = {Path(source).name for source in options["sources"]}
-        assert sources == {"append.cu", "attend.cu", "bindings.cpp", "chain.cu", "estimate.cu", "select.cu"}
+        stages = {"append.cu", "attend.cu", "chain.cu", "estimate.cu", "select.cu"}
+        assert sources == {*stages, "prompt_attend.cu", "prompt_estimate.cu", "bindings.cpp"}
         assert re.fullmatch(
-            r"hf_quest builds its CUDA kernels for sm_90 in \S+, once ... done in \d+ s\n", capsys.readouterr().err
+            r"hf_quest builds its CUDA kernels for sm_90a in \S+, once ... done in \d+ s\n", capsys.readouterr().err
         )
 
     def test_a_built_extension_is_found_and_nothing_said(self, calls, capsys):
@@ -258,7 +259,7 @@ class TestBuild:
 
 
 # Oldest, Hopper and newest; all of them, which takes a few minutes on two cores, where the environment asks for it.
-ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 90 120").split()
+ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 90a 120").split()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

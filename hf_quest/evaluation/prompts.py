@@ -18,6 +18,8 @@ from .methods import EVERYTHING, answer
 from .recall import score
 from .report import Results, mean
 
+PUBLISHED = {"segment_size": 512, "block_size": 32, "layer_fusion": 0.25}  # what the paper's score is used with
+
 
 def new_cache(prefill_budget: int | None, budget: int = 2048, compile: bool = True, **settings) -> QuestCache:
     """A cache that reads prompts dense, or by CritiPrefill with this budget."""
@@ -51,7 +53,8 @@ def attention_mass(model: PreTrainedModel, ids: Tensor, cache: QuestCache) -> di
     shares: dict[int, list[float]] = {}
 
     def watch(layer_idx: int, position: int, query: Tensor, keys: Tensor, block_ids: Tensor) -> None:
-        segment_size, block_size = query.shape[2], cache.prefill.block_size
+        segment_size, block_size = cache.prefill.segment_size, cache.prefill.block_size
+        query = query.unflatten(1, (-1, segment_size)).transpose(0, 1)
         scaling = query.shape[-1] ** -0.5
         chosen = prefill.gather(keys, block_ids, block_size)
         for segment in range(query.shape[0]):
@@ -133,9 +136,10 @@ def evaluate_prefill(
         record = {"job": "perplexity", "length": length, "prefill_budget": what}
         record["perplexity"] = perplexity(model, library, length, what)
         if what is not None:
-            names = prefill.SCORES
-            caches = {name: new_cache(what, score=name) for name in names}
-            record["attention_mass"] = {name: attention_mass(model, ids[None, :length], caches[name]) for name in names}
+            record["attention_mass"] = {
+                score: attention_mass(model, ids[None, :length], new_cache(what, score=score, **settings))
+                for score, settings in (("mass", {}), ("published", PUBLISHED))
+            }
         yield record
 
     results.run(units, evaluate)
