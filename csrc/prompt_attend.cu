@@ -116,8 +116,10 @@ __device__ void bring(const Arguments& arguments, Shared& shared, bool brings_va
     }
 }
 
-// The softmax of 64 queries as it goes on, of which a thread has two, group_idx and group_idx + 8 of its warp's.
+// The softmax of 64 queries as it goes on, of which a thread has two, group_idx and group_idx + 8 of its warp's. What is
+// subtracted from logits stays until weights would come above 2^kSlack, so that sums are seldom to be scaled.
 struct Softmax {
+    static constexpr float kSlack = 8.0f;
     float highest[2] = {-INFINITY, -INFINITY}, sums[2] = {0.0f, 0.0f};
 
     // Turns logits into weights, and returns by what those of before, and their sums, are to be multiplied.
@@ -130,6 +132,7 @@ struct Softmax {
             for (int i = 2 * row; i < 64; i += 4) most = fmaxf(most, fmaxf(logits[i], logits[i + 1]));
             most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
             most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
+            if ((most - highest[row]) * scale <= kSlack) most = highest[row];
             factors[row] = power_of_two((highest[row] - most) * scale);
             highest[row] = most;
             const float offset = most * scale;
@@ -190,6 +193,7 @@ __device__ void mask(float (&logits)[64], int limit, int limit_8_below) {
 }
 
 __device__ void scale_rows(float (&sums)[64], float2 factors) {
+    if (!__any_sync(kWholeWarp, factors.x != 1.0f || factors.y != 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < 64; ++i) sums[i] *= i % 4 < 2 ? factors.x : factors.y;
     pin(sums);

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from tqdm.auto import tqdm
@@ -244,7 +245,7 @@ def segments_in_slab(query, keys, prefill, num_blocks, has_kernels):
             segment_size // sample_stride(position, segment_size) * min(num_blocks, position // block_size)
             for position in (SAMPLED_KEYS - 1, num_blocks * block_size)
         )
-        per_segment += num_heads * num_looks * (2 if has_kernels else width * block_size)
+        per_segment += num_heads * num_looks * (2 if has_kernels else 3 * width)
     if not has_kernels:
         num_chosen = prefill.num_selected * block_size
         outputs = 2 * num_heads * segment_size * head_dim
@@ -294,9 +295,10 @@ def estimate(query, keys, start, scaling, prefill, has_kernels=False):
 
 def largest_logits(samples, blocks):
     """[Hkv, R, G · samples, C]: the largest q·k of each block, for samples [Hkv, R, G, samples, D] of the queries."""
-    logits = samples.flatten(1, 3) @ blocks.flatten(1, 2).transpose(1, 2)
-    shape = (samples.shape[1], -1, *blocks.shape[1:3])
-    return logits.unflatten(2, shape[2:]).amax(dim=3).unflatten(1, shape[:2])
+    num_segments, rows = samples.shape[1], samples.flatten(1, 3)
+    # One key of every block at a time: all products at once are so many bytes that it takes longer.
+    logits = reduce(torch.maximum, (rows @ keys.transpose(1, 2) for keys in blocks.unbind(dim=2)))
+    return logits.unflatten(1, (num_segments, -1))
 
 
 def published_logits(query, blocks):
