@@ -319,10 +319,9 @@ Tensor prompt_estimate(const Tensor& query, const Tensor& keys, int64_t first_po
     params.query_strides[1] *= sample_stride;
     params.num_samples = segment_size / sample_stride;
     params.num_blocks = (first_position + query.size(1) - segment_size) / block_size;
-    params.row_stride = (params.num_blocks + 7) / 8 * 8;
     const int64_t num_rows = query.size(0) * params.num_segments * params.num_samples;
     const int64_t num_chunks = (params.num_blocks * block_size + kEstimateChunk - 1) / kEstimateChunk;
-    const Tensor maxima = at::empty({num_rows, params.row_stride}, query.options().dtype(at::kHalf));
+    const Tensor maxima = at::empty({num_rows, params.num_blocks}, query.options().dtype(at::kHalf));
     const Tensor softmax = at::empty({num_rows, num_chunks, 2}, query.options().dtype(at::kFloat));
     const Tensor scores = at::empty({keys.size(0), params.num_segments, params.num_blocks}, softmax.options());
     params.maxima = reinterpret_cast<__half*>(maxima.data_ptr());

@@ -102,9 +102,8 @@ constexpr int kEstimateChunk = 2048;
 
 // `num_samples` queries of each segment.
 struct PromptEstimateParams : PromptParams {
-    int num_samples, num_blocks;  // C, blocks before the last segment
-    __half* maxima;               // [Hq, R * samples, C] with rows of row_stride, a multiple of 8; scratch
-    int64_t row_stride;
+    int num_samples, num_blocks;  // C, blocks before the last segment: a multiple of 4
+    __half* maxima;               // [Hq, R * samples, C]; scratch
     float2* softmax;              // [Hq, R * samples, chunks]: highest and sum; scratch
     float* scores;                // [Hkv, R, C]
 };

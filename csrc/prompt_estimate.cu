@@ -70,7 +70,7 @@ struct Reduction {
             const bool is_there = of_group < params.group_size && query_idx < num_queries;
             const int64_t place = int64_t(blockIdx.z * params.group_size + of_group) * num_queries + query_idx;
             num_blocks[row] = is_there ? count_blocks(params, query_idx) : 0;
-            maxima[row] = is_there ? params.maxima + place * params.row_stride : nullptr;
+            maxima[row] = is_there ? params.maxima + place * params.num_blocks : nullptr;
             softmax[row] = params.softmax + place * arguments.num_chunks;
         }
     }
@@ -205,10 +205,10 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_maxima_kernel(const __grid
 #endif
 }
 
-constexpr int kBlocksPerThread = 8;
-constexpr int kWeighThreads = 256;
+constexpr int kBlocksPerThread = 4;  // of a tile, whatever the block size
+constexpr int kWeighThreads = 512;
 constexpr int kMaxRows = 1024;  // queries that choose together
-constexpr int kBatch = 4;       // of them that a thread loads at a time
+constexpr int kBatch = 8;       // of them that a thread loads at a time
 
 // The mean of squared weights: some blocks of one segment and KV head.
 __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const PromptEstimateParams params,
@@ -218,7 +218,6 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
         float offset;  // log2 of the sum of its softmax over all chunks
     };
     __shared__ Row rows[kMaxRows];
-    __shared__ alignas(16) float sums[kWeighThreads * kBlocksPerThread];
     wait_for_previous_kernel();
     const int segment_idx = blockIdx.x, kv_head_idx = blockIdx.y, lane_idx = threadIdx.x % kWarpSize;
     const int num_queries = params.num_segments * params.num_samples;
@@ -239,41 +238,34 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
         if (lane_idx == 0) rows[row_idx] = {place, most + log2f(sum)};
     }
     __syncthreads();
-    const int first_of_all = blockIdx.z * kWeighThreads * kBlocksPerThread;
-    const int first_block = first_of_all + threadIdx.x * kBlocksPerThread;
-    float own[kBlocksPerThread] = {};
+    const int first_block = (blockIdx.z * kWeighThreads + threadIdx.x) * kBlocksPerThread;
+    if (first_block >= params.num_blocks) return;
+    float4 mean = {-1.0f, -1.0f, -1.0f, -1.0f};
     if (first_block < num_blocks) {
+        float sums[kBlocksPerThread] = {};
         for (int first_row = 0; first_row < num_rows; first_row += kBatch) {
-            uint4 data[kBatch];
+            uint2 data[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int64_t place = rows[min(first_row + i, num_rows - 1)].place;
                 data[i] = load_once(
-                    reinterpret_cast<const uint4*>(params.maxima + place * params.row_stride + first_block));
+                    reinterpret_cast<const uint2*>(params.maxima + place * params.num_blocks + first_block));
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 if (first_row + i >= num_rows) break;
                 const float offset = 2.0f * rows[first_row + i].offset;
-                const uint32_t pairs[] = {data[i].x, data[i].y, data[i].z, data[i].w};
 #pragma unroll
                 for (int block = 0; block < kBlocksPerThread; ++block) {
-                    const float2 pair = __half22float2(as_pair<__half>(pairs[block / 2]));
-                    own[block] += power_of_two(fmaf(2.0f, block % 2 ? pair.y : pair.x, -offset));
+                    const float2 pair = __half22float2(as_pair<__half>(block < 2 ? data[i].x : data[i].y));
+                    sums[block] += power_of_two(fmaf(2.0f, block % 2 ? pair.y : pair.x, -offset));
                 }
             }
         }
+        mean = {sums[0] / num_rows, sums[1] / num_rows, sums[2] / num_rows, sums[3] / num_rows};
     }
-    // Neighbours write what is next to each other.
-#pragma unroll
-    for (int block = 0; block < kBlocksPerThread; ++block) sums[threadIdx.x * kBlocksPerThread + block] = own[block];
-    __syncthreads();
-    float* scores = params.scores + (int64_t(kv_head_idx) * params.num_segments + segment_idx) * params.num_blocks;
-#pragma unroll
-    for (int i = 0; i < kBlocksPerThread; ++i) {
-        const int item = i * kWeighThreads + threadIdx.x, block = first_of_all + item;
-        if (block < params.num_blocks) scores[block] = block < num_blocks ? sums[item] / num_rows : -1.0f;
-    }
+    const int64_t row_idx = int64_t(kv_head_idx) * params.num_segments + segment_idx;
+    *reinterpret_cast<float4*>(params.scores + row_idx * params.num_blocks + first_block) = mean;
 }
 
 }  // namespace
