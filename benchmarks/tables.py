@@ -30,11 +30,11 @@ def decode_table(report):
 
 
 def stages_table(report):
-    """µs per layer of a decode step's stages, and of the three that are Quest's attention beside dense attention."""
+    """µs per layer of a decode step's stages, and of the three that are Quest's attention beside the best dense one."""
     table = Table("B, Hq, Hkv", "tokens", "append", "estimate", "select", "attend", "Quest", "dense", "speedup")
     for case in report["cases"]:
-        microseconds = {name: stage["us"] for name, stage in case["stages"].items()}
-        dense = min(microseconds["SDPA flash"], microseconds["SDPA cuDNN"])
+        microseconds = {name: stage["us"] for name, stage in case["stages"].items() if "us" in stage}
+        dense = min(us for name, us in microseconds.items() if name.startswith(("SDPA", "FlashInfer")))
         cells = [microseconds[name] for name in ("append", "estimate", "select", "attend", "chain")]
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
         speedup = f"{dense / microseconds['chain']:.1f}×"
