@@ -247,7 +247,10 @@ def bandwidth_table(report):
         cells = []
         for name in names:
             stage = case["stages"][name]
-            speed = stage["bytes"] / stage["us"] * 1e6 if "us" in stage else 0.0
+            if "us" not in stage:
+                cells.append("-")
+                continue
+            speed = stage["bytes"] / stage["us"] * 1e6
             cells.append(f"{speed / 1e9:.0f} ({100 * speed / report['copy_bytes_per_second']:.0f} %)")
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
         table.add_row(heads, f"{case['context']:,}", *cells)

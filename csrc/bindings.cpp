@@ -288,7 +288,7 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
 }
 
 // The strides of the first two dimensions, of which the copy engine wants multiples of 16 bytes. Of one whose size is 1
-// it may be anything.
+// it may be anything, so a row's length stands in for it.
 void set_strides(int64_t (&strides)[2], const Tensor& tokens) {
     rows_of(tokens.unsqueeze(0), tokens.scalar_type());
     for (int dim = 0; dim < 2; ++dim) strides[dim] = tokens.size(dim) == 1 ? tokens.size(2) : tokens.stride(dim);

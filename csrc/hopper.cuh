@@ -230,7 +230,7 @@ __device__ void begin_logits(float (&logits)[64], uint64_t queries, uint64_t key
     commit_products();
 }
 
-// sums[64 x 128] += left[64 x 16] * right[16 x 128], left in registers, right in shared memory and read across its rows.
+// sums[64 x 128] += left[64 x 16] * right[16 x 128], left in registers, right in shared memory, read across its rows.
 template <typename T>
 __device__ void multiply_add_across(float (&sums)[64], const uint32_t (&left)[4], uint64_t right) {
 #define HF_QUEST_MULTIPLY(type)                                                                                \

@@ -131,8 +131,9 @@ cudaError_t launch_estimate(const EstimateParams& params);
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
 
-// For prompts, on sm_90 alone: head dim 128, segments that are multiples of 128, blocks that divide 128.
-cudaError_t launch_prompt_estimate(const PromptEstimateParams& params);  // blocks of 16 or 32
+// For prompts, on sm_90 alone: head dim 128, blocks of 16 or 32, segments that are multiples of 128 and begin at
+// multiples of their size.
+cudaError_t launch_prompt_estimate(const PromptEstimateParams& params);
 cudaError_t launch_prompt_attend(const PromptAttendParams& params);
 
 // launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this

@@ -116,8 +116,8 @@ __device__ void bring(const Arguments& arguments, Shared& shared, bool brings_va
     }
 }
 
-// The softmax of 64 queries as it goes on, of which a thread has two, group_idx and group_idx + 8 of its warp's. What is
-// subtracted from logits stays until weights would come above 2^kSlack, so that sums are seldom to be scaled.
+// The softmax of 64 queries as it goes on, of which a thread has two, group_idx and group_idx + 8 of its warp's. What
+// is subtracted from logits stays until weights would come above 2^kSlack, so that sums are seldom to be scaled.
 struct Softmax {
     static constexpr float kSlack = 8.0f;
     float highest[2] = {-INFINITY, -INFINITY}, sums[2] = {0.0f, 0.0f};
@@ -281,9 +281,9 @@ __device__ void attend(const Arguments& arguments, Shared& shared) {
         synchronize(3 + consumer_idx, kWarpgroup);
 #pragma unroll
         for (int i = 0; i < 64; i += 2) {
-            const int chunk = i / 4 % 8, row = row_idx + i / 2 % 2 * 8;
+            const int piece = i / 4 % 8, row = row_idx + i / 2 % 2 * 8;
             uint8_t* panel = query + i / 32 * kPanelBytes;
-            *reinterpret_cast<uint32_t*>(panel + row * 128 + (chunk ^ row % 8) * 16 + lane_idx % 4 * 4) =
+            *reinterpret_cast<uint32_t*>(panel + row * 128 + (piece ^ row % 8) * 16 + lane_idx % 4 * 4) =
                 as_bits(round_to_pair<T>(sums[i], sums[i + 1]));
         }
         synchronize(3 + consumer_idx, kWarpgroup);
@@ -291,12 +291,12 @@ __device__ void attend(const Arguments& arguments, Shared& shared) {
 #pragma unroll
         for (int i = 0; i < kPanels * 64 * 8 / kWarpgroup; ++i) {
             const int item = i * kWarpgroup + thread_idx;
-            const int chunk = item % 8, panel = item / 8 % kPanels, row = item / 8 / kPanels;
+            const int piece = item % 8, panel = item / 8 % kPanels, row = item / 8 / kPanels;
             const uint4 data =
-                *reinterpret_cast<const uint4*>(query + panel * kPanelBytes + row * 128 + (chunk ^ row % 8) * 16);
+                *reinterpret_cast<const uint4*>(query + panel * kPanelBytes + row * 128 + (piece ^ row % 8) * 16);
             T* target = static_cast<T*>(params.output) + (first_query + row) * params.output_strides[0] +
                         work.head_idx * params.output_strides[1];
-            *reinterpret_cast<uint4*>(target + panel * kPanel + chunk * 8) = data;
+            *reinterpret_cast<uint4*>(target + panel * kPanel + piece * 8) = data;
         }
         fence_for_copies();
         __syncwarp();

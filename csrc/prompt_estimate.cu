@@ -2,9 +2,9 @@
 //
 // Some queries of each segment are looked at. Their products with all keys before the segment are exact; of each block
 // the largest stays, and the softmax of a query is over these. A first kernel writes them, in 16 bits, and the sums of
-// the softmax, by chunks of keys: one warpgroup has the copy engine bring keys, two take 128 queries each, in halves, and
-// reduce the logits of one half while the tensor cores make the other's. A second kernel makes weights of them, squares
-// these, and takes the mean over the queries and heads that choose together.
+// the softmax, by chunks of keys: one warpgroup has the copy engine bring keys, two take 128 queries each, in halves,
+// and reduce the logits of one half while the tensor cores make the other's. A second kernel makes weights of them,
+// squares these, and takes the mean over the queries and heads that choose together.
 #include <climits>
 
 #include "hopper.cuh"
@@ -23,7 +23,7 @@ constexpr int kChunkTiles = kEstimateChunk / kTile;
 
 struct Arguments {
     PromptEstimateParams params;
-    int num_chunks, chunks_per_block;
+    int num_chunks, chunks_per_thread_block;
     CUtensorMap query, keys;
 };
 
@@ -33,7 +33,7 @@ struct alignas(1024) Shared {
     uint64_t has_query, has_keys[kStages], needs_keys[kStages];
 };
 
-// Queries of a head that a thread block has: a power of two, so that these and segments share their edges.
+// Queries of a head that a thread block has: a power of two, so that few cross the edge of a segment.
 __host__ __device__ int queries_per_head(int group_size) {
     int num_queries = kRows;
     while (num_queries * group_size > kRows) num_queries /= 2;
@@ -47,8 +47,8 @@ __device__ int count_blocks(const PromptEstimateParams& params, int query_idx) {
 
 #ifdef HF_QUEST_HAS_WARPGROUPS
 
-// What a warpgroup finds in its products of 64 queries: the largest logits of blocks, and their softmax so far. A thread
-// has two queries, group_idx and group_idx + 8 of its warp's, and the quarter of a tile's keys of its quad_idx.
+// What a warpgroup finds in its products of 64 queries: the largest logits of blocks, and their softmax so far. A
+// thread has two queries, group_idx and group_idx + 8 of its warp's, and the quarter of a tile's keys of its quad_idx.
 template <int kBlockSize>
 struct Reduction {
     static constexpr int kOwn = kTile / 4 / kBlockSize;  // blocks
@@ -68,10 +68,10 @@ struct Reduction {
             const int row_idx = own_row + 8 * row, of_group = row_idx / per_head;
             const int query_idx = first_query + row_idx % per_head;
             const bool is_there = of_group < params.group_size && query_idx < num_queries;
-            const int64_t place = int64_t(blockIdx.z * params.group_size + of_group) * num_queries + query_idx;
+            const int64_t query_row = int64_t(blockIdx.z * params.group_size + of_group) * num_queries + query_idx;
             num_blocks[row] = is_there ? count_blocks(params, query_idx) : 0;
-            maxima[row] = is_there ? params.maxima + place * params.num_blocks : nullptr;
-            softmax[row] = params.softmax + place * arguments.num_chunks;
+            maxima[row] = is_there ? params.maxima + query_row * params.num_blocks : nullptr;
+            softmax[row] = params.softmax + query_row * arguments.num_chunks;
         }
     }
 
@@ -131,8 +131,10 @@ __device__ void reduce(const Arguments& arguments, Shared& shared, int first_que
     const int first_row = 2 * consumer_idx * kProductRows;
     const int own_row = first_row + threadIdx.x % kWarpgroup / kWarpSize * 16 + lane_idx / 4;
     const float scale = arguments.params.scaling * kLog2E;
-    const uint64_t upper = describe_matrix(shared.query[0] + first_row * 128), lower = advance(upper, kProductRows * 128);
-    Reduction<kBlockSize> of_upper(arguments, first_query, own_row), of_lower(arguments, first_query, own_row + kProductRows);
+    const uint64_t upper = describe_matrix(shared.query[0] + first_row * 128);
+    const uint64_t lower = advance(upper, kProductRows * 128);
+    Reduction<kBlockSize> of_upper(arguments, first_query, own_row);
+    Reduction<kBlockSize> of_lower(arguments, first_query, own_row + kProductRows);
     Place<kStages> place;
     wait_for(shared.has_query, 0);
     for (int tile_idx = first_tile; tile_idx < end_tile; ++tile_idx, place.advance()) {
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_maxima_kernel(const __grid
     const int per_head = queries_per_head(params.group_size), first_query = blockIdx.x * per_head;
     const int last_query = min(first_query + per_head, params.num_segments * params.num_samples) - 1;
     const int end_tile = ceil_div(count_blocks(params, last_query) * params.block_size, kTile);
-    const int most_tiles = arguments.chunks_per_block * kChunkTiles, first_tile = blockIdx.y * most_tiles;
+    const int most_tiles = arguments.chunks_per_thread_block * kChunkTiles, first_tile = blockIdx.y * most_tiles;
     const int num_tiles = min(end_tile - first_tile, most_tiles);
     if (num_tiles <= 0) return;
     if (threadIdx.x == 0) {
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_maxima_kernel(const __grid
 #endif
 }
 
-constexpr int kBlocksPerThread = 4;  // of a tile, whatever the block size
+constexpr int kBlocksPerThread = 4;  // of a tile's 4 or 8: all of them are before the segment, or none
 constexpr int kWeighThreads = 512;
 constexpr int kMaxRows = 1024;  // queries that choose together
 constexpr int kBatch = 8;       // of them that a thread loads at a time
@@ -214,8 +216,8 @@ constexpr int kBatch = 8;       // of them that a thread loads at a time
 __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const PromptEstimateParams params,
                                                                      int num_chunks) {
     struct Row {
-        int place;     // among all heads' queries
-        float offset;  // log2 of the sum of its softmax over all chunks
+        int query_row;  // among all heads' queries
+        float offset;   // log2 of the sum of its softmax over all chunks
     };
     __shared__ Row rows[kMaxRows];
     wait_for_previous_kernel();
@@ -226,8 +228,8 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
     const int own_chunks = ceil_div(num_blocks * params.block_size, kEstimateChunk);
     for (int row_idx = threadIdx.x / kWarpSize; row_idx < num_rows; row_idx += kWeighThreads / kWarpSize) {
         const int head_idx = kv_head_idx * params.group_size + row_idx / params.num_samples;
-        const int place = head_idx * num_queries + segment_idx * params.num_samples + row_idx % params.num_samples;
-        const float2* parts = params.softmax + int64_t(place) * num_chunks;
+        const int query_row = head_idx * num_queries + segment_idx * params.num_samples + row_idx % params.num_samples;
+        const float2* parts = params.softmax + int64_t(query_row) * num_chunks;
         float most = -INFINITY, sum = 0.0f;
         for (int chunk = lane_idx; chunk < own_chunks; chunk += kWarpSize) most = fmaxf(most, parts[chunk].x);
         for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
         for (int chunk = lane_idx; chunk < own_chunks; chunk += kWarpSize)
             sum += parts[chunk].y * power_of_two(parts[chunk].x - most);
         for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, lanes);
-        if (lane_idx == 0) rows[row_idx] = {place, most + log2f(sum)};
+        if (lane_idx == 0) rows[row_idx] = {query_row, most + log2f(sum)};
     }
     __syncthreads();
     const int first_block = (blockIdx.z * kWeighThreads + threadIdx.x) * kBlocksPerThread;
@@ -247,9 +249,9 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
             uint2 data[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                const int64_t place = rows[min(first_row + i, num_rows - 1)].place;
+                const int64_t query_row = rows[min(first_row + i, num_rows - 1)].query_row;
                 data[i] = load_once(
-                    reinterpret_cast<const uint2*>(params.maxima + place * params.num_blocks + first_block));
+                    reinterpret_cast<const uint2*>(params.maxima + query_row * params.num_blocks + first_block));
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
@@ -271,11 +273,11 @@ __global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const Promp
 }  // namespace
 
 // Chunks of keys for a thread block, of which each multiprocessor has one at a time, so that all end together.
-static int choose_chunks_per_block(const PromptEstimateParams& params, int blocks_per_chunk, int num_chunks) {
+static int choose_chunks(const PromptEstimateParams& params, int thread_blocks_per_chunk, int num_chunks) {
     constexpr int kStartTiles = 2;  // that a thread block could take while it starts
     int chosen = 1, least = INT_MAX;
     for (int chunks = 1; chunks <= num_chunks; ++chunks) {
-        const int num_waves = ceil_div(blocks_per_chunk * ceil_div(num_chunks, chunks), params.launch.num_sms);
+        const int num_waves = ceil_div(thread_blocks_per_chunk * ceil_div(num_chunks, chunks), params.launch.num_sms);
         const int time = num_waves * (chunks * kChunkTiles + kStartTiles);
         if (time < least) least = time, chosen = chunks;
     }
@@ -286,21 +288,21 @@ cudaError_t launch_prompt_estimate(const PromptEstimateParams& params) {
     if (params.group_size * params.num_samples > kMaxRows) return cudaErrorInvalidValue;
     const int num_queries = params.num_segments * params.num_samples, per_head = queries_per_head(params.group_size);
     const int num_chunks = ceil_div(params.num_blocks * params.block_size, kEstimateChunk);
-    const int blocks_per_chunk = ceil_div(num_queries, per_head) * params.num_kv_heads;
-    Arguments arguments = {params, num_chunks, choose_chunks_per_block(params, blocks_per_chunk, num_chunks)};
+    const int thread_blocks_per_chunk = ceil_div(num_queries, per_head) * params.num_kv_heads;
+    Arguments arguments = {params, num_chunks, choose_chunks(params, thread_blocks_per_chunk, num_chunks)};
     cudaError_t error = describe_tokens(arguments.query, params.data_type, params.query,
                                         {{num_queries, params.query_strides[1], per_head},
                                          {params.num_kv_heads * params.group_size, params.query_strides[0],
                                           params.group_size}});
     if (error != cudaSuccess) return error;
-    // Of every 8 rows of a tile in shared memory, each lane of a quad gets the sums of two. So the keys are dealt out, and
-    // a block's are one lane's: key 32 * lane + 16 * i + j comes to row 8 * j + 2 * lane + i. All are before the last
-    // segment, in whole tiles.
+    // Of every 8 rows of a tile in shared memory, each lane of a quad gets the sums of two. So the keys are dealt out,
+    // and a block's are one lane's: key 32 * lane + 16 * i + j comes to row 8 * j + 2 * lane + i, and j counts on from
+    // tile to tile. All are before the last segment, in whole tiles.
     const int64_t stride = params.key_strides[1], num_keys = int64_t(params.num_blocks) * params.block_size;
     error = describe_tokens(arguments.keys, params.data_type, params.keys,
                             {{2, 16 * stride, 2},
                              {4, 32 * stride, 4},
-                             {num_keys - 112, stride, 16},
+                             {num_keys - kTile + 16, stride, 16},
                              {params.num_kv_heads, params.key_strides[0]}});
     if (error != cudaSuccess) return error;
 
@@ -308,7 +310,7 @@ cudaError_t launch_prompt_estimate(const PromptEstimateParams& params) {
     const auto kernel = params.block_size == 16
                             ? (is_half ? prompt_maxima_kernel<__half, 16> : prompt_maxima_kernel<__nv_bfloat16, 16>)
                             : (is_half ? prompt_maxima_kernel<__half, 32> : prompt_maxima_kernel<__nv_bfloat16, 32>);
-    const dim3 grid(ceil_div(num_queries, per_head), ceil_div(num_chunks, arguments.chunks_per_block),
+    const dim3 grid(ceil_div(num_queries, per_head), ceil_div(num_chunks, arguments.chunks_per_thread_block),
                     params.num_kv_heads);
     error = launch_with_shared<Shared>(kernel, grid, kThreads, params.launch.stream, arguments);
     if (error != cudaSuccess) return error;

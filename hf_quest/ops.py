@@ -3,6 +3,8 @@
 Stages, arguments and shapes are those of `reference`, which says what they mean, with these differences. `length` is a
 tensor on the device, [1] int64: the kernels stop at it, so that a captured graph stays right while the sequence grows.
 Tensors with a dim of pages or slots come whole, not cut to the length. There is one query per row, T = 1.
+
+`prompt_estimate` and `prompt_attend` are those of `prefill`, for the segments of one row.
 """
 
 import warnings

@@ -55,7 +55,8 @@ class CritiPrefill:
         dense_layers: how many of the first layers attend everything.
         layer_fusion: share of the last layer's scores in a layer's own, from 0 to below 1.
         score: "mass", the squares of the attention that some of the segment's queries pay to a block's best key, or
-            "published", the paper's, by the extremes of blocks and of all queries.
+            "published", the paper's, by the extremes of blocks and of all queries. By "mass" a segment always attends
+            the first block.
 
     Raises:
         ValueError: for settings outside these ranges.
@@ -203,7 +204,7 @@ def attend_dense(output, query, keys, values, options, has_kernels=False):
     num_queries, num_keys = query.shape[1], keys.shape[1]
     if has_kernels and num_queries == num_keys:  # one segment, before which there is nothing to choose from
         nothing = torch.empty(len(keys), 1, 0, dtype=torch.int64, device=keys.device)
-        place = (0, num_keys, ops.PROMPT_BLOCK_SIZES[-1])
+        place = (0, num_keys, ops.PROMPT_BLOCK_SIZES[-1])  # the fewest copies
         ops.prompt_attend(query, keys, values, nothing, output, *place, options["scaling"], options["sinks"])
     elif num_queries > 0:
         output.copy_(causal_attention(query[None], keys[None], values[None], **options)[0].transpose(0, 1))
@@ -329,7 +330,7 @@ def select(scores, num_selected, keeps_sink, has_kernels=False):
         scores[..., 0] = torch.inf
     if not has_kernels:
         return scores.topk(num_selected, dim=-1, sorted=False).indices
-    page_size = ops.PAGE_SIZES[0]
+    page_size = ops.PAGE_SIZES[0]  # any will do
     length = torch.full((1,), (scores.shape[2] - 1) * page_size + 1, dtype=torch.int64, device=scores.device)
     scores = scores.unsqueeze(2)  # [Hkv, R, 1, C + 1], as rows, heads and pages
     page_ids = ops.select(scores, length, length.new_zeros(len(scores)), num_selected + 1, page_size)

@@ -145,6 +145,72 @@ def test_what_the_kernels_do_not_serve_is_said(fake, op, changes, message):
         call(op, fake, **changes)
 
 
+PROMPT = {"query": (8, 256, 128), "keys": (2, 512, 128), "values": (2, 512, 128), "output": (256, 8, 128)}
+
+
+def prompt(**changes):
+    """Arguments of the operators for prompts: two segments from position 256 on, each of which attends 3 blocks."""
+    shapes = PROMPT | {name: value for name, value in changes.items() if isinstance(value, tuple)}
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="cuda") for name, shape in shapes.items()}
+    block_ids = torch.empty(2, 2, 3, dtype=torch.int64, device="cuda")
+    settings = {"first_position": 256, "segment_size": 128, "block_size": 16, "sample_stride": 4}
+    arguments = {**tensors, "block_ids": block_ids, **settings, "sinks": None}
+    return arguments | {name: value for name, value in changes.items() if not isinstance(value, tuple)}
+
+
+def estimate_prompt(query, keys, first_position, segment_size, sample_stride, block_size, **others):
+    return ops.prompt_estimate(query, keys, first_position, segment_size, sample_stride, block_size, 0.1)
+
+
+def attend_prompt(query, keys, values, block_ids, output, first_position, segment_size, block_size, sinks, **others):
+    place = (first_position, segment_size, block_size)
+    return ops.prompt_attend(query, keys, values, block_ids, output, *place, 0.1, sinks)
+
+
+@pytest.mark.usefixtures("fake")
+class TestPrompts:
+    @pytest.mark.parametrize("run", [estimate_prompt, attend_prompt])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"query": (8, 256, 64)}, "query must"),
+            ({"keys": (2, 512, 64)}, "keys must"),
+            ({"query": (7, 256, 128)}, "1 to 32 heads"),
+            ({"query": (8, 200, 128)}, "not segments of 128"),
+            ({"segment_size": 64}, "not segments of 64"),
+            ({"block_size": 8}, "blocks of 8 tokens"),
+            ({"first_position": 192}, "first position of 192"),
+            ({"keys": (2, 500, 128), "values": (2, 500, 128)}, "500 keys"),
+        ],
+    )
+    def test_what_their_kernels_do_not_serve_is_said(self, run, changes, message):
+        with pytest.raises(ValueError, match=message):
+            run(**prompt(**changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"sample_stride": 3}, "sample_stride=3"),
+            ({"query": (8, 128, 128), "first_position": 0}, "no blocks before the first"),
+            ({"query": (64, 256, 128), "sample_stride": 1}, "4096 queries"),
+        ],
+    )
+    def test_what_the_estimate_does_not_serve_is_said(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            estimate_prompt(**prompt(**changes))
+
+    @pytest.mark.parametrize("name", ["values", "output"])
+    def test_what_attention_does_not_serve_is_said(self, name):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            attend_prompt(**prompt(**{name: (2, 256, 64)}))
+        with pytest.raises(ValueError, match="block_ids must"):
+            attend_prompt(**prompt() | {"block_ids": torch.empty(2, 3, 3, dtype=torch.int64, device="cuda")})
+
+    def test_shapes(self):
+        assert estimate_prompt(**prompt()).shape == (2, 2, (256 + 128) // 16)
+        assert attend_prompt(**prompt()) is None
+
+
 def test_rows_off_16_bytes_are_refused(fake):
     strides = (Hkv * G * (D + 4), D + 4, D + 4, 1)
     query = torch.empty_strided((B, Hkv * G, 1, D), strides, dtype=torch.bfloat16, device="cuda")

@@ -137,8 +137,8 @@ def evaluate_prefill(
         record["perplexity"] = perplexity(model, library, length, what)
         if what is not None:
             record["attention_mass"] = {
-                score: attention_mass(model, ids[None, :length], new_cache(what, score=score, **settings))
-                for score, settings in (("mass", {}), ("published", PUBLISHED))
+                name: attention_mass(model, ids[None, :length], new_cache(what, score=name, **settings))
+                for name, settings in (("mass", {}), ("published", PUBLISHED))
             }
         yield record
 
