@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const HeadQuery<T, kHeadDim> head_query(query + own_head * params.query_strides[1]);
     const T* keys = static_cast<const T*>(storage.keys) + row_start;
     const T* values = static_cast<const T*>(storage.values) + row_start;
-    attend_tiles<T, kHeadDim, 1, kWarps>(warp_sums, head_query, num_heads, keys, values, num_tokens, first_tile,
-                                         end_tile, params.page_size, params.scaling, params.softcap, find_token);
+    attend_tiles<T, kHeadDim, kWarps>(warp_sums, RegisterTokens<T, kHeadDim>(keys, values, num_tokens), head_query,
+                                      num_heads, first_tile, end_tile, params.page_size, params.scaling,
+                                      params.softcap, find_token);
 
     T* output = static_cast<T*>(params.output);
     output += (int64_t(row_idx) * params.num_kv_heads * params.group_size + first_head) * kHeadDim;

@@ -96,31 +96,167 @@ struct HeadQuery {
     }
 };
 
+// What a lane needs of the keys of 8 tokens, twice: a quarter of each chunk of channels of token group_idx.
+template <int kHeadDim>
+struct LaneKeys {
+    uint4 halves[2][kHeadDim / kChunk];
+};
+
+// What a lane needs of the values of the same: in each block of channels its own, of tokens 2 quad_idx and the next in
+// both halves.
+template <int kHeadDim>
+struct LaneValues {
+    typename Layout<kHeadDim>::Vector blocks[Layout<kHeadDim>::kBlocks][4];
+};
+
+// A tile of a row's tokens on its way to the lanes of a warp, straight to registers. Past the newest token it is read
+// again.
+template <typename T, int kHeadDim>
+struct RegisterTokens {
+    using L = Layout<kHeadDim>;
+    static constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
+    static constexpr int kSets = 1;
+    const T *keys, *values;  // of the row's first token
+    int newest;
+    LaneKeys<kHeadDim> lane_keys;
+    LaneValues<kHeadDim> lane_values;
+
+    __device__ RegisterTokens(const T* keys, const T* values, int num_tokens)
+        : keys(keys + threadIdx.x % 4 * 8),
+          values(values + threadIdx.x % kWarpSize / 4 * L::kVector),
+          newest(num_tokens - 1) {}
+
+    __device__ void load_keys(int, const int (&starts)[2]) {
+#pragma unroll
+        for (int half_idx = 0; half_idx < 2; ++half_idx) {
+            const int token_idx = min(starts[half_idx] + int(threadIdx.x % kWarpSize / 4), newest);
+            const T* token = keys + unsigned(token_idx) * kHeadDim;
+#pragma unroll
+            for (int i = 0; i < kHeadDim / kChunk; ++i) {
+                lane_keys.halves[half_idx][i] = load_once(reinterpret_cast<const uint4*>(token + i * kChunk));
+            }
+        }
+    }
+
+    __device__ void load_values(int, const int (&starts)[2]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token_idx = min(starts[i / 2] + 2 * int(threadIdx.x % 4) + i % 2, newest);
+            const T* token = values + unsigned(token_idx) * kHeadDim;
+#pragma unroll
+            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+                const auto* vector = reinterpret_cast<const typename L::Vector*>(token + block_idx * 8 * L::kVector);
+                lane_values.blocks[block_idx][i] = load_once(vector);
+            }
+        }
+    }
+
+    __device__ void end_load() {}
+    __device__ const LaneKeys<kHeadDim>& take_keys(int) { return lane_keys; }
+    __device__ const LaneValues<kHeadDim>& take_values(int) { return lane_values; }
+    __device__ void finish() {}
+};
+
+// `kTiles` of them on their way, by rows of shared memory that are padded against bank conflicts. There each request is
+// for whole lines.
+template <typename T, int kHeadDim, int kTiles>
+struct SharedTokens {
+    using L = Layout<kHeadDim>;
+    static constexpr bool kLoadsAhead = true;
+    static constexpr int kSets = kTiles;
+    static constexpr int kVectors = kHeadDim / 8;  // of 16 bytes
+    static constexpr int kKeyBytes = 2 * kHeadDim + (kHeadDim % 64 == 0 ? 64 : 0);
+    static constexpr int kValueBytes = 2 * kHeadDim + 16;
+    static constexpr int kTileBytes = kTile * (kKeyBytes + kValueBytes);
+    const T *keys, *values;  // of the row's first token
+    int newest;
+    char* rows;  // kTileBytes for each warp and tile
+
+    __device__ SharedTokens(const T* keys, const T* values, int num_tokens, char* rows)
+        : keys(keys),
+          values(values),
+          newest(num_tokens - 1),
+          rows(rows + threadIdx.x / kWarpSize * kTiles * kTileBytes) {}
+
+    __device__ char* key_rows(int set) const { return rows + set * kTileBytes; }
+    __device__ char* value_rows(int set) const { return rows + set * kTileBytes + kTile * kKeyBytes; }
+
+    __device__ void load(const T* tokens, const int (&starts)[2], char* target, int row_bytes) const {
+        __syncwarp();  // until all lanes have taken what was there
+#pragma unroll
+        for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
+            const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
+            const int half_idx = i * kWarpSize / (kHalf * kVectors);
+            const int token_idx = min(starts[half_idx] + row_idx % kHalf, newest);
+            copy_async(address_of(target + row_idx * row_bytes + vector * 16),
+                       tokens + unsigned(token_idx) * kHeadDim + vector * 8);
+        }
+    }
+
+    __device__ void load_keys(int set, const int (&starts)[2]) { load(keys, starts, key_rows(set), kKeyBytes); }
+    __device__ void load_values(int set, const int (&starts)[2]) { load(values, starts, value_rows(set), kValueBytes); }
+    __device__ void end_load() { commit_copies(); }
+
+    // Until the oldest load, of a tile's keys or values, has come.
+    __device__ void wait() const {
+        wait_for_copies<2 * kSets - 1>();
+        __syncwarp();
+    }
+
+    __device__ LaneKeys<kHeadDim> take_keys(int set) const {
+        wait();
+        const char* own = key_rows(set) + threadIdx.x % kWarpSize / 4 * kKeyBytes + threadIdx.x % 4 * 16;
+        LaneKeys<kHeadDim> taken;
+#pragma unroll
+        for (int half_idx = 0; half_idx < 2; ++half_idx) {
+#pragma unroll
+            for (int i = 0; i < kHeadDim / kChunk; ++i) {
+                const char* vector = own + half_idx * kHalf * kKeyBytes + i * kChunk * int(sizeof(T));
+                taken.halves[half_idx][i] = *reinterpret_cast<const uint4*>(vector);
+            }
+        }
+        return taken;
+    }
+
+    __device__ LaneValues<kHeadDim> take_values(int set) const {
+        wait();
+        const int channel = threadIdx.x % kWarpSize / 4 * L::kVector;
+        const char* own = value_rows(set) + 2 * (threadIdx.x % 4) * kValueBytes + channel * int(sizeof(T));
+        LaneValues<kHeadDim> taken;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+                const char* token = own + (i / 2 * kHalf + i % 2) * kValueBytes;
+                const auto* vector = token + block_idx * 8 * L::kVector * int(sizeof(T));
+                taken.blocks[block_idx][i] = *reinterpret_cast<const typename L::Vector*>(vector);
+            }
+        }
+        return taken;
+    }
+
+    __device__ void finish() { __syncthreads(); }  // something else may lie where rows lay
+};
+
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of head
-// group_idx of `num_heads`; `keys` and `values` begin with the row's first token. Ends with all sums in `warp_sums`.
-// A warp has `kTilesInFlight` tiles on their way while it attends another, or none where the head dim is large. Loads
-// come after what shuffles, which would wait in the same queue until memory has taken them.
+// group_idx of `num_heads`. Ends with all sums in `warp_sums`. A warp has tiles on their way while it attends another.
+// Loads come after what shuffles, which would wait in the same queue until memory has taken them.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
-template <typename T, int kHeadDim, int kTilesInFlight, int kWarps, typename FindToken>
-__device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQuery<T, kHeadDim>& query,
-                             int num_heads, const T* keys, const T* values, int num_tokens, int first_tile,
-                             int end_tile, int page_size, float scaling, float softcap, FindToken find_token) {
+template <typename T, int kHeadDim, int kWarps, typename Tokens, typename FindToken>
+__device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,
+                             int num_heads, int first_tile, int end_tile, int page_size, float scaling, float softcap,
+                             FindToken find_token) {
     using L = Layout<kHeadDim>;
-    constexpr int kNumChunks = kHeadDim / kChunk;
-    constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
-    constexpr int kSets = kLoadsAhead ? kTilesInFlight : 1;
+    constexpr int kNumChunks = kHeadDim / kChunk, kSets = Tokens::kSets;
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
-    keys += quad_idx * 8;
-    values += group_idx * L::kVector;
 
     float output[L::kBlocks][L::kPairs][4] = {};  // channels x heads
     float maximum = kLowest, sum = 0.0f;          // of head group_idx; the sum is of this lane's tokens alone
     int half_starts[2] = {kNoToken, kNoToken};    // lane i has those of the warp's i-th tile from here
     first_tile += warp_idx;
     int start[kSets][2];
-    uint4 key[kSets][2][kNumChunks];
     const auto find_tokens = [&](int set, int tile_idx) {
         const int round_idx = (tile_idx - first_tile) / kWarps;
         if (round_idx % kWarpSize == 0) {
@@ -133,59 +269,36 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQu
             start[set][half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
         }
     };
-    const auto load_keys = [&](int set) {
-#pragma unroll
-        for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            const int token_idx = min(start[set][half_idx] + group_idx, num_tokens - 1);
-            const T* token = keys + unsigned(token_idx) * kHeadDim;
-#pragma unroll
-            for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                const auto* vector = reinterpret_cast<const uint4*>(token + chunk_idx * kChunk);
-                key[set][half_idx][chunk_idx] = load_once(vector);
-            }
-        }
-    };
-    typename L::Vector value[kSets][L::kBlocks][4];
-    const auto load_values = [&](int set) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token_idx = min(start[set][i / 2] + 2 * quad_idx + i % 2, num_tokens - 1);
-            const T* token = values + unsigned(token_idx) * kHeadDim;
-#pragma unroll
-            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
-                const auto* vector = token + block_idx * 8 * L::kVector;
-                value[set][block_idx][i] = load_once(reinterpret_cast<const typename L::Vector*>(vector));
-            }
-        }
-    };
-
-    if constexpr (kLoadsAhead) {
+    if constexpr (Tokens::kLoadsAhead) {
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
             if (first_tile + set * kWarps < end_tile) find_tokens(set, first_tile + set * kWarps);
         }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-            if (first_tile + set * kWarps >= end_tile) break;
-            load_keys(set);
-            load_values(set);
+            const bool is_tile = first_tile + set * kWarps < end_tile;
+            if (is_tile) tokens.load_keys(set, start[set]);
+            tokens.end_load();
+            if (is_tile) tokens.load_values(set, start[set]);
+            tokens.end_load();
         }
     }
     for (int tile_idx = first_tile; tile_idx < end_tile;) {
 #pragma unroll
         for (int set = 0; set < kSets; ++set, tile_idx += kWarps) {
             if (set > 0 && tile_idx >= end_tile) break;
-            if constexpr (!kLoadsAhead) {
+            if constexpr (!Tokens::kLoadsAhead) {
                 find_tokens(set, tile_idx);
-                load_keys(set);
+                tokens.load_keys(set, start[set]);
             }
+            const auto& keys = tokens.take_keys(set);
             float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
 #pragma unroll
             for (int half_idx = 0; half_idx < 2; ++half_idx) {
                 float sums[4] = {};
 #pragma unroll
                 for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                    const uint4 a = query.vectors[chunk_idx], b = key[set][half_idx][chunk_idx];
+                    const uint4 a = query.vectors[chunk_idx], b = keys.halves[half_idx][chunk_idx];
                     multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
                     multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
                 }
@@ -201,13 +314,13 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQu
             float new_maximum = maximum;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const bool is_visible = start[set][i / 2] + 2 * quad_idx + i % 2 < num_tokens;
+                const bool is_visible = start[set][i / 2] + 2 * quad_idx + i % 2 <= tokens.newest;
                 logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
                 new_maximum = fmaxf(new_maximum, logit[i]);
             }
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
-            if constexpr (!kLoadsAhead) load_values(set);
+            if constexpr (!Tokens::kLoadsAhead) tokens.load_values(set, start[set]);
             const float correction = weight_of(maximum, new_maximum);
             maximum = new_maximum;
             sum *= correction;
@@ -224,10 +337,12 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQu
             const float even_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx);
             const float odd_correction = __shfl_sync(kWholeWarp, correction, 8 * quad_idx + 4);
             const bool has_next = tile_idx + kSets * kWarps < end_tile;
-            if (kLoadsAhead && has_next) {
+            if (Tokens::kLoadsAhead && has_next) {
                 find_tokens(set, tile_idx + kSets * kWarps);
-                load_keys(set);
+                tokens.load_keys(set, start[set]);
             }
+            tokens.end_load();
+            const auto& values = tokens.take_values(set);
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
 #pragma unroll
@@ -239,15 +354,17 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, const HeadQu
                     sums[3] *= odd_correction;
                     uint32_t pair[4];  // the same two channels of four tokens
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) pair[i] = L::word(value[set][block_idx][i], pair_idx);
+                    for (int i = 0; i < 4; ++i) pair[i] = L::word(values.blocks[block_idx][i], pair_idx);
                     multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
                                     __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632),
                                     low_weights, high_weights);
                 }
             }
-            if (kLoadsAhead && has_next) load_values(set);
+            if (Tokens::kLoadsAhead && has_next) tokens.load_values(set, start[set]);
+            tokens.end_load();
         }
     }
+    tokens.finish();
 
     // The block's sum over its warps.
     sum += __shfl_xor_sync(kWholeWarp, sum, 1);

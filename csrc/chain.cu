@@ -1,11 +1,11 @@
 // chain: estimate, select and attend in one kernel, by a cluster of thread blocks for each row and KV head.
 //
-// The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block finds,
-// by itself and in its own shared memory, the same last score that is taken, by a radix select over the range of the
-// scores, and puts its share of the pages above it into a list. It attends them, and sends the others their parts of
-// what it has summed up. So the blocks of a head wait twice for what they send each other, where separate kernels would
-// wait for the whole GPU: for all scores and for all sums. What is sent counts itself in at a barrier of the block that
-// gets it. Where no more pages are stored than may be taken, they are all attended without a look at their bounds.
+// The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block selects
+// by itself (select.cuh) and takes its share of the chosen pages, some of which are on their way to L2 already, since
+// memory has nothing else to do meanwhile. It attends them, and sends the others their parts of what it has summed up.
+// So the blocks of a head wait twice for what they send each other, for all scores and for all sums, where separate
+// kernels would wait for the whole GPU. What is sent counts itself in at a barrier of the block that gets it. Where no
+// more pages are stored than may be taken, they are all attended without a look at their bounds.
 
 #include <cooperative_groups.h>
 
@@ -13,6 +13,7 @@
 
 #include "attend.cuh"
 #include "estimate.cuh"
+#include "select.cuh"
 
 namespace hf_quest {
 namespace {
@@ -21,9 +22,6 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kDigitBits = 10;
-constexpr int kNumDigits = 1 << kDigitBits;
-static_assert(kNumDigits == 4 * kThreads);  // each thread sums up four, which it reads at once
 constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
 static_assert(kMaxKeys % kPagesPerTile == 0);
 constexpr int kMaxClusterSize = 16;
@@ -31,27 +29,39 @@ constexpr int kMaxClusterSize = 16;
 // On their way for each warp, of pages and of tokens.
 __host__ __device__ constexpr int count_tiles(int head_dim) { return head_dim > 128 ? 1 : 2; }
 
-template <int kHeadDim>
+template <typename T, int kHeadDim>
 struct alignas(16) Shared {
+    using Tokens = SharedTokens<T, kHeadDim, count_tiles(kHeadDim)>;
     static constexpr int kQuads = kHeadDim / 4;  // of channels
-    // What the blocks of the cluster send to this one:
-    alignas(16) unsigned keys[kMaxKeys];                // of all scores but the newest page's, and 0 to a whole quad
-    uint2 ranges[kMaxClusterSize * kWarps];             // lowest and highest key that each warp has seen
+    union {
+        struct {
+            alignas(16) unsigned keys[kMaxKeys];  // of all scores but the newest page's, and 0 to a whole quad
+            union {
+                alignas(16) char tiles[kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim)];
+                uint2 listed[kMaxListed];  // after them
+            };
+        };
+        alignas(16) char rows[kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes];  // when pages are chosen
+        WarpSums<kHeadDim, kWarps> warp_sums;                                        // when they are attended
+    };
+    // What the blocks of the cluster send to this one beside keys:
     float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
     float2 softmax[kMaxClusterSize][kHeadTile];         // of all blocks: maximum and sum
     uint64_t keys_barrier, sums_barrier;
 
-    union {
-        alignas(16) char tiles[kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim)];  // until pages have scores
-        WarpSums<kHeadDim, kWarps> warp_sums;
-    };
     uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
-    uint4 counts[kNumDigits / 4];
-    int warp_totals[kWarps];
-    int3 found;  // a digit, and the keys above it and in it
-    uint2 candidates[kThreads], last_taken;  // keys and pages
-    unsigned taken[kMaxKeys / 32];           // a bit for each page
-    int num_candidates;
+    Selection<kThreads> selection;
+};
+
+// Of scores that have not enough room in shared memory.
+struct GlobalKeys {
+    const unsigned* keys;
+    int num_keys;
+
+    __device__ unsigned of_page(int idx) const { return idx < num_keys ? keys[idx] : 0; }
+    __device__ uint4 quad(int idx) const {
+        return {of_page(4 * idx), of_page(4 * idx + 1), of_page(4 * idx + 2), of_page(4 * idx + 3)};
+    }
 };
 
 #ifdef _CG_HAS_CLUSTER_GROUP  // sm_90 and later
@@ -118,168 +128,6 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
 // A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
 __device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
-// The sum of the values of the threads before this one.
-__device__ int scan_block(int value, int* warp_totals) {
-    const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
-    const int end = scan_warp(value);
-    if (lane_idx == kWarpSize - 1) warp_totals[warp_idx] = end;
-    __syncthreads();
-    int start = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps - 1; ++i) start += i < warp_idx ? warp_totals[i] : 0;
-    return start + end - value;
-}
-
-// Finds the `num_wanted` pages with the highest keys, of equal ones the first, in ascending order of pages, and calls
-// tell(page, place) for at least the `num_told` places from `first_told` on; each in one thread. load(i) gives the keys
-// of pages 4 i to 4 i + 3, and 0 for those past the last.
-template <typename S, typename Load, typename Tell>
-__device__ void select_pages(S& shared, int num_ranges, int num_keys, int num_wanted, int first_told, int num_told,
-                             Load load, Tell tell) {
-    if (num_wanted == 0) return;
-    const int num_quads = ceil_div(num_keys, 4);
-    unsigned last = UINT_MAX, highest = 0;
-    for (int idx = threadIdx.x % kWarpSize; idx < num_ranges; idx += kWarpSize) {
-        last = min(last, shared.ranges[idx].x);
-        highest = max(highest, shared.ranges[idx].y);
-    }
-    last = __reduce_min_sync(kWholeWarp, last);
-    highest = __reduce_max_sync(kWholeWarp, highest);
-
-    // Round by round the last key that is taken is known more closely: to be one of `num_in_digit` that begin with
-    // `last`, but for its lowest `shift` bits, of which the highest `num_wanted` are taken.
-    int shift = max(32 - __clz(highest - last) - kDigitBits, 0), num_in_digit;
-    unsigned num_digits = kNumDigits;
-    while (true) {
-        unsigned* counts = &shared.counts[0].x;
-#pragma unroll 2
-        for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
-            const uint4 quad = load(idx);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const unsigned key = (&quad.x)[i], digit = (key - last) >> shift;
-                const bool is_counted = key >= last && digit < num_digits;
-                atomicAdd(counts + (is_counted ? digit : threadIdx.x), unsigned(is_counted));  // faster than a branch
-            }
-        }
-        __syncthreads();
-        const int quad_idx = kThreads - 1 - threadIdx.x;  // from the highest digits down
-        const uint4 quad = shared.counts[quad_idx];
-        shared.counts[quad_idx] = {};
-        const int in_digit[4] = {int(quad.w), int(quad.z), int(quad.y), int(quad.x)};
-        int num_before = scan_block(in_digit[0] + in_digit[1] + in_digit[2] + in_digit[3], shared.warp_totals);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int num_after = num_before + in_digit[i];
-            if (num_before < num_wanted && num_wanted <= num_after) {
-                shared.found = {4 * quad_idx + 3 - i, num_before, in_digit[i]};
-            }
-            num_before = num_after;
-        }
-        __syncthreads();
-        last += unsigned(shared.found.x) << shift;
-        num_wanted -= shared.found.y;
-        num_in_digit = shared.found.z;
-        if (num_in_digit <= kThreads || shift == 0) break;
-        num_digits = 1u << min(shift, kDigitBits);
-        shift = max(shift - kDigitBits, 0);
-    }
-
-    const auto is_in_digit = [&](unsigned key) { return key - last < 1u << shift; };
-    // The last page that is taken, if not all of the digit are.
-    if (num_in_digit == num_wanted) {
-        if (threadIdx.x == 0) shared.last_taken = {last, UINT_MAX};
-    } else if (num_in_digit <= kThreads) {
-        if (threadIdx.x == 0) shared.num_candidates = 0;
-        __syncthreads();
-#pragma unroll 1
-        for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
-            const uint4 quad = load(idx);
-            if (!(is_in_digit(quad.x) | is_in_digit(quad.y) | is_in_digit(quad.z) | is_in_digit(quad.w))) continue;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const unsigned key = (&quad.x)[i];
-                if (!is_in_digit(key)) continue;
-                shared.candidates[atomicAdd(&shared.num_candidates, 1)] = {key, unsigned(4 * idx + i)};
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x < num_in_digit) {
-            const uint2 own = shared.candidates[threadIdx.x];
-            int num_before = 0;
-            for (int i = 0; i < num_in_digit; ++i) {
-                const uint2 other = shared.candidates[i];
-                num_before += other.x > own.x || (other.x == own.x && other.y < own.y);
-            }
-            if (num_before == num_wanted - 1) shared.last_taken = own;
-        }
-    } else {  // that many equal keys, of which each thread has neighbouring ones
-        const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
-        const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
-        const auto for_each_equal = [&](auto visit) {
-            for (int idx = begin; idx < end; ++idx) {
-                const uint4 quad = load(idx);
-                for (int i = 0; i < 4; ++i) {
-                    if ((&quad.x)[i] == last) visit(4 * idx + i);
-                }
-            }
-        };
-        int num_equal = 0;
-        for_each_equal([&](unsigned) { ++num_equal; });
-        int num_before = scan_block(num_equal, shared.warp_totals);
-        for_each_equal([&](unsigned page_idx) {
-            if (++num_before == num_wanted) shared.last_taken = {last, page_idx};
-        });
-    }
-    __syncthreads();
-    const uint2 last_taken = shared.last_taken;
-
-    // Taken pages are noted as bits, as many as there are bits for. Each warp tells of a share of the words, after it
-    // has counted what lies before them.
-    const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
-    int num_before = 0;
-    for (int first_quad = 0; first_quad < num_quads; first_quad += kMaxKeys / 4) {
-        const int num_here = min(num_quads - first_quad, kMaxKeys / 4);
-        if (first_quad > 0) __syncthreads();  // until nobody reads the words before these
-#pragma unroll 2
-        for (int idx = threadIdx.x; idx - lane_idx < num_here; idx += kThreads) {
-            const uint4 quad = idx < num_here ? load(first_quad + idx) : uint4{};
-            unsigned word = 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const unsigned key = (&quad.x)[i], page_idx = 4 * (first_quad + idx) + i;
-                word |= unsigned(key > last_taken.x || (key == last_taken.x && page_idx <= last_taken.y)) << i;
-            }
-            word <<= lane_idx % 8 * 4;
-#pragma unroll
-            for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kWholeWarp, word, distance);
-            if (lane_idx % 8 == 0) shared.taken[idx / 8] = word;
-        }
-        __syncthreads();
-        const int num_words = ceil_div(num_here, 8), num_each = ceil_div(num_words, kWarps);
-        const auto count_taken = [&](int begin, int end) {
-            int num_taken = 0;
-#pragma unroll 4
-            for (int idx = begin + lane_idx; idx < end; idx += kWarpSize) num_taken += __popc(shared.taken[idx]);
-            return __reduce_add_sync(kWholeWarp, num_taken);
-        };
-        const int begin = min(warp_idx * num_each, num_words), end = min(begin + num_each, num_words);
-        int place = num_before + count_taken(0, begin);
-#pragma unroll 1
-        for (int idx = begin + lane_idx; idx - lane_idx < end; idx += kWarpSize) {
-            unsigned word = idx < end ? shared.taken[idx] : 0;
-            const int place_after = place + scan_warp(__popc(word));
-            place = place_after - __popc(word);
-            if (place < first_told + num_told && place_after > first_told) {
-#pragma unroll 1
-                for (; word != 0; word &= word - 1) tell(4 * first_quad + 32 * idx + __ffs(word) - 1, place++);
-            }
-            place = __shfl_sync(kWholeWarp, place_after, kWarpSize - 1);
-        }
-        if (first_quad + num_here < num_quads) num_before += count_taken(0, num_words);
-    }
-}
-
 #endif  // _CG_HAS_CLUSTER_GROUP
 
 template <typename T, int kHeadDim>
@@ -288,12 +136,12 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     constexpr int kQuads = kHeadDim / 4;  // of channels
     constexpr int kTilesInFlight = count_tiles(kHeadDim), kVectors = kHeadDim / 8;
     extern __shared__ uint4 dynamic[];
-    auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
+    auto& shared = *reinterpret_cast<Shared<T, kHeadDim>*>(dynamic);
     char* queries = reinterpret_cast<char*>(dynamic) + sizeof(shared);
     // After them, this block's list of pages.
     int* page_ids = reinterpret_cast<int*>(queries + count_query_bytes(params.group_size, kHeadDim));
     const cg::cluster_group cluster = cg::this_cluster();
-    shared.counts[threadIdx.x] = {};
+    shared.selection.clear();
     if (threadIdx.x == 0) {
         make_barrier(&shared.keys_barrier, kWarps);
         make_barrier(&shared.sums_barrier, 1);
@@ -329,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     __syncwarp();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // from here on the others take what is sent
 
+    const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
     using Narrow = NarrowBounds<T, kHeadDim>;
     int64_t* told_ids = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.num_selected;
     const auto tell = [&](int page_idx, int place) {
@@ -336,20 +185,30 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         page_ids[place - first_own] = page_idx;
         if (told_ids != nullptr) told_ids[place] = page_idx;
     };
+    // Has a page brought to L2, by a warp. Two for each are about what memory can bring while pages are selected; more
+    // would hold the warps up.
+    const auto fetch_page = [&](int page_idx) {
+        const int num_lines = page_size * kHeadDim * int(sizeof(T)) / 128;
+        const int64_t first = row_start + (int64_t(page_idx) << page_shift) * kHeadDim;
+#pragma unroll 1
+        for (int i = threadIdx.x % kWarpSize; i < num_lines; i += kWarpSize) {
+            prefetch(static_cast<const T*>(storage.keys) + first + i * 128 / int(sizeof(T)));
+            prefetch(static_cast<const T*>(storage.values) + first + i * 128 / int(sizeof(T)));
+        }
+    };
     if (num_pages > params.num_selected) {
         const int newest_page = num_pages - 1;
         const int64_t first_page = kv_idx * count_pages(storage, page_size);
         unsigned* global_keys = reinterpret_cast<unsigned*>(storage.scores + first_page);
         const bool are_shared = newest_page <= kMaxKeys;
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
-        const int num_ranges = cluster_size * kWarps;
-        unsigned lowest = UINT_MAX, highest = 0;
-        const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile, step = num_ranges * kPagesPerTile;
+        const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile;
+        const int step = cluster_size * kWarps * kPagesPerTile;
+        uint2 best = {};  // key and page of this lane's
         const auto store = [&](int first_of_tiles, int num_tiles, int own_page, float score) {
             if (own_page < newest_page) {
                 const unsigned key = order_of(score * params.scaling);
-                lowest = min(lowest, key);
-                highest = max(highest, key);
+                if (key > best.x) best = {key, unsigned(own_page)};
                 if (are_shared) {
                     shared.keys[own_page] = key;
                 } else {
@@ -384,29 +243,28 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         } else {
             score(Narrow(storage, first_page));
         }
-        lowest = __reduce_min_sync(kWholeWarp, lowest);
-        highest = __reduce_max_sync(kWholeWarp, highest);
-        if (const int i = threadIdx.x % kWarpSize; i < cluster_size) {
-            const unsigned ranges = address_of(&shared.ranges[rank * kWarps + warp_idx]);
-            send(address_at(ranges, i), address_at(barrier, i), uint2{lowest, highest});
-        }
         if (threadIdx.x == 0) {
             const int num_quads = are_shared ? count_quads_of_others(newest_page, rank, cluster_size) : 0;
-            expect_bytes(&shared.keys_barrier, num_ranges * int(sizeof(uint2)) + num_quads * int(sizeof(uint4)));
+            expect_bytes(&shared.keys_barrier, num_quads * int(sizeof(uint4)));
         } else if (threadIdx.x % kWarpSize == 0) {
             arrive(&shared.keys_barrier);  // this warp's own keys are there
         }
+        if (const unsigned highest = __reduce_max_sync(kWholeWarp, best.x); highest > 0) {  // or this warp has no page
+            const int lane_idx = __ffs(__ballot_sync(kWholeWarp, best.x == highest)) - 1;
+            fetch_page(__shfl_sync(kWholeWarp, int(best.y), lane_idx));
+        }
         wait_for_bytes(&shared.keys_barrier);
+        const auto expect = [&](int num_listed) {
+            if (const int idx = warp_idx * cluster_size + rank; idx < num_listed) fetch_page(int(shared.listed[idx].y));
+        };
+        const auto select = [&](auto keys) {
+            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, expect, tell);
+        };
         if (are_shared) {
-            const auto load = [&](int idx) { return reinterpret_cast<const uint4*>(shared.keys)[idx]; };
-            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, first_own, num_own, load, tell);
+            select(SharedKeys{shared.keys});
         } else {
             cluster.sync();
-            const auto load = [&](int idx) {
-                const auto key = [&](int idx) { return idx < newest_page ? global_keys[idx] : 0; };
-                return uint4{key(4 * idx), key(4 * idx + 1), key(4 * idx + 2), key(4 * idx + 3)};
-            };
-            select_pages(shared, num_ranges, newest_page, params.num_selected - 1, first_own, num_own, load, tell);
+            select(GlobalKeys{global_keys, newest_page});
         }
         if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
     } else {
@@ -422,11 +280,12 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
         if (chosen >= num_own << page_shift) return kNoToken;
         return (page_ids[chosen >> page_shift] << page_shift) + (chosen & (page_size - 1));
     };
-    const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
-    attend_tiles<T, kHeadDim, kTilesInFlight, kWarps>(
-        shared.warp_sums, HeadQuery<T, kHeadDim>(input.own_head(0)), params.group_size,
-        static_cast<const T*>(storage.keys) + row_start, static_cast<const T*>(storage.values) + row_start, num_tokens,
-        0, ceil_div(num_own << page_shift, kTile), page_size, params.scaling, params.softcap, find_token);
+    using Tokens = typename Shared<T, kHeadDim>::Tokens;
+    const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
+                        static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
+    attend_tiles<T, kHeadDim, kWarps>(shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(input.own_head(0)),
+                                      params.group_size, 0, ceil_div(num_own << page_shift, kTile), page_size,
+                                      params.scaling, params.softcap, find_token);
 
     // Quads of channels are dealt to the blocks, which get them from all.
     const int num_quads = params.group_size * kQuads, num_parts = divide(num_quads + cluster_size - 1, cluster_size);
@@ -453,49 +312,45 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // nothing more is sent
 
-    // Neighbouring lanes, as many as blocks rounded up to a power of two, sum up a part.
+    // A thread sums up a part over the blocks, of which it reads a few at a time.
     T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-    const int lane_shift = 32 - __clz(cluster_size - 1), num_lanes = 1 << lane_shift;
-    const int block_idx = threadIdx.x & (num_lanes - 1);
+    for (int part_idx = threadIdx.x; part_idx < num_own_parts; part_idx += kThreads) {
+        const int idx = part_idx * cluster_size + rank, head_idx = idx / kQuads;
+        constexpr int kAtOnce = 5;
+        const float sink = sink_of<T>(params, first_head + head_idx);
+        float maximum = sink;
 #pragma unroll 1
-    for (int first_part = 0; first_part < num_own_parts; first_part += kThreads >> lane_shift) {
-        const int part_idx = first_part + (int(threadIdx.x) >> lane_shift), idx = part_idx * cluster_size + rank;
-        const int head_idx = idx / kQuads;
-        const bool is_part = part_idx < num_own_parts && block_idx < cluster_size;
-        const float2 softmax = is_part ? shared.softmax[block_idx][head_idx] : float2{kLowest, 0.0f};
-        const float4 term = is_part ? shared.sums[block_idx * num_parts + part_idx] : float4{};
-        const float sink = part_idx < num_own_parts ? sink_of<T>(params, first_head + head_idx) : kLowest;
-        float maximum = fmaxf(softmax.x, sink);
-#pragma unroll 1
-        for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
-            maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, distance));
+        for (int first = 0; first < cluster_size; first += kAtOnce) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                maximum = fmaxf(maximum, shared.softmax[min(first + i, cluster_size - 1)][head_idx].x);
+            }
         }
-        const float factor = weight_of(softmax.x, maximum);
-        float sum = softmax.y * factor;
+        float sum = weight_of(sink, maximum);
         float4 sums = {};
-        add_scaled(sums, term, factor);
 #pragma unroll 1
-        for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
-            sum += __shfl_xor_sync(kWholeWarp, sum, distance);
-            sums.x += __shfl_xor_sync(kWholeWarp, sums.x, distance);
-            sums.y += __shfl_xor_sync(kWholeWarp, sums.y, distance);
-            sums.z += __shfl_xor_sync(kWholeWarp, sums.z, distance);
-            sums.w += __shfl_xor_sync(kWholeWarp, sums.w, distance);
+        for (int first = 0; first < cluster_size; first += kAtOnce) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int block_idx = min(first + i, cluster_size - 1);
+                const float2 softmax = shared.softmax[block_idx][head_idx];
+                const float factor = first + i < cluster_size ? weight_of(softmax.x, maximum) : 0.0f;
+                sum += softmax.y * factor;
+                add_scaled(sums, shared.sums[block_idx * num_parts + part_idx], factor);
+            }
         }
-        if (part_idx < num_own_parts && block_idx == 0) {
-            float4 scaled = {};
-            add_scaled(scaled, sums, 1.0f / (sum + weight_of(sink, maximum)));
-            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
-        }
+        float4 scaled = {};
+        add_scaled(scaled, sums, 1.0f / sum);
+        store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
     }
     __syncwarp();
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // no block ends while what it has sent is on its way
 #endif  // _CG_HAS_CLUSTER_GROUP
 }
 
-template <int kHeadDim>
+template <typename T, int kHeadDim>
 size_t count_shared_bytes(const AttendParams& params, int cluster_size) {
-    return sizeof(Shared<kHeadDim>) + count_query_bytes(params.group_size, kHeadDim) +
+    return sizeof(Shared<T, kHeadDim>) + count_query_bytes(params.group_size, kHeadDim) +
            ceil_div(params.num_selected, cluster_size) * sizeof(int);
 }
 
@@ -525,7 +380,7 @@ int find_cluster_size(const AttendParams& params) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) != cudaSuccess) return 0;
     const int num_heads = params.num_kv_heads * params.num_rows;
     for (int size = kMaxClusterSize; size >= 2; --size) {  // st.async wants two
-        const size_t num_bytes = count_shared_bytes<kHeadDim>(params, size);
+        const size_t num_bytes = count_shared_bytes<T, kHeadDim>(params, size);
         if (size * num_heads > params.launch.num_sms || num_bytes > size_t(most_bytes)) continue;
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = configure(params, size, num_bytes, attributes);
@@ -555,9 +410,10 @@ bool needs_scores(const AttendParams& params) {
 
 cudaError_t launch_chain(const AttendParams& params, int cluster_size) {
     return for_head_dim(params.data_type, params.head_dim, [&](auto element, auto head_dim) {
+        using T = decltype(element);
         constexpr int kHeadDim = decltype(head_dim)::value;
-        const auto kernel = chain_kernel<decltype(element), kHeadDim>;
-        const size_t num_bytes = count_shared_bytes<kHeadDim>(params, cluster_size);
+        const auto kernel = chain_kernel<T, kHeadDim>;
+        const size_t num_bytes = count_shared_bytes<T, kHeadDim>(params, cluster_size);
         cudaLaunchAttribute attributes[2];
         const cudaLaunchConfig_t config = configure(params, cluster_size, num_bytes, attributes);
         return cudaLaunchKernelEx(&config, kernel, params);

@@ -117,6 +117,9 @@ __device__ inline uint4 load_matrices(unsigned address) {
     return data;
 }
 
+// Has a line brought to L2.
+__device__ inline void prefetch(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
+
 // Begins to copy 16 bytes to shared memory.
 __device__ inline void copy_async(unsigned target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");

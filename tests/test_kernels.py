@@ -1,7 +1,8 @@
 """The CUDA kernels against hf_quest/reference.py: copies, bounds and page ids bitwise, the rest by a yardstick.
 
 The yardstick is the error of the same computation in PyTorch at the same precision: a kernel may have twice as much.
-Every slot and page that must not be read holds NaN.
+Its products are of 16-bit numbers, summed in float32 and rounded once, as tensor cores give them, but by kernels of
+float32: compute-sanitizer's racecheck fails on those of 16 bits. Every slot and page that must not be read holds NaN.
 """
 
 from dataclasses import dataclass
@@ -185,6 +186,10 @@ def assert_within_twice(output, truth, same_precision):
     assert error <= max(2 * yardstick, torch.finfo(same_precision.dtype).eps * truth.abs().max())
 
 
+def multiply(left, right):
+    return (left.float() @ right.float()).to(left.dtype)
+
+
 def random_pages(stored, num_selected, seed=0):
     """[B, Hkv, 1, K] page ids, the newest and random earlier ones, as the reference selects them."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -213,12 +218,12 @@ def attend_at_same_precision(stored, page_ids, softcap=None, sinks=None):
                 chosen = page_ids[row, head // group_size, 0]
                 slots = slots[torch.isin((slots - padding) // stored.page_size, chosen)]
             keys, values = (tensor[row, head // group_size, slots] for tensor in (stored.keys, stored.values))
-            logits = keys @ stored.query[row, head, 0] * stored.scaling
+            logits = multiply(keys, stored.query[row, head, 0]) * stored.scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             if sinks is not None:
                 logits = torch.cat([logits, sinks[head, None]])
-            outputs.append(logits.softmax(dim=-1)[: len(slots)] @ values)
+            outputs.append(multiply(logits.softmax(dim=-1)[: len(slots)], values))
     return torch.stack(outputs).view(stored.query.shape)
 
 
@@ -311,7 +316,8 @@ class TestEstimate:
             bounds = reference.from_8_bits(bounds, stored.scales).to(stored.query.dtype)
         signed = torch.cat([stored.query.clamp(max=0), stored.query.clamp(min=0)], dim=-1)
         signed = signed.unflatten(1, (stored.keys.shape[1], -1))[..., 0, :]
-        same_precision = (signed @ bounds.flatten(3).transpose(-1, -2)).amax(2, keepdim=True) * stored.scaling
+        products = multiply(signed, bounds.flatten(3).transpose(-1, -2))
+        same_precision = products.amax(2, keepdim=True) * stored.scaling
         for row in rows or range(len(stored.padding)):
             pages = slice(-(-(stored.num_tokens - int(stored.padding[row])) // stored.page_size))
             row_of = (tensor[row, ..., pages] for tensor in (scores, expected, same_precision))

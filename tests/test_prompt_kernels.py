@@ -243,7 +243,7 @@ def test_attend_of_prompts(score, left_padding, monkeypatch):
     config = CritiPrefill(budget=256, segment_size=128, block_size=16, threshold=512, score=score)
     torch.manual_seed(0)
     query = 3 * torch.randn(len(left_padding), 8, 2120, 128, device="cuda", dtype=torch.bfloat16)
-    stored = torch.randn(2, len(left_padding), 2, 2176, 128, device="cuda", dtype=torch.bfloat16)[..., :2120, :]
+    storage = torch.randn(2, len(left_padding), 2, 2176, 128, device="cuda", dtype=torch.bfloat16)
     select, chosen, is_same = prefill.select, [], []
 
     def choose(*arguments):
@@ -258,10 +258,10 @@ def test_attend_of_prompts(score, left_padding, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prefill, "select", choose)
         patch.delattr(prefill, "attend_segments")
-        output = attend(query, stored, config, left_padding).float()
+        output = attend(query, storage[..., :2120, :], config, left_padding).float()
     monkeypatch.setattr(ops, "serves_prompts", lambda *_: False)
     monkeypatch.setattr(prefill, "select", choose_again)
-    expected = attend(query, stored, config, left_padding).float()
-    assert torch.cat(is_same).float().mean() > 0.5  # logits in bfloat16 turn blocks that are nearly equal
-    # PyTorch's kernels round two outputs and merge them in bfloat16: four roundings more than ours.
-    assert (output - expected).abs().max() <= 5 * expected.abs().max() * torch.finfo(torch.bfloat16).eps
+    expected = attend(query.float(), storage.float()[..., :2120, :], config, left_padding)
+    assert torch.cat(is_same).float().mean() > 0.5  # rounded logits turn blocks that are nearly equal
+    # The first tokens are attended by PyTorch's kernel, which rounds weights, too.
+    assert (output - expected).abs().max() <= 2 * expected.abs().max() * torch.finfo(torch.bfloat16).eps

@@ -1,0 +1,244 @@
+// How a block selects pages: what select.cu and chain.cu share.
+#pragma once
+
+#include <climits>
+
+#include "common.cuh"
+
+namespace hf_quest {
+
+constexpr int kDigitBits = 8;
+constexpr int kNumDigits = 1 << kDigitBits;
+constexpr int kMaxListed = 1024;  // pages that are looked at again, if there are no more
+constexpr int kMaxInDigit = 256;  // that are ranked one by one
+
+struct Digit {
+    int digit, num_above, num_in;  // keys counted above it and in it
+};
+
+// The digit at which `num_wanted` of what has been counted, from the highest digit down, are reached. By each warp for
+// itself.
+__device__ inline Digit find_digit(const unsigned (&counts)[kNumDigits], int num_wanted) {
+    constexpr int kEach = kNumDigits / kWarpSize;
+    const int highest = kNumDigits - 1 - kEach * int(threadIdx.x % kWarpSize);
+    const uint4* quads = reinterpret_cast<const uint4*>(counts) + (highest + 1 - kEach) / 4;
+    const uint4 low = quads[0], high = quads[1];
+    static_assert(kEach == 8);
+    const int in_each[kEach] = {int(high.w), int(high.z), int(high.y), int(high.x),
+                                int(low.w),  int(low.z),  int(low.y),  int(low.x)};
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += in_each[i];
+    const int end = scan_warp(sum);
+    Digit found = {highest, end - sum, in_each[0]};
+#pragma unroll
+    for (int i = 1; i < kEach; ++i) {
+        if (found.num_above + found.num_in < num_wanted) {
+            found = {highest - i, found.num_above + found.num_in, in_each[i]};
+        }
+    }
+    const int lane_of_digit = __ffs(__ballot_sync(kWholeWarp, end >= num_wanted)) - 1;
+    return {__shfl_sync(kWholeWarp, found.digit, lane_of_digit),
+            __shfl_sync(kWholeWarp, found.num_above, lane_of_digit),
+            __shfl_sync(kWholeWarp, found.num_in, lane_of_digit)};
+}
+
+// The shared memory that a block selects in.
+template <int kThreads>
+struct Selection {
+    static constexpr int kWarps = kThreads / kWarpSize;
+    alignas(16) unsigned counts[2][kNumDigits];
+    alignas(16) int warp_totals[2][kWarps];
+    uint2 in_digit[kMaxInDigit], last;  // keys and pages
+    unsigned lowest, highest;
+    int num_in_digit;
+
+    // Before select_pages(), with a barrier between them.
+    __device__ void clear() {
+        for (int idx = threadIdx.x; idx < 2 * kNumDigits; idx += kThreads) counts[0][idx] = 0;
+        if (threadIdx.x > 0) return;
+        lowest = UINT_MAX;
+        highest = 0;
+        num_in_digit = 0;
+    }
+
+    // The sum of all values of warps before this one, and of all, by the total of each.
+    __device__ int2 scan_warps(int which, int warp_total) {
+        const int warp_idx = threadIdx.x / kWarpSize;
+        if (threadIdx.x % kWarpSize == 0) warp_totals[which][warp_idx] = warp_total;
+        __syncthreads();
+        int start = 0, total = 0;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) {
+            if (i == warp_idx) start = total;
+            total += warp_totals[which][i];
+        }
+        return {start, total};
+    }
+
+    // The sum of the values of the threads before this one, and of all.
+    __device__ int2 scan(int which, int value) {
+        const int end = scan_warp(value);
+        const int2 sums = scan_warps(which, __shfl_sync(kWholeWarp, end, kWarpSize - 1));
+        return {sums.x + end - value, sums.y};
+    }
+};
+
+struct SharedKeys {
+    const unsigned* keys;  // to a whole quad
+
+    __device__ unsigned of_page(int idx) const { return keys[idx]; }
+    __device__ uint4 quad(int idx) const { return reinterpret_cast<const uint4*>(keys)[idx]; }
+};
+
+// Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
+// one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
+// the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
+// every thread calls expect(n), unless they are too many for a list.
+template <int kThreads, typename Keys, typename Expect, typename Tell>
+__device__ void select_pages(Selection<kThreads>& shared, uint2 (&listed)[kMaxListed], int num_keys, int num_wanted,
+                             Keys keys, Expect expect, Tell tell) {
+    if (num_wanted == 0) return;
+    const int num_quads = ceil_div(num_keys, 4);
+    const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
+    const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
+    // A few at a time, or zeros past the end.
+    const auto for_each_quad = [&](auto visit) {
+        constexpr int kAtOnce = 3;
+#pragma unroll 1
+        for (int first = begin; first < end; first += kAtOnce) {
+            uint4 quads[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                quads[i] = keys.quad(min(first + i, end - 1));
+                if (first + i >= end) quads[i] = {};
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) visit(quads[i], first + i);
+        }
+    };
+
+    // Each thread counts the highest keys of four groups of pages, which are more than are wanted. So many of them are
+    // no lower than the digit found that whatever is taken isn't either.
+    uint4 tops = {};
+    for_each_quad([&](uint4 quad, int) {
+        tops = {max(tops.x, quad.x), max(tops.y, quad.y), max(tops.z, quad.z), max(tops.w, quad.w)};
+    });
+    // 0 stands for no pages, and has no part in the lowest.
+    const unsigned lowest_top = min(min(tops.x - 1, tops.y - 1), min(tops.z - 1, tops.w - 1));
+    const unsigned lowest_of_warp = __reduce_min_sync(kWholeWarp, lowest_top);
+    const unsigned highest_of_warp = __reduce_max_sync(kWholeWarp, max(max(tops.x, tops.y), max(tops.z, tops.w)));
+    if (threadIdx.x % kWarpSize == 0) {
+        atomicMin(&shared.lowest, lowest_of_warp);
+        atomicMax(&shared.highest, highest_of_warp);
+    }
+    __syncthreads();
+    unsigned last = 1;  // every page's key is at least that
+    const unsigned lowest = shared.lowest + 1, highest = shared.highest;
+    int shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
+    if (num_wanted <= num_keys / num_each) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if ((&tops.x)[i] != 0) atomicAdd(&shared.counts[0][((&tops.x)[i] - lowest) >> shift], 1u);
+        }
+        __syncthreads();
+        last = lowest + (unsigned(find_digit(shared.counts[0], num_wanted).digit) << shift);
+    }
+
+    // Pages that are no lower go into a list, if they are few enough.
+    int num_high = 0;
+    for_each_quad([&](uint4 quad, int) {
+        num_high += (quad.x >= last) + (quad.y >= last) + (quad.z >= last) + (quad.w >= last);
+    });
+    const int2 places = shared.scan(0, num_high);
+    const bool is_listed = places.y <= kMaxListed;
+    const int num_candidates = is_listed ? places.y : num_keys;
+    if (is_listed) {
+        int place = places.x;
+        for_each_quad([&](uint4 quad, int idx) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if ((&quad.x)[i] >= last) listed[place++] = {(&quad.x)[i], unsigned(4 * idx + i)};
+            }
+        });
+    }
+    __syncthreads();
+    if (is_listed) expect(places.y);
+    const auto candidate = [&](int idx) { return is_listed ? listed[idx] : uint2{keys.of_page(idx), unsigned(idx)}; };
+
+    // Round by round the last key that is taken is known more closely: to be one of the `found.num_in` that are less
+    // than 2^shift above `last`, of which the highest `num_wanted` are taken.
+    shift = max(32 - __clz(highest - last) - kDigitBits, 0);
+    Digit found;
+    unsigned num_digits = kNumDigits;
+    while (true) {
+#pragma unroll 1
+        for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
+            const unsigned key = candidate(idx).x, digit = (key - last) >> shift;
+            if (key >= last && digit < num_digits) atomicAdd(&shared.counts[1][digit], 1u);
+        }
+        __syncthreads();
+        found = find_digit(shared.counts[1], num_wanted);
+        last += unsigned(found.digit) << shift;
+        num_wanted -= found.num_above;
+        if (found.num_in <= kMaxInDigit || shift == 0) break;
+        num_digits = 1u << min(shift, kDigitBits);
+        shift = max(shift - kDigitBits, 0);
+        __syncthreads();
+        for (int idx = threadIdx.x; idx < kNumDigits; idx += kThreads) shared.counts[1][idx] = 0;
+        __syncthreads();
+    }
+
+    // The last page that is taken, if not all of the digit are.
+    uint2 last_taken = {last, UINT_MAX};
+    if (found.num_in != num_wanted) {
+        if (found.num_in <= kMaxInDigit) {
+#pragma unroll 1
+            for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
+                const uint2 own = candidate(idx);
+                if (own.x - last < 1u << shift) shared.in_digit[atomicAdd(&shared.num_in_digit, 1)] = own;
+            }
+            __syncthreads();
+            if (threadIdx.x < found.num_in) {
+                const uint2 own = shared.in_digit[threadIdx.x];
+                int num_before = 0;
+#pragma unroll 1
+                for (int i = 0; i < found.num_in; ++i) {
+                    const uint2 other = shared.in_digit[i];
+                    num_before += other.x > own.x || (other.x == own.x && other.y < own.y);
+                }
+                if (num_before == num_wanted - 1) shared.last = own;
+            }
+        } else {  // that many equal keys
+            const auto for_each_equal = [&](auto visit) {
+#pragma unroll 1
+                for (int page_idx = 4 * begin; page_idx < min(4 * end, num_keys); ++page_idx) {
+                    if (keys.of_page(page_idx) == last) visit(page_idx);
+                }
+            };
+            int num_equal = 0;
+            for_each_equal([&](unsigned) { ++num_equal; });
+            int num_before = shared.scan(1, num_equal).x;
+            for_each_equal([&](unsigned page_idx) {
+                if (++num_before == num_wanted) shared.last = {last, page_idx};
+            });
+        }
+        __syncthreads();
+        last_taken = shared.last;
+    }
+
+    int num_before = 0;  // that are taken
+#pragma unroll 1
+    for (int first = 0; first < num_candidates; first += kThreads) {
+        const int idx = first + threadIdx.x;
+        const uint2 own = idx < num_candidates ? candidate(idx) : uint2{};  // lower than any page's
+        const bool is_taken = own.x > last_taken.x || (own.x == last_taken.x && own.y <= last_taken.y);
+        const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
+        const int2 sums = shared.scan_warps(first / kThreads % 2, __popc(taken));
+        const unsigned lower_lanes = (1u << threadIdx.x % kWarpSize) - 1;
+        if (is_taken) tell(int(own.y), num_before + sums.x + __popc(taken & lower_lanes));
+        num_before += sums.y;
+    }
+}
+
+}  // namespace hf_quest
