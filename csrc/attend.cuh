@@ -109,12 +109,15 @@ struct LaneValues {
     typename Layout<kHeadDim>::Vector blocks[Layout<kHeadDim>::kBlocks][4];
 };
 
-// A tile of a row's tokens on its way to the lanes of a warp, straight to registers. Past the newest token it is read
-// again.
+// How a row's tokens come to the lanes of a warp, tile by tile: load_keys() and load_values() begin, each followed by
+// end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
+// kSets tiles on their way, if kLoadsAhead. Past the newest token that one is read again.
+//
+// Here straight to registers, of which more would be too many where the head dim is large.
 template <typename T, int kHeadDim>
 struct RegisterTokens {
     using L = Layout<kHeadDim>;
-    static constexpr bool kLoadsAhead = kHeadDim <= 128;  // more would not fit into the registers
+    static constexpr bool kLoadsAhead = kHeadDim <= 128;
     static constexpr int kSets = 1;
     const T *keys, *values;  // of the row's first token
     int newest;
@@ -157,8 +160,7 @@ struct RegisterTokens {
     __device__ void finish() {}
 };
 
-// `kTiles` of them on their way, by rows of shared memory that are padded against bank conflicts. There each request is
-// for whole lines.
+// And here by rows of shared memory, padded against bank conflicts. So each request is for whole lines.
 template <typename T, int kHeadDim, int kTiles>
 struct SharedTokens {
     using L = Layout<kHeadDim>;
@@ -182,6 +184,7 @@ struct SharedTokens {
     __device__ char* value_rows(int set) const { return rows + set * kTileBytes + kTile * kKeyBytes; }
 
     __device__ void load(const T* tokens, const int (&starts)[2], char* target, int row_bytes) const {
+        static_assert(kHalf * kVectors % kWarpSize == 0);  // so that a half is known where the loop is unrolled
         __syncwarp();  // until all lanes have taken what was there
 #pragma unroll
         for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
@@ -197,7 +200,7 @@ struct SharedTokens {
     __device__ void load_values(int set, const int (&starts)[2]) { load(values, starts, value_rows(set), kValueBytes); }
     __device__ void end_load() { commit_copies(); }
 
-    // Until the oldest load, of a tile's keys or values, has come.
+    // Until the oldest load has come, of the two for each tile on its way.
     __device__ void wait() const {
         wait_for_copies<2 * kSets - 1>();
         __syncwarp();
@@ -240,8 +243,8 @@ struct SharedTokens {
 
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of head
-// group_idx of `num_heads`. Ends with all sums in `warp_sums`. A warp has tiles on their way while it attends another.
-// Loads come after what shuffles, which would wait in the same queue until memory has taken them.
+// group_idx of `num_heads`. Ends with all sums in `warp_sums`. Loads come after what shuffles, which would wait in the
+// same queue until memory has taken them.
 // Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kWarps, typename Tokens, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,

@@ -9,8 +9,6 @@
 
 #include <cooperative_groups.h>
 
-#include <climits>
-
 #include "attend.cuh"
 #include "estimate.cuh"
 #include "select.cuh"
@@ -24,6 +22,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
 static_assert(kMaxKeys % kPagesPerTile == 0);
+constexpr int kMaxListed = 4096;  // pages that may still be taken
 constexpr int kMaxClusterSize = 16;
 
 // On their way for each warp, of pages and of tokens.
@@ -38,11 +37,11 @@ struct alignas(16) Shared {
             alignas(16) unsigned keys[kMaxKeys];  // of all scores but the newest page's, and 0 to a whole quad
             union {
                 alignas(16) char tiles[kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim)];
-                uint2 listed[kMaxListed];  // after them
+                uint2 listed[kMaxListed];  // once they have scores
             };
         };
-        alignas(16) char rows[kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes];  // when pages are chosen
-        WarpSums<kHeadDim, kWarps> warp_sums;                                        // when they are attended
+        alignas(16) char rows[kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes];  // once pages are chosen
+        WarpSums<kHeadDim, kWarps> warp_sums;                                        // once they are attended
     };
     // What the blocks of the cluster send to this one beside keys:
     float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
@@ -51,17 +50,6 @@ struct alignas(16) Shared {
 
     uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
     Selection<kThreads> selection;
-};
-
-// Of scores that have not enough room in shared memory.
-struct GlobalKeys {
-    const unsigned* keys;
-    int num_keys;
-
-    __device__ unsigned of_page(int idx) const { return idx < num_keys ? keys[idx] : 0; }
-    __device__ uint4 quad(int idx) const {
-        return {of_page(4 * idx), of_page(4 * idx + 1), of_page(4 * idx + 2), of_page(4 * idx + 3)};
-    }
 };
 
 #ifdef _CG_HAS_CLUSTER_GROUP  // sm_90 and later
@@ -264,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
             select(SharedKeys{shared.keys});
         } else {
             cluster.sync();
-            select(GlobalKeys{global_keys, newest_page});
+            select(DistantKeys([&](int page_idx) { return global_keys[page_idx]; }, newest_page));
         }
         if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
     } else {

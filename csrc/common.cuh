@@ -3,8 +3,8 @@
 // A lane of a warp has two coordinates in a product: group_idx = lane / 4 and quad_idx = lane % 4. Both operands of a
 // 16x8x16 product hold 4 consecutive channels per lane where the instruction wants 2 and 2 that lie 8 apart. Channels
 // are summed over, so their order is free, as long as it is the same in both. That makes 16 bytes straight from memory
-// (8 channels of a row) one operand of two products, and no operand needs shared memory or a shuffle. 8-bit integers
-// alone come through shared memory, whose loads deal them out as their product wants them.
+// (8 channels of a row) one operand of two products, without a shuffle. 8-bit integers come by shared memory, whose
+// loads deal them out as their product wants them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -167,10 +167,10 @@ __device__ inline int64_t count_tokens(const int64_t* length, const int64_t* pad
     return (len < capacity ? len : capacity) - padding[row_idx];
 }
 
-// Unsigned numbers in the order of the scores; 0.0 and -0.0 are equal scores.
+// Unsigned numbers, 1 or more, in the order of the scores; 0.0 and -0.0 are equal scores.
 __device__ inline unsigned order_of(float score) {
     const unsigned bits = score == 0.0f ? 0u : __float_as_uint(score);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+    return max(bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u), 1u);
 }
 
 // The sum of the values of the lanes up to this one.

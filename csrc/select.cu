@@ -11,18 +11,9 @@ namespace hf_quest {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kMaxKeys = 8192;  // in shared memory
-
-// Of scores that are read again each time, from L2.
-struct ScoreKeys {
-    const float* scores;
-    int num_keys;
-
-    __device__ unsigned of_page(int idx) const { return idx < num_keys ? order_of(__ldcg(scores + idx)) : 0; }
-    __device__ uint4 quad(int idx) const {
-        return {of_page(4 * idx), of_page(4 * idx + 1), of_page(4 * idx + 2), of_page(4 * idx + 3)};
-    }
-};
+constexpr int kMaxKeys = 8192;    // in shared memory; more are read again each time, from L2
+constexpr int kMaxListed = 1024;  // pages that may still be taken
+static_assert(kMaxKeys % 4 == 0);
 
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams params) {
     __shared__ struct {
@@ -50,31 +41,31 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams 
         return;
     }
 
-    // Many loads in flight at once, none of them left out: past the last page the last one is read again.
-    constexpr int kAtOnce = 8;
-    const int num_shared = min(ceil_div(newest_page, 4) * 4, kMaxKeys);
-#pragma unroll 1
-    for (int first = threadIdx.x; first < num_shared; first += kAtOnce * kThreads) {
-        float loaded[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) loaded[i] = __ldcg(scores + min(first + i * kThreads, newest_page - 1));
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int idx = first + i * kThreads;
-            if (idx < num_shared) shared.keys[idx] = idx < newest_page ? order_of(loaded[i]) : 0;
-        }
-    }
-    __syncthreads();
-
+    const auto key_of = [&](int page_idx) { return order_of(__ldcg(scores + page_idx)); };
     const auto select = [&](auto keys) {
-        const auto tell = [&](int page_idx, int place) { page_ids[place] = page_idx; };
+        __syncthreads();
         const auto expect = [](int) {};
+        const auto tell = [&](int page_idx, int place) { page_ids[place] = page_idx; };
         select_pages(shared.selection, shared.listed, newest_page, num_wanted, keys, expect, tell);
     };
     if (newest_page <= kMaxKeys) {
+        // Many loads in flight at once, none of them left out: past the last page the last one is read again.
+        constexpr int kAtOnce = 8;
+        const int num_keys = ceil_div(newest_page, 4) * 4;  // to a whole quad
+#pragma unroll 1
+        for (int first = threadIdx.x; first < num_keys; first += kAtOnce * kThreads) {
+            unsigned keys[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) keys[i] = key_of(min(first + i * kThreads, newest_page - 1));
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int idx = first + i * kThreads;
+                if (idx < num_keys) shared.keys[idx] = idx < newest_page ? keys[i] : 0;
+            }
+        }
         select(SharedKeys{shared.keys});
     } else {
-        select(ScoreKeys{scores, newest_page});
+        select(DistantKeys(key_of, newest_page));
     }
     if (threadIdx.x == 0) page_ids[num_wanted] = newest_page;
 }

@@ -9,8 +9,7 @@ namespace hf_quest {
 
 constexpr int kDigitBits = 8;
 constexpr int kNumDigits = 1 << kDigitBits;
-constexpr int kMaxListed = 1024;  // pages that are looked at again, if there are no more
-constexpr int kMaxInDigit = 256;  // that are ranked one by one
+constexpr int kMaxInDigit = 256;  // that are ranked, each by a thread
 
 struct Digit {
     int digit, num_above, num_in;  // keys counted above it and in it
@@ -55,14 +54,15 @@ struct Selection {
 
     // Before select_pages(), with a barrier between them.
     __device__ void clear() {
-        for (int idx = threadIdx.x; idx < 2 * kNumDigits; idx += kThreads) counts[0][idx] = 0;
+        for (int idx = threadIdx.x; idx < kNumDigits; idx += kThreads) counts[0][idx] = counts[1][idx] = 0;
         if (threadIdx.x > 0) return;
         lowest = UINT_MAX;
         highest = 0;
         num_in_digit = 0;
     }
 
-    // The sum of all values of warps before this one, and of all, by the total of each.
+    // The sum of all values of warps before this one, and of all, by the total of each. Calls without a barrier between
+    // them take turns at `which`, 0 or 1.
     __device__ int2 scan_warps(int which, int warp_total) {
         const int warp_idx = threadIdx.x / kWarpSize;
         if (threadIdx.x % kWarpSize == 0) warp_totals[which][warp_idx] = warp_total;
@@ -91,13 +91,27 @@ struct SharedKeys {
     __device__ uint4 quad(int idx) const { return reinterpret_cast<const uint4*>(keys)[idx]; }
 };
 
+// Keys that lie elsewhere, and are read again each time.
+template <typename KeyOf>
+struct DistantKeys {
+    KeyOf key_of;  // of a page
+    int num_keys;
+
+    __device__ DistantKeys(KeyOf key_of, int num_keys) : key_of(key_of), num_keys(num_keys) {}
+    __device__ unsigned of_page(int idx) const { return idx < num_keys ? key_of(idx) : 0; }
+    __device__ uint4 quad(int idx) const {
+        return {of_page(4 * idx), of_page(4 * idx + 1), of_page(4 * idx + 2), of_page(4 * idx + 3)};
+    }
+};
+
 // Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
 // one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
 // the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
 // every thread calls expect(n), unless they are too many for a list.
-template <int kThreads, typename Keys, typename Expect, typename Tell>
+template <int kThreads, int kMaxListed, typename Keys, typename Expect, typename Tell>
 __device__ void select_pages(Selection<kThreads>& shared, uint2 (&listed)[kMaxListed], int num_keys, int num_wanted,
                              Keys keys, Expect expect, Tell tell) {
+    static_assert(kMaxInDigit <= kThreads);
     if (num_wanted == 0) return;
     const int num_quads = ceil_div(num_keys, 4);
     const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
@@ -196,7 +210,8 @@ __device__ void select_pages(Selection<kThreads>& shared, uint2 (&listed)[kMaxLi
 #pragma unroll 1
             for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
                 const uint2 own = candidate(idx);
-                if (own.x - last < 1u << shift) shared.in_digit[atomicAdd(&shared.num_in_digit, 1)] = own;
+                const bool is_in_digit = own.x >= last && own.x - last < 1u << shift;
+                if (is_in_digit) shared.in_digit[atomicAdd(&shared.num_in_digit, 1)] = own;
             }
             __syncthreads();
             if (threadIdx.x < found.num_in) {

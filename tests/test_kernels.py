@@ -356,8 +356,22 @@ class TestSelect:
 
     @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
     @pytest.mark.parametrize("num_selected", [2, 300, 8193, 20000])
-    def test_more_pages_than_registers_hold(self, num_selected, make):
+    def test_more_pages_than_shared_memory_holds(self, num_selected, make):
         self.check(300_007, num_selected, make)
+
+    @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -2.5])
+    @pytest.mark.parametrize("highest", [torch.inf, torch.nan])
+    def test_scores_of_every_size_with_many_equal_ones(self, lowest, highest):
+        """More may be taken than a list holds, and the digits of what is taken go up to the last."""
+
+        def make(shape, generator):
+            scores = torch.full(shape, -torch.inf, device=DEVICE).unflatten(-1, (-1, 4))
+            scores[..., ::5, :] = lowest
+            scores = scores.flatten(-2)
+            scores[..., :250] = highest
+            return scores
+
+        self.check(8193 * 16, 250, make)
 
     def test_a_million_tokens(self):
         self.check(2**20, 128, self.SCORES["normal"])
