@@ -1,0 +1,62 @@
+"""csrc/select.cuh against hf_quest/reference.py without a GPU: by threads of the CPU, watched for races and bounds."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_quest import _build, reference
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which knows where CUDA's headers are")
+
+CASES = [  # threads, pages, and how many are wanted
+    *((256, *case) for case in [(5, 3), (2047, 1), (2047, 40), (2047, 127), (3000, 2999), (8192, 249)]),
+    *((512, *case) for case in [(2047, 40), (8192, 249)]),
+]
+
+
+def one_in_five_quads_above_infinitely_low_ones(num_pages):
+    scores = torch.full((num_pages,), -torch.inf)
+    scores[torch.arange(num_pages) // 4 % 5 == 0] = torch.finfo(torch.float32).min
+    scores[:250] = torch.inf
+    return scores
+
+
+SCORES = {
+    "normal": lambda num_pages: torch.randn(num_pages),
+    "equal": lambda num_pages: torch.full((num_pages,), -7.5),
+    "two values": lambda num_pages: torch.randint(2, (num_pages,)).float(),
+    "ascending": lambda num_pages: torch.arange(num_pages).float(),
+    "close together": lambda num_pages: torch.where(
+        torch.rand(num_pages) < 0.01, torch.randn(num_pages), 3 + 1e-5 * torch.rand(num_pages)
+    ),
+    "infinite": one_in_five_quads_above_infinitely_low_ones,
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    program = tmp_path_factory.mktemp("select") / "select_on_cpu"
+    source = Path(__file__).with_suffix(".cpp").with_stem("select_on_cpu")
+    flags = ["-x", "c++", "-std=c++20", "-O1", f"-I{_build.find_sources()}", "-Xcompiler", "-fsanitize=thread"]
+    flags += ["-Xcompiler", "-fsanitize=bounds", "-Xcompiler", "-fno-sanitize-recover=all"]
+    subprocess.run(["nvcc", *flags, "-o", program, source], check=True)
+    return program
+
+
+@pytest.mark.parametrize(("num_threads", "num_pages", "num_wanted"), CASES)
+@pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
+def test_pages_are_those_of_the_reference(program, make, num_threads, num_pages, num_wanted):
+    torch.manual_seed(0)
+    scores = make(num_pages)
+    command = [program, str(num_threads), str(num_wanted)]
+    result = subprocess.run(command, input=scores.numpy().tobytes(), capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    page_size = 16
+    with_newest = torch.cat([scores, torch.zeros(1)]).view(1, 1, 1, -1)
+    num_tokens = (num_pages + 1) * page_size
+    expected = reference.select(with_newest, num_tokens, torch.zeros(1, dtype=torch.int64), num_wanted + 1, page_size)
+    assert np.frombuffer(result.stdout, dtype=np.int32).tolist() == expected[0, 0, 0, :-1].tolist()
