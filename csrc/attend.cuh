@@ -119,7 +119,7 @@ struct RegisterTokens {
     using L = Layout<kHeadDim>;
     static constexpr bool kLoadsAhead = kHeadDim <= 128;
     static constexpr int kSets = 1;
-    const T *keys, *values;  // of the row's first token
+    const T *keys, *values;  // of the row's first token, from this lane's channels on
     int newest;
     LaneKeys<kHeadDim> lane_keys;
     LaneValues<kHeadDim> lane_values;

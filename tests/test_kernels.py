@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from test_select_on_cpu import LOWEST, scores_of_every_size
 
 from hf_quest import ops, reference
 
@@ -359,17 +360,11 @@ class TestSelect:
     def test_more_pages_than_shared_memory_holds(self, num_selected, make):
         self.check(300_007, num_selected, make)
 
-    @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -2.5])
+    @pytest.mark.parametrize("lowest", [LOWEST, -2.5])
     @pytest.mark.parametrize("highest", [torch.inf, torch.nan])
-    def test_scores_of_every_size_with_many_equal_ones(self, lowest, highest):
-        """More may be taken than a list holds, and the digits of what is taken go up to the last."""
-
+    def test_scores_of_every_size(self, lowest, highest):
         def make(shape, generator):
-            scores = torch.full(shape, -torch.inf, device=DEVICE).unflatten(-1, (-1, 4))
-            scores[..., ::5, :] = lowest
-            scores = scores.flatten(-2)
-            scores[..., :250] = highest
-            return scores
+            return scores_of_every_size(shape[-1], lowest, highest).to(DEVICE).expand(shape)
 
         self.check(8193 * 16, 250, make)
 

@@ -18,10 +18,14 @@ CASES = [  # threads, pages, and how many are wanted
 ]
 
 
-def one_in_five_quads_above_infinitely_low_ones(num_pages):
+LOWEST = torch.finfo(torch.float32).min
+
+
+def scores_of_every_size(num_pages, lowest=LOWEST, highest=torch.inf):
+    """More than a list holds may be taken, and the digits of what is taken go up to the last."""
     scores = torch.full((num_pages,), -torch.inf)
-    scores[torch.arange(num_pages) // 4 % 5 == 0] = torch.finfo(torch.float32).min
-    scores[:250] = torch.inf
+    scores[torch.arange(num_pages) // 4 % 5 == 0] = lowest
+    scores[:250] = highest
     return scores
 
 
@@ -33,14 +37,14 @@ SCORES = {
     "close together": lambda num_pages: torch.where(
         torch.rand(num_pages) < 0.01, torch.randn(num_pages), 3 + 1e-5 * torch.rand(num_pages)
     ),
-    "infinite": one_in_five_quads_above_infinitely_low_ones,
+    "every size": scores_of_every_size,
 }
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     program = tmp_path_factory.mktemp("select") / "select_on_cpu"
-    source = Path(__file__).with_suffix(".cpp").with_stem("select_on_cpu")
+    source = Path(__file__).with_name("select_on_cpu.cpp")
     flags = ["-x", "c++", "-std=c++20", "-O1", f"-I{_build.find_sources()}", "-Xcompiler", "-fsanitize=thread"]
     flags += ["-Xcompiler", "-fsanitize=bounds", "-Xcompiler", "-fno-sanitize-recover=all"]
     subprocess.run(["nvcc", *flags, "-o", program, source], check=True)
