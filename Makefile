@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS:%=-transformers-%)
+KERNELS = $(wildcard csrc/* tests/*.cpp)
 
 .PHONY: demo app test notebooks pictures lint format clean
 
@@ -24,10 +25,12 @@ pictures: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(KERNELS)
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTilesPerWarp = 2;  // or more, where there are as many: every split makes the last block's sum longer
-constexpr int kMergeBatch = 8;    // partial sums in flight at once
+constexpr int kMergeBatch = 8;  // partial sums in flight at once
 
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 4; }
 
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const T* keys = static_cast<const T*>(storage.keys) + row_start;
     const T* values = static_cast<const T*>(storage.values) + row_start;
     attend_tiles<T, kHeadDim, kWarps>(warp_sums, RegisterTokens<T, kHeadDim>(keys, values, num_tokens), head_query,
-                                      num_heads, first_tile, end_tile, params.page_size, params.scaling,
-                                      params.softcap, find_token);
+                                      num_heads, first_tile, end_tile, params.page_size, params.scaling, params.softcap,
+                                      find_token);
 
     T* output = static_cast<T*>(params.output);
     output += (int64_t(row_idx) * params.num_kv_heads * params.group_size + first_head) * kHeadDim;

@@ -44,6 +44,10 @@ struct Layout {
     }
 };
 
+// What a lane sums up: its channels and the heads 2 * quad_idx and the next.
+template <int kHeadDim>
+using LaneSums = float[Layout<kHeadDim>::kBlocks][Layout<kHeadDim>::kPairs][4];
+
 // The logit, times log2 e, that a head's softmax counts beside its tokens, or kLowest, which has no weight beside them.
 template <typename T>
 __device__ float sink_of(const AttendParams& params, int head_idx) {
@@ -65,6 +69,26 @@ template <int kHeadDim, int kWarps>
 struct WarpSums {
     alignas(16) float output[kWarps][kHeadTile][kHeadDim + 4];  // padded against bank conflicts
     float2 softmax[kWarps][kHeadTile];
+
+    // Stores what a warp has summed up, by each of its lanes.
+    __device__ void store(const LaneSums<kHeadDim>& lane_sums, int num_heads) {
+        using L = Layout<kHeadDim>;
+        const int warp_idx = threadIdx.x / kWarpSize, group_idx = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+        for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+#pragma unroll
+            for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
+                const float (&sums)[4] = lane_sums[block_idx][pair_idx];
+                const int offset = ((block_idx * L::kPairs + pair_idx) * 8 + group_idx) * 2;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int head_idx = threadIdx.x % 4 * 2 + i;
+                    if (head_idx >= num_heads) continue;
+                    *reinterpret_cast<float2*>(&output[warp_idx][head_idx][offset]) = {sums[i], sums[i + 2]};
+                }
+            }
+        }
+    }
 
     // One quad of channels of one head over all warps, and its maximum and sum, which may begin with those of a sink.
     __device__ float4 merge(int head_idx, int quad_of_head, float& maximum, float& sum) const {
@@ -108,6 +132,47 @@ template <int kHeadDim>
 struct LaneValues {
     typename Layout<kHeadDim>::Vector blocks[Layout<kHeadDim>::kBlocks][4];
 };
+
+// Logits of head group_idx and the tokens 2 * quad_idx and the next, in both halves.
+template <typename T, int kHeadDim>
+__device__ void multiply_keys(float (&logit)[4], const HeadQuery<T, kHeadDim>& query, const LaneKeys<kHeadDim>& keys) {
+#pragma unroll
+    for (int half_idx = 0; half_idx < 2; ++half_idx) {
+        float sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < kHeadDim / kChunk; ++i) {
+            const uint4 a = query.vectors[i], b = keys.halves[half_idx][i];
+            multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
+            multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
+        }
+        logit[2 * half_idx] = sums[0];
+        logit[2 * half_idx + 1] = sums[1];
+    }
+}
+
+// output = output * correction + values^T x weights, corrections of the two heads.
+template <typename T, int kHeadDim>
+__device__ void add_values(LaneSums<kHeadDim>& output, const LaneValues<kHeadDim>& values, float even_correction,
+                           float odd_correction, uint32_t low_weights, uint32_t high_weights) {
+    using L = Layout<kHeadDim>;
+#pragma unroll
+    for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
+#pragma unroll
+        for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
+            float (&sums)[4] = output[block_idx][pair_idx];
+            sums[0] *= even_correction;
+            sums[1] *= odd_correction;
+            sums[2] *= even_correction;
+            sums[3] *= odd_correction;
+            uint32_t pair[4];  // the same two channels of four tokens
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pair[i] = L::word(values.blocks[block_idx][i], pair_idx);
+            multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
+                            __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632), low_weights,
+                            high_weights);
+        }
+    }
+}
 
 // How a row's tokens come to the lanes of a warp, tile by tile: load_keys() and load_values() begin, each followed by
 // end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
@@ -191,8 +256,8 @@ struct SharedTokens {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
             const int half_idx = i * kWarpSize / (kHalf * kVectors);
             const int token_idx = min(starts[half_idx] + row_idx % kHalf, newest);
-            copy_async(address_of(target + row_idx * row_bytes + vector * 16),
-                       tokens + unsigned(token_idx) * kHeadDim + vector * 8);
+            copy_async_once(address_of(target + row_idx * row_bytes + vector * 16),
+                            tokens + unsigned(token_idx) * kHeadDim + vector * 8);
         }
     }
 
@@ -250,14 +315,13 @@ template <typename T, int kHeadDim, int kWarps, typename Tokens, typename FindTo
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,
                              int num_heads, int first_tile, int end_tile, int page_size, float scaling, float softcap,
                              FindToken find_token) {
-    using L = Layout<kHeadDim>;
-    constexpr int kNumChunks = kHeadDim / kChunk, kSets = Tokens::kSets;
+    constexpr int kSets = Tokens::kSets;
     const int lane_idx = threadIdx.x % kWarpSize, warp_idx = threadIdx.x / kWarpSize;
     const int group_idx = lane_idx / 4, quad_idx = lane_idx % 4;
 
-    float output[L::kBlocks][L::kPairs][4] = {};  // channels x heads
-    float maximum = kLowest, sum = 0.0f;          // of head group_idx; the sum is of this lane's tokens alone
-    int half_starts[2] = {kNoToken, kNoToken};    // lane i has those of the warp's i-th tile from here
+    LaneSums<kHeadDim> output = {};
+    float maximum = kLowest, sum = 0.0f;        // of head group_idx; the sum is of this lane's tokens alone
+    int half_starts[2] = {kNoToken, kNoToken};  // lane i has those of the warp's i-th tile from here
     first_tile += warp_idx;
     int start[kSets][2];
     const auto find_tokens = [&](int set, int tile_idx) {
@@ -294,20 +358,8 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
                 find_tokens(set, tile_idx);
                 tokens.load_keys(set, start[set]);
             }
-            const auto& keys = tokens.take_keys(set);
             float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
-#pragma unroll
-            for (int half_idx = 0; half_idx < 2; ++half_idx) {
-                float sums[4] = {};
-#pragma unroll
-                for (int chunk_idx = 0; chunk_idx < kNumChunks; ++chunk_idx) {
-                    const uint4 a = query.vectors[chunk_idx], b = keys.halves[half_idx][chunk_idx];
-                    multiply_add<T>(sums, a.x, 0, a.y, 0, b.x, b.y);
-                    multiply_add<T>(sums, a.z, 0, a.w, 0, b.z, b.w);
-                }
-                logit[2 * half_idx] = sums[0];
-                logit[2 * half_idx + 1] = sums[1];
-            }
+            multiply_keys<T>(logit, query, tokens.take_keys(set));
 #pragma unroll
             for (int i = 0; i < 4; ++i) logit[i] *= scaling;
             if (softcap > 0.0f) {
@@ -345,49 +397,17 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
                 tokens.load_keys(set, start[set]);
             }
             tokens.end_load();
-            const auto& values = tokens.take_values(set);
-#pragma unroll
-            for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
-#pragma unroll
-                for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
-                    float(&sums)[4] = output[block_idx][pair_idx];
-                    sums[0] *= even_correction;
-                    sums[1] *= odd_correction;
-                    sums[2] *= even_correction;
-                    sums[3] *= odd_correction;
-                    uint32_t pair[4];  // the same two channels of four tokens
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) pair[i] = L::word(values.blocks[block_idx][i], pair_idx);
-                    multiply_add<T>(sums, __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
-                                    __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632),
-                                    low_weights, high_weights);
-                }
-            }
+            add_values<T>(output, tokens.take_values(set), even_correction, odd_correction, low_weights, high_weights);
             if (Tokens::kLoadsAhead && has_next) tokens.load_values(set, start[set]);
             tokens.end_load();
         }
     }
     tokens.finish();
 
-    // The block's sum over its warps.
     sum += __shfl_xor_sync(kWholeWarp, sum, 1);
     sum += __shfl_xor_sync(kWholeWarp, sum, 2);
     if (quad_idx == 0) warp_sums.softmax[warp_idx][group_idx] = {maximum, sum};
-#pragma unroll
-    for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
-#pragma unroll
-        for (int pair_idx = 0; pair_idx < L::kPairs; ++pair_idx) {
-            const float(&sums)[4] = output[block_idx][pair_idx];
-            const int offset = ((block_idx * L::kPairs + pair_idx) * 8 + group_idx) * 2;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int head_idx = 2 * quad_idx + i;
-                if (head_idx < num_heads) {
-                    *reinterpret_cast<float2*>(&warp_sums.output[warp_idx][head_idx][offset]) = {sums[i], sums[i + 2]};
-                }
-            }
-        }
-    }
+    warp_sums.store(output, num_heads);
     __syncthreads();
 }
 

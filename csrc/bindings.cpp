@@ -42,7 +42,8 @@ void* rows_of(const Tensor& tokens, at::ScalarType type) {
     TORCH_CHECK_TYPE(tokens.scalar_type() == type, "tokens must be ", type, ", not ", tokens.scalar_type());
     bool is_aligned = tokens.dim() == 4 && tokens.stride(3) == 1;
     for (int dim = 0; is_aligned && dim < 3; ++dim) is_aligned = tokens.size(dim) == 1 || tokens.stride(dim) % 8 == 0;
-    TORCH_CHECK_VALUE(is_aligned, "tokens must have rows of neighbouring elements at multiples of 16 bytes; strides are ",
+    TORCH_CHECK_VALUE(is_aligned,
+                      "tokens must have rows of neighbouring elements at multiples of 16 bytes; strides are ",
                       tokens.strides());
     return address_of(tokens);
 }
@@ -53,8 +54,8 @@ void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tens
     if (!scales) return;
     storage.scales = scales->data_ptr<uint8_t>();
     const uintptr_t word = scales->size(-1) % 4 == 0 ? 4 : scales->size(-1) % 2 == 0 ? 2 : 1;
-    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(storage.scales) % word == 0,
-                      "scales must begin at a multiple of ", word, " bytes");
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(storage.scales) % word == 0, "scales must begin at a multiple of ",
+                      word, " bytes");
 }
 
 // What a launch with storage of unknown capacity must be ready for.
@@ -82,8 +83,8 @@ void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_ke
     C10_CUDA_CHECK(launch_append(params));
 }
 
-void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads, const Tensor& length,
-                    const Tensor& padding, int64_t page_size, double scaling) {
+void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
+                    const Tensor& length, const Tensor& padding, int64_t page_size, double scaling) {
     EstimateParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
@@ -166,8 +167,8 @@ int cluster_size_of(const AttendParams& params) {
     static std::map<Shape, int> known;
     static std::mutex mutex;
     const std::lock_guard lock(mutex);
-    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim, params.group_size,
-                         params.num_kv_heads, params.num_rows, params.num_selected};
+    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim,    params.group_size,
+                         params.num_kv_heads,        params.num_rows,       params.num_selected};
     const auto found = known.find(shape);
     return found != known.end() ? found->second : known[shape] = find_cluster_size(params);
 }
@@ -179,8 +180,7 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     Storage& storage = params.storage;
     const int cluster_size = cluster_size_of(params);
     Tensor scores;
-    if (storage.scores == nullptr && storage.addresses == nullptr &&
-        (cluster_size == 0 || needs_scores(params))) {
+    if (storage.scores == nullptr && storage.addresses == nullptr && (cluster_size == 0 || needs_scores(params))) {
         const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
         scores = at::empty({query.size(0), params.num_kv_heads, 1, num_pages}, query.options().dtype(at::kFloat));
         storage.scores = scores.data_ptr<float>();
@@ -192,8 +192,7 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
                    params.scaling);
-    const Tensor page_ids =
-        select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size);
+    const Tensor page_ids = select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size);
     if (told_ids) told_ids->copy_(page_ids);
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
     attend_pages(params, page_ids, counters);
@@ -243,8 +242,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     storage.values = address_of(values);
     storage.capacity = keys.size(2);
     const Tensor output = at::empty(query.sizes(), query.options());
-    attend_pages(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling, softcap,
-                          sinks, output),
+    attend_pages(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
+                          softcap, sinks, output),
                  page_ids, counters);
     return output;
 }
@@ -260,8 +259,8 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
     const Tensor output = at::empty(query.sizes(), query.options());
-    attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling, softcap,
-                           sinks, output),
+    attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
+                           softcap, sinks, output),
                   query, length, padding, num_selected, page_ids);
     return output;
 }

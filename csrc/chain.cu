@@ -7,16 +7,13 @@
 // kernels would wait for the whole GPU. What is sent counts itself in at a barrier of the block that gets it. Where no
 // more pages are stored than may be taken, they are all attended without a look at their bounds.
 
-#include <cooperative_groups.h>
-
 #include "attend.cuh"
+#include "barrier.cuh"
 #include "estimate.cuh"
 #include "select.cuh"
 
 namespace hf_quest {
 namespace {
-
-namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -37,73 +34,22 @@ struct alignas(16) Shared {
             alignas(16) unsigned keys[kMaxKeys];  // of all scores but the newest page's, and 0 to a whole quad
             union {
                 alignas(16) char tiles[kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim)];
-                uint2 listed[kMaxListed];  // once they have scores
+                uint64_t listed[kMaxListed];  // once they have scores
             };
         };
         alignas(16) char rows[kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes];  // once pages are chosen
-        WarpSums<kHeadDim, kWarps> warp_sums;                                        // once they are attended
+        WarpSums<kHeadDim, kWarps> warp_sums;  // once they are attended
     };
     // What the blocks of the cluster send to this one beside keys:
     float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
-    float2 softmax[kMaxClusterSize][kHeadTile];         // of all blocks: maximum and sum
+    float2 softmax[kMaxClusterSize][kHeadTile];  // of all blocks: maximum and sum
     uint64_t keys_barrier, sums_barrier;
 
     uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
     Selection<kThreads> selection;
 };
 
-#ifdef _CG_HAS_CLUSTER_GROUP  // sm_90 and later
-
-// Where what lies in this block's shared memory lies in that of another block of the cluster.
-__device__ inline unsigned address_at(unsigned address, int rank) {
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-    return address;
-}
-
-__device__ inline void make_barrier(uint64_t* barrier, int num_arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(num_arrivals) : "memory");
-}
-
-__device__ inline void expect_bytes(uint64_t* barrier, int num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(num_bytes)
-                 : "memory");
-}
-
-__device__ inline void wait_for_bytes(uint64_t* barrier) {
-    unsigned is_done = 0;
-    while (!is_done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-            "selp.b32 %0, 1, 0, p; }"
-            : "=r"(is_done)
-            : "r"(address_of(barrier))
-            : "memory");
-    }
-}
-
-// Sends to an address of a block's shared memory, and counts the bytes in at a barrier there.
-__device__ inline void send(unsigned target, unsigned barrier, uint4 value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
-                 ::"r"(target), "r"(barrier), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
-                 : "memory");
-}
-
-__device__ inline void send(unsigned target, unsigned barrier, uint2 value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(target),
-                 "r"(barrier), "r"(value.x), "r"(value.y)
-                 : "memory");
-}
-
-__device__ inline void send(unsigned target, unsigned barrier, float4 value) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
-                 ::"r"(target), "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
-                 : "memory");
-}
-
-// Tells a barrier that what this thread has stored so far, and its warp before __syncwarp(), is there.
-__device__ inline void arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
-}
+#if __CUDA_ARCH__ >= 900  // clusters
 
 // Quads of keys that other blocks send: warps take turns at tiles of four.
 __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_size) {
@@ -116,96 +62,100 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
 // A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
 __device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
 
-#endif  // _CG_HAS_CLUSTER_GROUP
-
+// A block of a cluster, which serves one row and KV head.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams params) {
-#ifdef _CG_HAS_CLUSTER_GROUP
-    constexpr int kQuads = kHeadDim / 4;  // of channels
-    constexpr int kTilesInFlight = count_tiles(kHeadDim), kVectors = kHeadDim / 8;
-    extern __shared__ uint4 dynamic[];
-    auto& shared = *reinterpret_cast<Shared<T, kHeadDim>*>(dynamic);
-    char* queries = reinterpret_cast<char*>(dynamic) + sizeof(shared);
-    // After them, this block's list of pages.
-    int* page_ids = reinterpret_cast<int*>(queries + count_query_bytes(params.group_size, kHeadDim));
-    const cg::cluster_group cluster = cg::this_cluster();
-    shared.selection.clear();
-    if (threadIdx.x == 0) {
-        make_barrier(&shared.keys_barrier, kWarps);
-        make_barrier(&shared.sums_barrier, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+struct ChainBlock {
+    static constexpr int kQuads = kHeadDim / 4;  // of channels
+    const AttendParams& params;
+    Shared<T, kHeadDim>& shared;
+    char* queries;  // count_query_bytes()
+    int* page_ids;  // that this block attends
     const int rank = blockIdx.x, cluster_size = gridDim.x;
-    const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z, page_size = params.page_size;
-    const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(page_size) - 1;
-    const int first_head = kv_head_idx * params.group_size;
-    const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-    query += first_head * params.query_strides[1];
-    wait_for_previous_kernel();
-    let_next_kernel_begin();
+    const int row_idx = blockIdx.z, first_head = blockIdx.y * params.group_size;
+    const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(params.page_size) - 1;
+    const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + blockIdx.y;
 
-    // Registers that wait for the query would hold up those that wait for the length, which comes sooner.
+    // From begin() on:
+    Storage storage;
+    int num_tokens, num_pages;
+    int64_t row_start;  // of keys and values
+    int first_own, num_own;  // of the chosen pages those that this block attends
+
+    __device__ void begin() {
+        shared.selection.clear();
+        if (threadIdx.x == 0) {
+            make_barrier(shared.keys_barrier, kWarps);
+            make_barrier(shared.sums_barrier, 1);
+            publish_barriers();
+        }
+        arrive_at_cluster();
+        const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
+        query += first_head * params.query_strides[1];
+        wait_for_previous_kernel();
+        let_next_kernel_begin();
+
+        // Registers that wait for the query would hold up those that wait for the length, which comes sooner.
+        constexpr int kVectors = kHeadDim / 8;
 #pragma unroll 1
-    for (int idx = threadIdx.x; idx < params.group_size * kVectors; idx += kThreads) {
-        const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
-        copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
+        for (int idx = threadIdx.x; idx < params.group_size * kVectors; idx += kThreads) {
+            const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
+            copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
+        }
+        commit_copies();
+        storage = find(params.storage);
+        const int64_t padding = params.padding[row_idx];
+        num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
+        num_pages = (max(num_tokens, 0) + params.page_size - 1) >> page_shift;
+        row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
+        const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
+        first_own = rank * share;
+        num_own = max(min(num_chosen - first_own, share), 0);
+        wait_for_cluster();  // from here on the others take what is sent
     }
-    commit_copies();
-    const ScoreInput<T> input = {reinterpret_cast<const T*>(shared.query), sizeof(shared.query[0]) / sizeof(T),
-                                 params.group_size, 1, queries, shared.tiles};
-    const Storage storage = find(params.storage);
-    const int64_t padding = params.padding[row_idx];
-    const int num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
-    const int num_pages = (max(num_tokens, 0) + page_size - 1) >> page_shift;
-    const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
-    const int first_own = rank * share, num_own = max(min(num_chosen - first_own, share), 0);
-    const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
-    __syncwarp();
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // from here on the others take what is sent
 
-    const int64_t row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
-    using Narrow = NarrowBounds<T, kHeadDim>;
-    int64_t* told_ids = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.num_selected;
-    const auto tell = [&](int page_idx, int place) {
+    __device__ ScoreInput<T> score_input() const {
+        return {reinterpret_cast<const T*>(shared.query),
+                sizeof(shared.query[0]) / sizeof(T),
+                params.group_size,
+                1,
+                queries,
+                shared.tiles};
+    }
+
+    // Notes the chosen page of a place.
+    __device__ void tell(int page_idx, int place) const {
         if (place < first_own || place >= first_own + num_own) return;
         page_ids[place - first_own] = page_idx;
-        if (told_ids != nullptr) told_ids[place] = page_idx;
-    };
+        if (params.told_ids != nullptr) params.told_ids[kv_idx * params.num_selected + place] = page_idx;
+    }
+
     // Has a page brought to L2, by a warp. Two for each are about what memory can bring while pages are selected; more
     // would hold the warps up.
-    const auto fetch_page = [&](int page_idx) {
-        const int num_lines = page_size * kHeadDim * int(sizeof(T)) / 128;
+    __device__ void fetch_page(int page_idx) const {
+        const int num_lines = params.page_size * kHeadDim * int(sizeof(T)) / 128;
         const int64_t first = row_start + (int64_t(page_idx) << page_shift) * kHeadDim;
 #pragma unroll 1
         for (int i = threadIdx.x % kWarpSize; i < num_lines; i += kWarpSize) {
             prefetch(static_cast<const T*>(storage.keys) + first + i * 128 / int(sizeof(T)));
             prefetch(static_cast<const T*>(storage.values) + first + i * 128 / int(sizeof(T)));
         }
-    };
-    if (num_pages > params.num_selected) {
-        const int newest_page = num_pages - 1;
-        const int64_t first_page = kv_idx * count_pages(storage, page_size);
-        unsigned* global_keys = reinterpret_cast<unsigned*>(storage.scores + first_page);
-        const bool are_shared = newest_page <= kMaxKeys;
+    }
+
+    // Scores this block's pages before the newest. Their keys go to `distant_keys`, or if there are none to the shared
+    // memory of all blocks. Returns key and page of the best of this lane, or zeros.
+    __device__ uint2 score(unsigned* distant_keys) const {
+        const int newest_page = num_pages - 1, step = cluster_size * kWarps * kPagesPerTile;
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
-        const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile;
-        const int step = cluster_size * kWarps * kPagesPerTile;
-        uint2 best = {};  // key and page of this lane's
+        uint2 best = {};
         const auto store = [&](int first_of_tiles, int num_tiles, int own_page, float score) {
             if (own_page < newest_page) {
                 const unsigned key = order_of(score * params.scaling);
                 if (key > best.x) best = {key, unsigned(own_page)};
-                if (are_shared) {
-                    shared.keys[own_page] = key;
-                } else {
-                    global_keys[own_page] = key;
-                }
-            } else if (are_shared && own_page != kNoPage) {
+                (distant_keys == nullptr ? shared.keys : distant_keys)[own_page] = key;
+            } else if (distant_keys == nullptr && own_page != kNoPage) {
                 shared.keys[own_page] = 0;
             }
-            if (!are_shared) return;
+            if (distant_keys != nullptr) return;
             __syncwarp();
             // Four pages' keys at a time to the other blocks, where they lie as far from the barrier as here.
             const int lane_idx = threadIdx.x % kWarpSize, quads_here = 4 * num_tiles, quad_here = lane_idx % quads_here;
@@ -218,122 +168,169 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const AttendParams p
                 send(barrier_there - barrier + keys + quad_idx * sizeof(quad), barrier_there, quad);
             }
         };
-        const auto score = [&](auto bounds) {
+        using Narrow = NarrowBounds<T, kHeadDim>;
+        const auto score_with = [&](auto bounds) {
             constexpr bool kIsNarrow = std::is_same_v<decltype(bounds), Narrow>;
             const auto wait_for_query = [] {
                 wait_for_copies<kIsNarrow ? 1 : 0>();  // pages in 8 bits are copied after it
                 __syncthreads();
             };
-            score_pages<kTilesInFlight>(bounds, input, wait_for_query, first_of_warp, step, newest_page, store);
+            const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile;
+            score_pages<count_tiles(kHeadDim)>(bounds, score_input(), wait_for_query, first_of_warp, step, newest_page,
+                                               store);
         };
+        const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
         if (storage.scales == nullptr) {
-            score(WideBounds<T, kHeadDim>(storage, first_page));
+            score_with(WideBounds<T, kHeadDim>(storage, first_page));
         } else {
-            score(Narrow(storage, first_page));
+            score_with(Narrow(storage, first_page));
         }
+        return best;
+    }
+
+    // Chooses the newest page and the best of the others.
+    __device__ void select() const {
+        const int newest_page = num_pages - 1;
+        const bool are_shared = newest_page <= kMaxKeys;
+        const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
+        unsigned* distant_keys = are_shared ? nullptr : reinterpret_cast<unsigned*>(storage.scores + first_page);
+        const uint2 best = score(distant_keys);
         if (threadIdx.x == 0) {
             const int num_quads = are_shared ? count_quads_of_others(newest_page, rank, cluster_size) : 0;
-            expect_bytes(&shared.keys_barrier, num_quads * int(sizeof(uint4)));
+            arrive_expecting(shared.keys_barrier, num_quads * int(sizeof(uint4)));
         } else if (threadIdx.x % kWarpSize == 0) {
-            arrive(&shared.keys_barrier);  // this warp's own keys are there
+            arrive(shared.keys_barrier);  // this warp's own keys are there
         }
         if (const unsigned highest = __reduce_max_sync(kWholeWarp, best.x); highest > 0) {  // or this warp has no page
             const int lane_idx = __ffs(__ballot_sync(kWholeWarp, best.x == highest)) - 1;
             fetch_page(__shfl_sync(kWholeWarp, int(best.y), lane_idx));
         }
-        wait_for_bytes(&shared.keys_barrier);
+        wait_for_sent(shared.keys_barrier);
         const auto expect = [&](int num_listed) {
-            if (const int idx = warp_idx * cluster_size + rank; idx < num_listed) fetch_page(int(shared.listed[idx].y));
+            const int idx = warp_idx * cluster_size + rank;
+            if (idx < num_listed) fetch_page(page_of(shared.listed[idx]));
         };
-        const auto select = [&](auto keys) {
-            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, expect, tell);
+        const auto select_from = [&](auto keys) {
+            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, expect,
+                         [&](int page_idx, int place) { tell(page_idx, place); });
         };
         if (are_shared) {
-            select(SharedKeys{shared.keys});
+            select_from(SharedKeys{shared.keys});
         } else {
-            cluster.sync();
-            select(DistantKeys([&](int page_idx) { return global_keys[page_idx]; }, newest_page));
+            synchronize_cluster();
+            select_from(DistantKeys([&](int page_idx) { return distant_keys[page_idx]; }, newest_page));
         }
         if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
-    } else {
+    }
+
+    // Chooses every page.
+    __device__ void take_all() const {
         for (int idx = threadIdx.x; idx < num_own; idx += kThreads) tell(first_own + idx, first_own + idx);
-        if (told_ids != nullptr && rank == 0) {
-            for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) told_ids[idx] = -1;
+        if (params.told_ids == nullptr || rank > 0) return;
+        for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) {
+            params.told_ids[kv_idx * params.num_selected + idx] = -1;
         }
     }
-    wait_for_copies<0>();  // of the query, if nothing has waited for it
-    __syncthreads();
 
-    const auto find_token = [&](int chosen) {
-        if (chosen >= num_own << page_shift) return kNoToken;
-        return (page_ids[chosen >> page_shift] << page_shift) + (chosen & (page_size - 1));
-    };
-    using Tokens = typename Shared<T, kHeadDim>::Tokens;
-    const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                        static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
-    attend_tiles<T, kHeadDim, kWarps>(shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(input.own_head(0)),
-                                      params.group_size, 0, ceil_div(num_own << page_shift, kTile), page_size,
-                                      params.scaling, params.softcap, find_token);
+    __device__ void attend() const {
+        wait_for_copies<0>();  // of the query, if nothing has waited for it
+        __syncthreads();
+        const auto find_token = [&](int chosen) {
+            if (chosen >= num_own << page_shift) return kNoToken;
+            return (page_ids[chosen >> page_shift] << page_shift) + (chosen & (params.page_size - 1));
+        };
+        using Tokens = typename Shared<T, kHeadDim>::Tokens;
+        const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
+                            static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
+        attend_tiles<T, kHeadDim, kWarps>(shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(score_input().own_head(0)),
+                                          params.group_size, 0, ceil_div(num_own << page_shift, kTile),
+                                          params.page_size, params.scaling, params.softcap, find_token);
+    }
 
-    // Quads of channels are dealt to the blocks, which get them from all.
-    const int num_quads = params.group_size * kQuads, num_parts = divide(num_quads + cluster_size - 1, cluster_size);
-    const unsigned barrier = address_of(&shared.sums_barrier);
-    for (int idx = threadIdx.x; idx < num_quads; idx += kThreads) {
-        const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
-        const int owner = idx - part_idx * cluster_size;
-        float maximum = kLowest, sum = 0.0f;
-        const float4 sums = shared.warp_sums.merge(head_idx, quad_of_head, maximum, sum);
-        const unsigned target = address_of(&shared.sums[rank * num_parts + part_idx]);
-        send(address_at(target, owner), address_at(barrier, owner), sums);
-        if (quad_of_head < cluster_size) {
-            const uint2 softmax = {__float_as_uint(maximum), __float_as_uint(sum)};
-            const unsigned target = address_of(&shared.softmax[rank][head_idx]);
-            send(address_at(target, quad_of_head), address_at(barrier, quad_of_head), softmax);
+    // Quads of channels of all heads are dealt to the blocks, which get them from all.
+    __device__ int count_quads() const { return params.group_size * kQuads; }
+    __device__ int count_parts() const { return divide(count_quads() + cluster_size - 1, cluster_size); }  // at most
+    __device__ int count_own_parts() const { return divide(count_quads() - rank + cluster_size - 1, cluster_size); }
+
+    __device__ void send_sums() const {
+        const unsigned barrier = address_of(&shared.sums_barrier);
+        for (int idx = threadIdx.x; idx < count_quads(); idx += kThreads) {
+            const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
+            const int owner = idx - part_idx * cluster_size;
+            float maximum = kLowest, sum = 0.0f;
+            const float4 sums = shared.warp_sums.merge(head_idx, quad_of_head, maximum, sum);
+            const unsigned target = address_of(&shared.sums[rank * count_parts() + part_idx]);
+            send(address_at(target, owner), address_at(barrier, owner), sums);
+            if (quad_of_head < cluster_size) {
+                const uint2 softmax = {__float_as_uint(maximum), __float_as_uint(sum)};
+                const unsigned target = address_of(&shared.softmax[rank][head_idx]);
+                send(address_at(target, quad_of_head), address_at(barrier, quad_of_head), softmax);
+            }
         }
+        if (threadIdx.x == 0) {
+            const int num_bytes = count_own_parts() * int(sizeof(float4)) + params.group_size * int(sizeof(float2));
+            arrive_expecting(shared.sums_barrier, cluster_size * num_bytes);
+        }
+        wait_for_sent(shared.sums_barrier);
+        arrive_at_cluster();  // nothing more is sent
     }
-    const int num_own_parts = divide(num_quads - rank + cluster_size - 1, cluster_size);
-    if (threadIdx.x == 0) {
-        const int num_bytes = num_own_parts * int(sizeof(float4)) + params.group_size * int(sizeof(float2));
-        expect_bytes(&shared.sums_barrier, cluster_size * num_bytes);
-    }
-    wait_for_bytes(&shared.sums_barrier);
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // nothing more is sent
 
     // A thread sums up a part over the blocks, of which it reads a few at a time.
-    T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-    for (int part_idx = threadIdx.x; part_idx < num_own_parts; part_idx += kThreads) {
-        const int idx = part_idx * cluster_size + rank, head_idx = idx / kQuads;
-        constexpr int kAtOnce = 5;
-        const float sink = sink_of<T>(params, first_head + head_idx);
-        float maximum = sink;
+    __device__ void write_output() const {
+        T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
+        for (int part_idx = threadIdx.x; part_idx < count_own_parts(); part_idx += kThreads) {
+            const int idx = part_idx * cluster_size + rank, head_idx = idx / kQuads;
+            constexpr int kAtOnce = 5;
+            const float sink = sink_of<T>(params, first_head + head_idx);
+            float maximum = sink;
 #pragma unroll 1
-        for (int first = 0; first < cluster_size; first += kAtOnce) {
+            for (int first = 0; first < cluster_size; first += kAtOnce) {
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                maximum = fmaxf(maximum, shared.softmax[min(first + i, cluster_size - 1)][head_idx].x);
+                for (int i = 0; i < kAtOnce; ++i) {
+                    maximum = fmaxf(maximum, shared.softmax[min(first + i, cluster_size - 1)][head_idx].x);
+                }
             }
-        }
-        float sum = weight_of(sink, maximum);
-        float4 sums = {};
+            float sum = weight_of(sink, maximum);
+            float4 sums = {};
 #pragma unroll 1
-        for (int first = 0; first < cluster_size; first += kAtOnce) {
+            for (int first = 0; first < cluster_size; first += kAtOnce) {
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int block_idx = min(first + i, cluster_size - 1);
-                const float2 softmax = shared.softmax[block_idx][head_idx];
-                const float factor = first + i < cluster_size ? weight_of(softmax.x, maximum) : 0.0f;
-                sum += softmax.y * factor;
-                add_scaled(sums, shared.sums[block_idx * num_parts + part_idx], factor);
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const int block_idx = min(first + i, cluster_size - 1);
+                    const float2 softmax = shared.softmax[block_idx][head_idx];
+                    const float factor = first + i < cluster_size ? weight_of(softmax.x, maximum) : 0.0f;
+                    sum += softmax.y * factor;
+                    add_scaled(sums, shared.sums[block_idx * count_parts() + part_idx], factor);
+                }
             }
+            float4 scaled = {};
+            add_scaled(scaled, sums, 1.0f / sum);
+            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
         }
-        float4 scaled = {};
-        add_scaled(scaled, sums, 1.0f / sum);
-        store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
     }
-    __syncwarp();
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // no block ends while what it has sent is on its way
-#endif  // _CG_HAS_CLUSTER_GROUP
+};
+
+#endif  // __CUDA_ARCH__ >= 900
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constant__ AttendParams params) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ uint4 dynamic[];
+    auto& shared = *reinterpret_cast<Shared<T, kHeadDim>*>(dynamic);
+    char* queries = reinterpret_cast<char*>(dynamic) + sizeof(shared);
+    int* page_ids = reinterpret_cast<int*>(queries + count_query_bytes(params.group_size, kHeadDim));
+    ChainBlock<T, kHeadDim> block = {params, shared, queries, page_ids};
+    block.begin();
+    if (block.num_pages > params.num_selected) {
+        block.select();
+    } else {
+        block.take_all();
+    }
+    block.attend();
+    block.send_sums();
+    block.write_output();
+    wait_for_cluster();  // no block ends while what it has sent is on its way
+#endif
 }
 
 template <typename T, int kHeadDim>

@@ -125,6 +125,14 @@ __device__ inline void copy_async(unsigned target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
+// The same of what nobody reads again: the first to leave L2.
+__device__ inline void copy_async_once(unsigned target, const void* source) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy)
+                 : "memory");
+}
+
 // Makes a group of the copies that this thread began since the last one.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -151,9 +159,12 @@ __device__ inline void let_next_kernel_begin() {
 __device__ inline Storage find(const Storage& storage) {
     const int64_t* addresses = storage.addresses;
     if (addresses == nullptr) return storage;
-    return {reinterpret_cast<void*>(addresses[0]),    reinterpret_cast<void*>(addresses[1]),
-            reinterpret_cast<void*>(addresses[2]),    reinterpret_cast<uint8_t*>(addresses[3]),
-            reinterpret_cast<float*>(addresses[4]),   addresses[5],
+    return {reinterpret_cast<void*>(addresses[0]),
+            reinterpret_cast<void*>(addresses[1]),
+            reinterpret_cast<void*>(addresses[2]),
+            reinterpret_cast<uint8_t*>(addresses[3]),
+            reinterpret_cast<float*>(addresses[4]),
+            addresses[5],
             addresses};
 }
 

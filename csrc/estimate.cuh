@@ -106,8 +106,8 @@ struct NarrowBounds {
     static constexpr int kBlocks = kHeadDim / kChunk;  // of channels that share a scale
     static constexpr int kRowBytes = 2 * kHeadDim + kRowPadding;
     struct Scales {  // bytes, in the largest words that they fill
-        using Word = std::conditional_t<kBlocks % 4 == 0, uint32_t,
-                                        std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
+        using Word =
+            std::conditional_t<kBlocks % 4 == 0, uint32_t, std::conditional_t<kBlocks % 2 == 0, uint16_t, uint8_t>>;
         static constexpr int kWords = kBlocks / int(sizeof(Word));
         Word words[kWords];
 
@@ -183,7 +183,8 @@ struct NarrowBounds {
         uint2 digits[kNumChunks][kDigits];
         float step;
 
-        // By registers alone: stores to shared memory would wait until memory has taken the pages that are on their way.
+        // By registers alone: stores to shared memory would wait until memory has taken the pages that are on their
+        // way.
         __device__ explicit Query(const Head& head) {
             constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose sum with a float has its integer in low bits
             constexpr unsigned kBias = 0x808080 - 0x400000;  // so that the lowest bytes are digits above -128

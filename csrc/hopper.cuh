@@ -1,4 +1,4 @@
-// What kernels of sm_90a are made of: barriers in shared memory, the bulk tensor copy engine, and products by a
+// What kernels of sm_90a are made of beside barriers: the bulk tensor copy engine, and products by a
 // warpgroup.
 //
 // Matrices in shared memory are panels of 64 channels: rows of 128 bytes, of which the copy engine and the tensor cores
@@ -9,7 +9,7 @@
 
 #include <initializer_list>
 
-#include "common.cuh"
+#include "barrier.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HF_QUEST_HAS_WARPGROUPS
@@ -25,7 +25,7 @@ constexpr int kPanels = kHeadDim / kPanel;
 // One dimension of memory as the copy engine sees it, without the first, channels.
 struct Dimension {
     int64_t size, stride;  // in elements
-    int num_copied = 1;    // at a time
+    int num_copied = 1;  // at a time
 };
 
 // Describes memory whose panels, 64 channels of the given tokens, the copy engine brings.
@@ -47,8 +47,7 @@ inline cudaError_t describe_tokens(CUtensorMap& map, DataType data_type, const v
         box[rank] = dimension.num_copied;
         strides[rank++ - 1] = 2 * dimension.stride;
     }
-    const auto type =
-        data_type == DataType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto type = data_type == DataType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const CUresult status =
         encode(&map, type, rank, const_cast<void*>(tokens), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -73,22 +72,6 @@ __device__ Shared& shared_as(uint8_t* bytes) {
 }
 
 #ifdef HF_QUEST_HAS_WARPGROUPS
-
-// A barrier in shared memory whose phases end when `num_arrivals` have come, and all bytes that were expected.
-__device__ inline void make_barrier(uint64_t& barrier, int num_arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_of(&barrier)), "r"(num_arrivals) : "memory");
-}
-
-__device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ inline void arrive(uint64_t& barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
-}
-
-__device__ inline void arrive_expecting(uint64_t& barrier, int num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(num_bytes)
-                 : "memory");
-}
 
 // Until the phase of that parity has ended.
 __device__ inline void wait_for(uint64_t& barrier, int parity) {
@@ -191,7 +174,7 @@ __device__ inline void finish_first(float sum) {
 #define HF_QUEST_64(x) HF_QUEST_16(x, 0), HF_QUEST_16(x, 16), HF_QUEST_16(x, 32), HF_QUEST_16(x, 48)
 #define HF_QUEST_16(x, i) HF_QUEST_4(x, i), HF_QUEST_4(x, i + 4), HF_QUEST_4(x, i + 8), HF_QUEST_4(x, i + 12)
 #define HF_QUEST_4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
-#define HF_QUEST_SUMS                                                                              \
+#define HF_QUEST_SUMS                                                                             \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "  \
     "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "  \
@@ -202,12 +185,13 @@ __device__ inline void finish_first(float sum) {
 // multiply_add() of warps.
 template <typename T>
 __device__ void multiply(float (&sums)[64], uint64_t left, uint64_t right, bool adds) {
-#define HF_QUEST_MULTIPLY(type)                                                                                \
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"                                            \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " HF_QUEST_SUMS                \
-                 "%64, %65, adds, 1, 1, 0, 0;\n}"                                                              \
-                 : HF_QUEST_64(sums)                                                                           \
-                 : "l"(left), "l"(right), "r"(int(adds)))
+#define HF_QUEST_MULTIPLY(type)                                                        \
+    asm volatile(                                                                      \
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"                             \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " HF_QUEST_SUMS \
+        "%64, %65, adds, 1, 1, 0, 0;\n}"                                               \
+        : HF_QUEST_64(sums)                                                            \
+        : "l"(left), "l"(right), "r"(int(adds)))
     if constexpr (std::is_same_v<T, __half>) {
         HF_QUEST_MULTIPLY("f16");
     } else {
@@ -233,10 +217,10 @@ __device__ void begin_logits(float (&logits)[64], uint64_t queries, uint64_t key
 // sums[64 x 128] += left[64 x 16] * right[16 x 128], left in registers, right in shared memory, read across its rows.
 template <typename T>
 __device__ void multiply_add_across(float (&sums)[64], const uint32_t (&left)[4], uint64_t right) {
-#define HF_QUEST_MULTIPLY(type)                                                                                \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " HF_QUEST_SUMS                \
-                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                      \
-                 : HF_QUEST_64(sums)                                                                           \
+#define HF_QUEST_MULTIPLY(type)                                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " HF_QUEST_SUMS \
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                       \
+                 : HF_QUEST_64(sums)                                                            \
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
     if constexpr (std::is_same_v<T, __half>) {
         HF_QUEST_MULTIPLY("f16");

@@ -84,8 +84,7 @@ __device__ void bring(const Arguments& arguments, Shared& shared, bool brings_va
             int first_token = 0;
             if (lane_idx < blocks_per_tile) {
                 if (tile_idx < work.num_own_tiles()) {
-                    first_token =
-                        params.first_position + first_query - tile_idx * kTile + lane_idx * params.block_size;
+                    first_token = params.first_position + first_query - tile_idx * kTile + lane_idx * params.block_size;
                 } else {
                     // What fills the last tile up is a block again: finite numbers, which are masked.
                     const int choice = (tile_idx - work.num_own_tiles()) * blocks_per_tile + lane_idx;
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) prompt_attend_kernel(const __grid
 cudaError_t launch_prompt_attend(const PromptAttendParams& params) {
     Arguments arguments = {params};
     const auto describe = [&](CUtensorMap& map, const void* tokens, int64_t num_tokens, int num_heads,
-                              const int64_t(&strides)[2], int num_rows) {
+                              const int64_t (&strides)[2], int num_rows) {
         return describe_tokens(map, params.data_type, tokens,
                                {{num_tokens, strides[1], num_rows}, {num_heads, strides[0]}});
     };
@@ -349,8 +348,8 @@ cudaError_t launch_prompt_attend(const PromptAttendParams& params) {
     const int64_t num_tokens = params.first_position + num_queries;
     cudaError_t error = describe(arguments.query, params.query, num_queries, num_heads, params.query_strides, kTile);
     if (error != cudaSuccess) return error;
-    error = describe(arguments.keys, params.keys, num_tokens, params.num_kv_heads, params.key_strides,
-                     params.block_size);
+    error =
+        describe(arguments.keys, params.keys, num_tokens, params.num_kv_heads, params.key_strides, params.block_size);
     if (error != cudaSuccess) return error;
     error = describe(arguments.values, params.values, num_tokens, params.num_kv_heads, params.value_strides,
                      params.block_size);

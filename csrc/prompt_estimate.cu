@@ -213,8 +213,8 @@ constexpr int kMaxRows = 1024;  // queries that choose together
 constexpr int kBatch = 8;       // of them that a thread loads at a time
 
 // The mean of squared weights: some blocks of one segment and KV head.
-__global__ void __launch_bounds__(kWeighThreads) prompt_weigh_kernel(const PromptEstimateParams params,
-                                                                     int num_chunks) {
+__global__ void __launch_bounds__(kWeighThreads)
+    prompt_weigh_kernel(const PromptEstimateParams params, int num_chunks) {
     struct Row {
         int query_row;  // among all heads' queries
         float offset;   // log2 of the sum of its softmax over all chunks
@@ -290,10 +290,10 @@ cudaError_t launch_prompt_estimate(const PromptEstimateParams& params) {
     const int num_chunks = ceil_div(params.num_blocks * params.block_size, kEstimateChunk);
     const int thread_blocks_per_chunk = ceil_div(num_queries, per_head) * params.num_kv_heads;
     Arguments arguments = {params, num_chunks, choose_chunks(params, thread_blocks_per_chunk, num_chunks)};
-    cudaError_t error = describe_tokens(arguments.query, params.data_type, params.query,
-                                        {{num_queries, params.query_strides[1], per_head},
-                                         {params.num_kv_heads * params.group_size, params.query_strides[0],
-                                          params.group_size}});
+    cudaError_t error =
+        describe_tokens(arguments.query, params.data_type, params.query,
+                        {{num_queries, params.query_strides[1], per_head},
+                         {params.num_kv_heads * params.group_size, params.query_strides[0], params.group_size}});
     if (error != cudaSuccess) return error;
     // Of every 8 rows of a tile in shared memory, each lane of a quad gets the sums of two. So the keys are dealt out,
     // and a block's are one lane's: key 32 * lane + 16 * i + j comes to row 8 * j + 2 * lane + i, and j counts on from

@@ -18,7 +18,7 @@ static_assert(kMaxKeys % 4 == 0);
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams params) {
     __shared__ struct {
         alignas(16) unsigned keys[kMaxKeys];
-        uint2 listed[kMaxListed];
+        uint64_t listed[kMaxListed];
         Selection<kThreads> selection;
     } shared;
     shared.selection.clear();

@@ -48,7 +48,7 @@ struct Selection {
     static constexpr int kWarps = kThreads / kWarpSize;
     alignas(16) unsigned counts[2][kNumDigits];
     alignas(16) int warp_totals[2][kWarps];
-    uint2 in_digit[kMaxInDigit], last;  // keys and pages
+    uint64_t in_digit[kMaxInDigit], last;
     unsigned lowest, highest;
     int num_in_digit;
 
@@ -104,20 +104,30 @@ struct DistantKeys {
     }
 };
 
-// Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
-// one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
-// the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
-// every thread calls expect(n), unless they are too many for a list.
-template <int kThreads, int kMaxListed, typename Keys, typename Expect, typename Tell>
-__device__ void select_pages(Selection<kThreads>& shared, uint2 (&listed)[kMaxListed], int num_keys, int num_wanted,
-                             Keys keys, Expect expect, Tell tell) {
-    static_assert(kMaxInDigit <= kThreads);
-    if (num_wanted == 0) return;
+// A page and its key as one number, in the order in which pages are taken: by their keys, and of equal ones the first.
+__device__ inline uint64_t candidate_of(unsigned key, int page_idx) {
+    return uint64_t(key) << 32 | ~unsigned(page_idx);
+}
+__device__ inline int page_of(uint64_t candidate) { return int(~unsigned(candidate)); }
+
+// The steps of select_pages(), which every thread of the block takes.
+template <int kThreads, int kMaxListed, typename Keys>
+struct Selector {
+    Selection<kThreads>& shared;
+    uint64_t (&listed)[kMaxListed];
+    const Keys keys;
+    const int num_keys;
+    // This thread's quads of keys:
     const int num_quads = ceil_div(num_keys, 4);
     const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
     const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
+    // Those of the list, once there is one:
+    bool is_listed = false;
+    int num_candidates = num_keys;
+
     // A few at a time, or zeros past the end.
-    const auto for_each_quad = [&](auto visit) {
+    template <typename Visit>
+    __device__ void for_each_quad(Visit visit) const {
         constexpr int kAtOnce = 3;
 #pragma unroll 1
         for (int first = begin; first < end; first += kAtOnce) {
@@ -130,130 +140,137 @@ __device__ void select_pages(Selection<kThreads>& shared, uint2 (&listed)[kMaxLi
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) visit(quads[i], first + i);
         }
-    };
-
-    // Each thread counts the highest keys of four groups of pages, which are more than are wanted. So many of them are
-    // no lower than the digit found that whatever is taken isn't either.
-    uint4 tops = {};
-    for_each_quad([&](uint4 quad, int) {
-        tops = {max(tops.x, quad.x), max(tops.y, quad.y), max(tops.z, quad.z), max(tops.w, quad.w)};
-    });
-    // 0 stands for no pages, and has no part in the lowest.
-    const unsigned lowest_top = min(min(tops.x - 1, tops.y - 1), min(tops.z - 1, tops.w - 1));
-    const unsigned lowest_of_warp = __reduce_min_sync(kWholeWarp, lowest_top);
-    const unsigned highest_of_warp = __reduce_max_sync(kWholeWarp, max(max(tops.x, tops.y), max(tops.z, tops.w)));
-    if (threadIdx.x % kWarpSize == 0) {
-        atomicMin(&shared.lowest, lowest_of_warp);
-        atomicMax(&shared.highest, highest_of_warp);
     }
-    __syncthreads();
-    unsigned last = 1;  // every page's key is at least that
-    const unsigned lowest = shared.lowest + 1, highest = shared.highest;
-    int shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
-    if (num_wanted <= num_keys / num_each) {
+
+    __device__ uint64_t candidate(int idx) const {
+        return is_listed ? listed[idx] : candidate_of(keys.of_page(idx), idx);
+    }
+
+    // A key that all pages have which are taken, or a higher one, and the highest key. Each thread counts the highest
+    // keys of four groups of pages. If that makes as many groups as pages are wanted, so many pages are no lower than
+    // the digit found, and what is taken isn't either.
+    __device__ uint2 find_range(int num_wanted) const {
+        uint4 tops = {};
+        for_each_quad([&](uint4 quad, int) {
+            tops = {max(tops.x, quad.x), max(tops.y, quad.y), max(tops.z, quad.z), max(tops.w, quad.w)};
+        });
+        // 0 stands for no pages, and has no part in the lowest.
+        const unsigned lowest_top = min(min(tops.x - 1, tops.y - 1), min(tops.z - 1, tops.w - 1));
+        const unsigned lowest_of_warp = __reduce_min_sync(kWholeWarp, lowest_top);
+        const unsigned highest_of_warp = __reduce_max_sync(kWholeWarp, max(max(tops.x, tops.y), max(tops.z, tops.w)));
+        if (threadIdx.x % kWarpSize == 0) {
+            atomicMin(&shared.lowest, lowest_of_warp);
+            atomicMax(&shared.highest, highest_of_warp);
+        }
+        __syncthreads();
+        const unsigned lowest = shared.lowest + 1, highest = shared.highest;
+        if (num_wanted > num_keys / num_each) return {1, highest};
+        const int shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if ((&tops.x)[i] != 0) atomicAdd(&shared.counts[0][((&tops.x)[i] - lowest) >> shift], 1u);
         }
         __syncthreads();
-        last = lowest + (unsigned(find_digit(shared.counts[0], num_wanted).digit) << shift);
+        return {lowest + (unsigned(find_digit(shared.counts[0], num_wanted).digit) << shift), highest};
     }
 
-    // Pages that are no lower go into a list, if they are few enough.
-    int num_high = 0;
-    for_each_quad([&](uint4 quad, int) {
-        num_high += (quad.x >= last) + (quad.y >= last) + (quad.z >= last) + (quad.w >= last);
-    });
-    const int2 places = shared.scan(0, num_high);
-    const bool is_listed = places.y <= kMaxListed;
-    const int num_candidates = is_listed ? places.y : num_keys;
-    if (is_listed) {
-        int place = places.x;
-        for_each_quad([&](uint4 quad, int idx) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if ((&quad.x)[i] >= last) listed[place++] = {(&quad.x)[i], unsigned(4 * idx + i)};
-            }
+    // Pages with that key or a higher one go into a list, if they are few enough.
+    __device__ void list(unsigned lowest) {
+        int num_high = 0;
+        for_each_quad([&](uint4 quad, int) {
+            num_high += (quad.x >= lowest) + (quad.y >= lowest) + (quad.z >= lowest) + (quad.w >= lowest);
         });
-    }
-    __syncthreads();
-    if (is_listed) expect(places.y);
-    const auto candidate = [&](int idx) { return is_listed ? listed[idx] : uint2{keys.of_page(idx), unsigned(idx)}; };
-
-    // Round by round the last key that is taken is known more closely: to be one of the `found.num_in` that are less
-    // than 2^shift above `last`, of which the highest `num_wanted` are taken.
-    shift = max(32 - __clz(highest - last) - kDigitBits, 0);
-    Digit found;
-    unsigned num_digits = kNumDigits;
-    while (true) {
-#pragma unroll 1
-        for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
-            const unsigned key = candidate(idx).x, digit = (key - last) >> shift;
-            if (key >= last && digit < num_digits) atomicAdd(&shared.counts[1][digit], 1u);
-        }
-        __syncthreads();
-        found = find_digit(shared.counts[1], num_wanted);
-        last += unsigned(found.digit) << shift;
-        num_wanted -= found.num_above;
-        if (found.num_in <= kMaxInDigit || shift == 0) break;
-        num_digits = 1u << min(shift, kDigitBits);
-        shift = max(shift - kDigitBits, 0);
-        __syncthreads();
-        for (int idx = threadIdx.x; idx < kNumDigits; idx += kThreads) shared.counts[1][idx] = 0;
-        __syncthreads();
-    }
-
-    // The last page that is taken, if not all of the digit are.
-    uint2 last_taken = {last, UINT_MAX};
-    if (found.num_in != num_wanted) {
-        if (found.num_in <= kMaxInDigit) {
-#pragma unroll 1
-            for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
-                const uint2 own = candidate(idx);
-                const bool is_in_digit = own.x >= last && own.x - last < 1u << shift;
-                if (is_in_digit) shared.in_digit[atomicAdd(&shared.num_in_digit, 1)] = own;
-            }
-            __syncthreads();
-            if (threadIdx.x < found.num_in) {
-                const uint2 own = shared.in_digit[threadIdx.x];
-                int num_before = 0;
-#pragma unroll 1
-                for (int i = 0; i < found.num_in; ++i) {
-                    const uint2 other = shared.in_digit[i];
-                    num_before += other.x > own.x || (other.x == own.x && other.y < own.y);
+        const int2 places = shared.scan(0, num_high);
+        is_listed = places.y <= kMaxListed;
+        if (is_listed) {
+            num_candidates = places.y;
+            int place = places.x;
+            for_each_quad([&](uint4 quad, int idx) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if ((&quad.x)[i] >= lowest) listed[place++] = candidate_of((&quad.x)[i], 4 * idx + i);
                 }
-                if (num_before == num_wanted - 1) shared.last = own;
-            }
-        } else {  // that many equal keys
-            const auto for_each_equal = [&](auto visit) {
-#pragma unroll 1
-                for (int page_idx = 4 * begin; page_idx < min(4 * end, num_keys); ++page_idx) {
-                    if (keys.of_page(page_idx) == last) visit(page_idx);
-                }
-            };
-            int num_equal = 0;
-            for_each_equal([&](unsigned) { ++num_equal; });
-            int num_before = shared.scan(1, num_equal).x;
-            for_each_equal([&](unsigned page_idx) {
-                if (++num_before == num_wanted) shared.last = {last, page_idx};
             });
         }
         __syncthreads();
-        last_taken = shared.last;
     }
 
-    int num_before = 0;  // that are taken
+    // The last candidate that is taken, or a number between it and the next. Digit by digit it is known more closely:
+    // to be one of the `num_in` that are less than 2^shift above `last`, of which `num_wanted` are taken. When they are
+    // few they are ranked.
+    __device__ uint64_t find_last(uint2 range, int num_wanted) const {
+        uint64_t last = candidate_of(range.x, num_keys - 1);
+        int shift = max(64 - __clzll(candidate_of(range.y, 0) - last) - kDigitBits, 0);
+        unsigned num_digits = kNumDigits;
+        int num_in;
+        while (true) {
 #pragma unroll 1
-    for (int first = 0; first < num_candidates; first += kThreads) {
-        const int idx = first + threadIdx.x;
-        const uint2 own = idx < num_candidates ? candidate(idx) : uint2{};  // lower than any page's
-        const bool is_taken = own.x > last_taken.x || (own.x == last_taken.x && own.y <= last_taken.y);
-        const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
-        const int2 sums = shared.scan_warps(first / kThreads % 2, __popc(taken));
-        const unsigned lower_lanes = (1u << threadIdx.x % kWarpSize) - 1;
-        if (is_taken) tell(int(own.y), num_before + sums.x + __popc(taken & lower_lanes));
-        num_before += sums.y;
+            for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
+                const uint64_t own = candidate(idx), digit = (own - last) >> shift;
+                if (own >= last && digit < num_digits) atomicAdd(&shared.counts[1][digit], 1u);
+            }
+            __syncthreads();
+            const Digit found = find_digit(shared.counts[1], num_wanted);
+            last += uint64_t(found.digit) << shift;
+            num_wanted -= found.num_above;
+            num_in = found.num_in;
+            if (num_in == num_wanted) return last;
+            if (num_in <= kMaxInDigit) break;
+            num_digits = 1u << min(shift, kDigitBits);
+            shift = max(shift - kDigitBits, 0);
+            __syncthreads();
+            for (int idx = threadIdx.x; idx < kNumDigits; idx += kThreads) shared.counts[1][idx] = 0;
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int idx = threadIdx.x; idx < num_candidates; idx += kThreads) {
+            const uint64_t own = candidate(idx);
+            const bool is_in_digit = own >= last && (own - last) >> shift == 0;
+            if (is_in_digit) shared.in_digit[atomicAdd(&shared.num_in_digit, 1)] = own;
+        }
+        __syncthreads();
+        if (threadIdx.x < num_in) {
+            const uint64_t own = shared.in_digit[threadIdx.x];
+            int num_before = 0;
+#pragma unroll 1
+            for (int i = 0; i < num_in; ++i) num_before += shared.in_digit[i] > own;
+            if (num_before == num_wanted - 1) shared.last = own;
+        }
+        __syncthreads();
+        return shared.last;
     }
+
+    template <typename Tell>
+    __device__ void tell_taken(uint64_t last, Tell tell) const {
+        int num_before = 0;  // that are taken
+#pragma unroll 1
+        for (int first = 0; first < num_candidates; first += kThreads) {
+            const int idx = first + threadIdx.x;
+            const uint64_t own = idx < num_candidates ? candidate(idx) : 0;  // lower than any page's
+            const bool is_taken = own >= last;
+            const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
+            const int2 sums = shared.scan_warps(first / kThreads % 2, __popc(taken));
+            const unsigned lower_lanes = (1u << threadIdx.x % kWarpSize) - 1;
+            if (is_taken) tell(page_of(own), num_before + sums.x + __popc(taken & lower_lanes));
+            num_before += sums.y;
+        }
+    }
+};
+
+// Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
+// one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
+// the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
+// every thread calls expect(n), unless they are too many for a list.
+template <int kThreads, int kMaxListed, typename Keys, typename Expect, typename Tell>
+__device__ void select_pages(Selection<kThreads>& shared, uint64_t (&listed)[kMaxListed], int num_keys, int num_wanted,
+                             Keys keys, Expect expect, Tell tell) {
+    static_assert(kMaxInDigit <= kThreads);
+    if (num_wanted == 0) return;
+    Selector<kThreads, kMaxListed, Keys> selector = {shared, listed, keys, num_keys};
+    const uint2 range = selector.find_range(num_wanted);
+    selector.list(range.x);
+    if (selector.is_listed) expect(selector.num_candidates);
+    selector.tell_taken(selector.find_last(range, num_wanted), tell);
 }
 
 }  // namespace hf_quest

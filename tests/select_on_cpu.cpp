@@ -1,6 +1,6 @@
 // select.cuh with the threads of a block as threads of the CPU: `select_on_cpu THREADS NUM_WANTED` reads the scores of
-// pages, float32, and writes the pages that it selects, int32. Built with -fsanitize=thread,bounds it ends at a race, and
-// at an index that is too large, which a GPU may well get away with.
+// pages, float32, and writes the pages that it selects, int32. Built with -fsanitize=thread,bounds it ends at a race,
+// and at an index that is too large, which a GPU may well get away with.
 
 #include <vector_types.h>
 
@@ -79,6 +79,7 @@ void atomicMax(unsigned* target, unsigned value) {
 }
 
 int __clz(unsigned value) { return std::countl_zero(value); }
+int __clzll(uint64_t value) { return std::countl_zero(value); }
 int __ffs(unsigned value) { return value == 0 ? 0 : std::countr_zero(value) + 1; }
 int __popc(unsigned value) { return std::popcount(value); }
 unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
@@ -93,7 +94,7 @@ constexpr int kMaxListed = 64;  // few, so that a list is too short in some of t
 template <int kThreads>
 std::vector<int> select(const std::vector<float>& scores, int num_wanted) {
     static Selection<kThreads> selection;
-    static uint2 listed[kMaxListed];
+    static uint64_t listed[kMaxListed];
     std::vector<int> page_ids(num_wanted, -1);
     block_barrier.emplace(kThreads);
     std::vector<std::thread> threads;
