@@ -44,7 +44,7 @@ struct Layout {
     }
 };
 
-// What a lane sums up: its channels and the heads 2 * quad_idx and the next.
+// What a lane sums up, of its channels and the heads 2 * quad_idx and the next: [blocks, pairs, (channel, head)].
 template <int kHeadDim>
 using LaneSums = float[Layout<kHeadDim>::kBlocks][Layout<kHeadDim>::kPairs][4];
 
@@ -70,7 +70,7 @@ struct WarpSums {
     alignas(16) float output[kWarps][kHeadTile][kHeadDim + 4];  // padded against bank conflicts
     float2 softmax[kWarps][kHeadTile];
 
-    // Stores what a warp has summed up, by each of its lanes.
+    // Stores the weighted values of a warp, by each of its lanes.
     __device__ void store(const LaneSums<kHeadDim>& lane_sums, int num_heads) {
         using L = Layout<kHeadDim>;
         const int warp_idx = threadIdx.x / kWarpSize, group_idx = threadIdx.x % kWarpSize / 4;
@@ -150,7 +150,8 @@ __device__ void multiply_keys(float (&logit)[4], const HeadQuery<T, kHeadDim>& q
     }
 }
 
-// output = output * correction + values^T x weights, corrections of the two heads.
+// output = output * correction + values^T x weights: corrections of the two heads, and weights, in pairs, of tokens
+// 2 * quad_idx and the next in the low and the high half.
 template <typename T, int kHeadDim>
 __device__ void add_values(LaneSums<kHeadDim>& output, const LaneValues<kHeadDim>& values, float even_correction,
                            float odd_correction, uint32_t low_weights, uint32_t high_weights) {
@@ -178,7 +179,7 @@ __device__ void add_values(LaneSums<kHeadDim>& output, const LaneValues<kHeadDim
 // end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
 // kSets tiles on their way, if kLoadsAhead. Past the newest token that one is read again.
 //
-// Here straight to registers, of which more would be too many where the head dim is large.
+// For attend.cu: straight to registers, of which more would be too many where the head dim is large.
 template <typename T, int kHeadDim>
 struct RegisterTokens {
     using L = Layout<kHeadDim>;
@@ -225,7 +226,7 @@ struct RegisterTokens {
     __device__ void finish() {}
 };
 
-// And here by rows of shared memory, padded against bank conflicts. So each request is for whole lines.
+// The same for chain.cu: by rows of shared memory, padded against bank conflicts. So each request is for whole lines.
 template <typename T, int kHeadDim, int kTiles>
 struct SharedTokens {
     using L = Layout<kHeadDim>;
@@ -358,7 +359,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
                 find_tokens(set, tile_idx);
                 tokens.load_keys(set, start[set]);
             }
-            float logit[4];  // of head group_idx, tokens 2 * quad_idx and the next, in both halves
+            float logit[4];
             multiply_keys<T>(logit, query, tokens.take_keys(set));
 #pragma unroll
             for (int i = 0; i < 4; ++i) logit[i] *= scaling;

@@ -1,5 +1,5 @@
-// Barriers in shared memory that count what arrives, and how the blocks of a cluster send to each other: of sm_90 and
-// later.
+// Barriers in shared memory that count what arrives, and how the blocks of a cluster send to each other. For code of
+// sm_90 and later, which its caller guards.
 #pragma once
 
 #include "common.cuh"
@@ -11,8 +11,10 @@ __device__ inline void make_barrier(uint64_t& barrier, int num_arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_of(&barrier)), "r"(num_arrivals) : "memory");
 }
 
+// After barriers are made, before the block's or cluster's next barrier lets others use them.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Publishes what this thread wrote, and its warp before __syncwarp().
 __device__ inline void arrive(uint64_t& barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address_of(&barrier)) : "memory");
 }
@@ -43,14 +45,12 @@ __device__ inline void send(unsigned target, unsigned barrier, uint2 value) {
 }
 
 __device__ inline void send(unsigned target, unsigned barrier, float4 value) {
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(target),
-        "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
-        : "memory");
+    send(target, barrier,
+         uint4{__float_as_uint(value.x), __float_as_uint(value.y), __float_as_uint(value.z), __float_as_uint(value.w)});
 }
 
-// Until all that others send in the barrier's first phase is there.
-__device__ inline void wait_for_sent(uint64_t& barrier) {
+// Until the barrier's first phase has ended, and what was sent, or written before arrive(), can be read.
+__device__ inline void wait_for_first_phase(uint64_t& barrier) {
     unsigned is_done = 0;
     while (!is_done) {
         asm volatile(
@@ -62,7 +62,8 @@ __device__ inline void wait_for_sent(uint64_t& barrier) {
     }
 }
 
-// Every thread of the cluster arrives, and waits some time later. Says nothing of what it wrote before.
+// Every thread of the cluster arrives, and some time later waits for the others to have arrived, which does not publish
+// what it wrote. `.aligned` wants whole warps.
 __device__ inline void arrive_at_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -46,7 +46,7 @@ struct alignas(16) Shared {
     uint64_t keys_barrier, sums_barrier;
 
     uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
-    Selection<kThreads> selection;
+    SharedSelection<kThreads> selection;
 };
 
 #if __CUDA_ARCH__ >= 900  // clusters
@@ -68,7 +68,7 @@ struct ChainBlock {
     static constexpr int kQuads = kHeadDim / 4;  // of channels
     const AttendParams& params;
     Shared<T, kHeadDim>& shared;
-    char* queries;  // count_query_bytes()
+    char* score_query;  // the group's query as scores want it, count_query_bytes()
     int* page_ids;  // that this block attends
     const int rank = blockIdx.x, cluster_size = gridDim.x;
     const int row_idx = blockIdx.z, first_head = blockIdx.y * params.group_size;
@@ -81,6 +81,7 @@ struct ChainBlock {
     int64_t row_start;  // of keys and values
     int first_own, num_own;  // of the chosen pages those that this block attends
 
+    // Makes barriers, begins to copy the query, and finds what is the block's own. Then the others have begun, too.
     __device__ void begin() {
         shared.selection.clear();
         if (threadIdx.x == 0) {
@@ -110,7 +111,7 @@ struct ChainBlock {
         const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
         first_own = rank * share;
         num_own = max(min(num_chosen - first_own, share), 0);
-        wait_for_cluster();  // from here on the others take what is sent
+        wait_for_cluster();
     }
 
     __device__ ScoreInput<T> score_input() const {
@@ -118,19 +119,19 @@ struct ChainBlock {
                 sizeof(shared.query[0]) / sizeof(T),
                 params.group_size,
                 1,
-                queries,
+                score_query,
                 shared.tiles};
     }
 
-    // Notes the chosen page of a place.
-    __device__ void tell(int page_idx, int place) const {
+    // Notes the chosen page of a place, if it is one of this block's.
+    __device__ void note_page(int page_idx, int place) const {
         if (place < first_own || place >= first_own + num_own) return;
         page_ids[place - first_own] = page_idx;
         if (params.told_ids != nullptr) params.told_ids[kv_idx * params.num_selected + place] = page_idx;
     }
 
-    // Has a page brought to L2, by a warp. Two for each are about what memory can bring while pages are selected; more
-    // would hold the warps up.
+    // Has a page brought to L2, by a warp. Two for each, the best of its own and one of the list, are about what memory
+    // can bring while pages are selected; more would hold the warps up.
     __device__ void fetch_page(int page_idx) const {
         const int num_lines = params.page_size * kHeadDim * int(sizeof(T)) / 128;
         const int64_t first = row_start + (int64_t(page_idx) << page_shift) * kHeadDim;
@@ -141,9 +142,9 @@ struct ChainBlock {
         }
     }
 
-    // Scores this block's pages before the newest. Their keys go to `distant_keys`, or if there are none to the shared
-    // memory of all blocks. Returns key and page of the best of this lane, or zeros.
-    __device__ uint2 score(unsigned* distant_keys) const {
+    // Scores this block's pages before the newest. Their keys go to `distant_keys` or, where that is null, to the
+    // shared memory of all blocks. Returns key and page of the best of this lane, or zeros.
+    __device__ uint2 score(unsigned* distant_keys) {
         const int newest_page = num_pages - 1, step = cluster_size * kWarps * kPagesPerTile;
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
         uint2 best = {};
@@ -189,7 +190,7 @@ struct ChainBlock {
     }
 
     // Chooses the newest page and the best of the others.
-    __device__ void select() const {
+    __device__ void select() {
         const int newest_page = num_pages - 1;
         const bool are_shared = newest_page <= kMaxKeys;
         const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
@@ -205,14 +206,14 @@ struct ChainBlock {
             const int lane_idx = __ffs(__ballot_sync(kWholeWarp, best.x == highest)) - 1;
             fetch_page(__shfl_sync(kWholeWarp, int(best.y), lane_idx));
         }
-        wait_for_sent(shared.keys_barrier);
-        const auto expect = [&](int num_listed) {
+        wait_for_first_phase(shared.keys_barrier);
+        const auto when_listed = [&](int num_listed) {
             const int idx = warp_idx * cluster_size + rank;
             if (idx < num_listed) fetch_page(page_of(shared.listed[idx]));
         };
         const auto select_from = [&](auto keys) {
-            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, expect,
-                         [&](int page_idx, int place) { tell(page_idx, place); });
+            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, when_listed,
+                         [&](int page_idx, int place) { note_page(page_idx, place); });
         };
         if (are_shared) {
             select_from(SharedKeys{shared.keys});
@@ -220,19 +221,19 @@ struct ChainBlock {
             synchronize_cluster();
             select_from(DistantKeys([&](int page_idx) { return distant_keys[page_idx]; }, newest_page));
         }
-        if (threadIdx.x == 0) tell(newest_page, params.num_selected - 1);
+        if (threadIdx.x == 0) note_page(newest_page, params.num_selected - 1);
     }
 
     // Chooses every page.
     __device__ void take_all() const {
-        for (int idx = threadIdx.x; idx < num_own; idx += kThreads) tell(first_own + idx, first_own + idx);
+        for (int idx = threadIdx.x; idx < num_own; idx += kThreads) note_page(first_own + idx, first_own + idx);
         if (params.told_ids == nullptr || rank > 0) return;
         for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) {
             params.told_ids[kv_idx * params.num_selected + idx] = -1;
         }
     }
 
-    __device__ void attend() const {
+    __device__ void attend() {
         wait_for_copies<0>();  // of the query, if nothing has waited for it
         __syncthreads();
         const auto find_token = [&](int chosen) {
@@ -247,12 +248,13 @@ struct ChainBlock {
                                           params.page_size, params.scaling, params.softcap, find_token);
     }
 
-    // Quads of channels of all heads are dealt to the blocks, which get them from all.
+    // The sum of a quad of channels of a head is dealt to a block, which gets its part from each: it is one of the
+    // block's parts.
     __device__ int count_quads() const { return params.group_size * kQuads; }
     __device__ int count_parts() const { return divide(count_quads() + cluster_size - 1, cluster_size); }  // at most
     __device__ int count_own_parts() const { return divide(count_quads() - rank + cluster_size - 1, cluster_size); }
 
-    __device__ void send_sums() const {
+    __device__ void send_sums() {
         const unsigned barrier = address_of(&shared.sums_barrier);
         for (int idx = threadIdx.x; idx < count_quads(); idx += kThreads) {
             const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
@@ -271,7 +273,7 @@ struct ChainBlock {
             const int num_bytes = count_own_parts() * int(sizeof(float4)) + params.group_size * int(sizeof(float2));
             arrive_expecting(shared.sums_barrier, cluster_size * num_bytes);
         }
-        wait_for_sent(shared.sums_barrier);
+        wait_for_first_phase(shared.sums_barrier);
         arrive_at_cluster();  // nothing more is sent
     }
 
@@ -317,9 +319,9 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
 #if __CUDA_ARCH__ >= 900
     extern __shared__ uint4 dynamic[];
     auto& shared = *reinterpret_cast<Shared<T, kHeadDim>*>(dynamic);
-    char* queries = reinterpret_cast<char*>(dynamic) + sizeof(shared);
-    int* page_ids = reinterpret_cast<int*>(queries + count_query_bytes(params.group_size, kHeadDim));
-    ChainBlock<T, kHeadDim> block = {params, shared, queries, page_ids};
+    char* score_query = reinterpret_cast<char*>(dynamic) + sizeof(shared);
+    int* page_ids = reinterpret_cast<int*>(score_query + count_query_bytes(params.group_size, kHeadDim));
+    ChainBlock<T, kHeadDim> block = {params, shared, score_query, page_ids};
     block.begin();
     if (block.num_pages > params.num_selected) {
         block.select();

@@ -125,7 +125,7 @@ __device__ inline void copy_async(unsigned target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
-// The same of what nobody reads again: the first to leave L2.
+// The same of what this kernel reads once: it is the first to leave L2.
 __device__ inline void copy_async_once(unsigned target, const void* source) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -1,5 +1,4 @@
-// What kernels of sm_90a are made of beside barriers: the bulk tensor copy engine, and products by a
-// warpgroup.
+// What kernels of sm_90a are made of beside barriers: the bulk tensor copy engine, and products by a warpgroup.
 //
 // Matrices in shared memory are panels of 64 channels: rows of 128 bytes, of which the copy engine and the tensor cores
 // both find 16 bytes at their place xor the row modulo 8. A panel begins at a multiple of 1024 bytes.

@@ -2,8 +2,8 @@
 //
 // Scores become unsigned keys of the same order, in shared memory if they fit there, and select.cuh does the rest. The
 // highest keys of groups of pages tell how high a page must be to be taken at all; the few that are so high go into a
-// list. A radix select of the list, by digits of 8 bits, finds the last key that is taken; of equal keys those of the
-// first pages are. Ballots, and a scan over the warps, give each taken page its place.
+// list. A radix select of the list, by digits of 8 bits of key and page together, finds the last one that is taken;
+// when few are left they are ranked. Ballots, and a scan over the warps, give each taken page its place.
 
 #include "select.cuh"
 
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams 
     __shared__ struct {
         alignas(16) unsigned keys[kMaxKeys];
         uint64_t listed[kMaxListed];
-        Selection<kThreads> selection;
+        SharedSelection<kThreads> selection;
     } shared;
     shared.selection.clear();
     wait_for_previous_kernel();
@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams 
     const auto key_of = [&](int page_idx) { return order_of(__ldcg(scores + page_idx)); };
     const auto select = [&](auto keys) {
         __syncthreads();
-        const auto expect = [](int) {};
+        const auto when_listed = [](int) {};
         const auto tell = [&](int page_idx, int place) { page_ids[place] = page_idx; };
-        select_pages(shared.selection, shared.listed, newest_page, num_wanted, keys, expect, tell);
+        select_pages(shared.selection, shared.listed, newest_page, num_wanted, keys, when_listed, tell);
     };
     if (newest_page <= kMaxKeys) {
         // Many loads in flight at once, none of them left out: past the last page the last one is read again.

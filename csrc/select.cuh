@@ -9,10 +9,10 @@ namespace hf_quest {
 
 constexpr int kDigitBits = 8;
 constexpr int kNumDigits = 1 << kDigitBits;
-constexpr int kMaxInDigit = 256;  // that are ranked, each by a thread
+constexpr int kMaxInDigit = 256;  // candidates that are ranked, each by a thread
 
 struct Digit {
-    int digit, num_above, num_in;  // keys counted above it and in it
+    int digit, num_above, num_in;  // what is counted above it and in it
 };
 
 // The digit at which `num_wanted` of what has been counted, from the highest digit down, are reached. By each warp for
@@ -44,19 +44,19 @@ __device__ inline Digit find_digit(const unsigned (&counts)[kNumDigits], int num
 
 // The shared memory that a block selects in.
 template <int kThreads>
-struct Selection {
+struct SharedSelection {
     static constexpr int kWarps = kThreads / kWarpSize;
-    alignas(16) unsigned counts[2][kNumDigits];
+    alignas(16) unsigned counts[2][kNumDigits];  // of the highest keys of groups, and of candidates
     alignas(16) int warp_totals[2][kWarps];
-    uint64_t in_digit[kMaxInDigit], last;
-    unsigned lowest, highest;
+    uint64_t in_digit[kMaxInDigit], last;        // candidates
+    unsigned lowest_less_one, highest;           // of the highest keys of groups
     int num_in_digit;
 
     // Before select_pages(), with a barrier between them.
     __device__ void clear() {
         for (int idx = threadIdx.x; idx < kNumDigits; idx += kThreads) counts[0][idx] = counts[1][idx] = 0;
         if (threadIdx.x > 0) return;
-        lowest = UINT_MAX;
+        lowest_less_one = UINT_MAX;
         highest = 0;
         num_in_digit = 0;
     }
@@ -77,9 +77,9 @@ struct Selection {
     }
 
     // The sum of the values of the threads before this one, and of all.
-    __device__ int2 scan(int which, int value) {
+    __device__ int2 scan(int value) {
         const int end = scan_warp(value);
-        const int2 sums = scan_warps(which, __shfl_sync(kWholeWarp, end, kWarpSize - 1));
+        const int2 sums = scan_warps(0, __shfl_sync(kWholeWarp, end, kWarpSize - 1));
         return {sums.x + end - value, sums.y};
     }
 };
@@ -104,16 +104,21 @@ struct DistantKeys {
     }
 };
 
-// A page and its key as one number, in the order in which pages are taken: by their keys, and of equal ones the first.
+// A page and its key, which is 1 or more, as one number. The higher one is taken first: that with the higher key, and
+// of equal keys the first page.
 __device__ inline uint64_t candidate_of(unsigned key, int page_idx) {
     return uint64_t(key) << 32 | ~unsigned(page_idx);
 }
 __device__ inline int page_of(uint64_t candidate) { return int(~unsigned(candidate)); }
 
+struct KeyRange {
+    unsigned lowest, highest;
+};
+
 // The steps of select_pages(), which every thread of the block takes.
 template <int kThreads, int kMaxListed, typename Keys>
 struct Selector {
-    Selection<kThreads>& shared;
+    SharedSelection<kThreads>& shared;
     uint64_t (&listed)[kMaxListed];
     const Keys keys;
     const int num_keys;
@@ -121,7 +126,7 @@ struct Selector {
     const int num_quads = ceil_div(num_keys, 4);
     const int num_each = ceil_div(num_quads, kThreads) | 1;  // odd against bank conflicts
     const int begin = min(int(threadIdx.x) * num_each, num_quads), end = min(begin + num_each, num_quads);
-    // Those of the list, once there is one:
+    // The pages of the list; all pages before there is one, and where they are too many for it:
     bool is_listed = false;
     int num_candidates = num_keys;
 
@@ -146,24 +151,24 @@ struct Selector {
         return is_listed ? listed[idx] : candidate_of(keys.of_page(idx), idx);
     }
 
-    // A key that all pages have which are taken, or a higher one, and the highest key. Each thread counts the highest
-    // keys of four groups of pages. If that makes as many groups as pages are wanted, so many pages are no lower than
-    // the digit found, and what is taken isn't either.
-    __device__ uint2 find_range(int num_wanted) const {
+    // A lower bound of the keys that are taken, and the highest key. Each thread counts the highest keys of four groups
+    // of pages. If that makes as many groups as pages are wanted, so many pages are no lower than the digit found, and
+    // what is taken isn't either. Otherwise the bound is 1.
+    __device__ KeyRange find_range(int num_wanted) const {
         uint4 tops = {};
         for_each_quad([&](uint4 quad, int) {
             tops = {max(tops.x, quad.x), max(tops.y, quad.y), max(tops.z, quad.z), max(tops.w, quad.w)};
         });
-        // 0 stands for no pages, and has no part in the lowest.
+        // Less one, so that 0, which stands for no pages, has no part in it.
         const unsigned lowest_top = min(min(tops.x - 1, tops.y - 1), min(tops.z - 1, tops.w - 1));
         const unsigned lowest_of_warp = __reduce_min_sync(kWholeWarp, lowest_top);
         const unsigned highest_of_warp = __reduce_max_sync(kWholeWarp, max(max(tops.x, tops.y), max(tops.z, tops.w)));
         if (threadIdx.x % kWarpSize == 0) {
-            atomicMin(&shared.lowest, lowest_of_warp);
+            atomicMin(&shared.lowest_less_one, lowest_of_warp);
             atomicMax(&shared.highest, highest_of_warp);
         }
         __syncthreads();
-        const unsigned lowest = shared.lowest + 1, highest = shared.highest;
+        const unsigned lowest = shared.lowest_less_one + 1, highest = shared.highest;
         if (num_wanted > num_keys / num_each) return {1, highest};
         const int shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
 #pragma unroll
@@ -180,7 +185,7 @@ struct Selector {
         for_each_quad([&](uint4 quad, int) {
             num_high += (quad.x >= lowest) + (quad.y >= lowest) + (quad.z >= lowest) + (quad.w >= lowest);
         });
-        const int2 places = shared.scan(0, num_high);
+        const int2 places = shared.scan(num_high);
         is_listed = places.y <= kMaxListed;
         if (is_listed) {
             num_candidates = places.y;
@@ -195,12 +200,12 @@ struct Selector {
         __syncthreads();
     }
 
-    // The last candidate that is taken, or a number between it and the next. Digit by digit it is known more closely:
-    // to be one of the `num_in` that are less than 2^shift above `last`, of which `num_wanted` are taken. When they are
-    // few they are ranked.
-    __device__ uint64_t find_last(uint2 range, int num_wanted) const {
-        uint64_t last = candidate_of(range.x, num_keys - 1);
-        int shift = max(64 - __clzll(candidate_of(range.y, 0) - last) - kDigitBits, 0);
+    // The last candidate that is taken, or a number between it and the next one. `last` is a lower bound of it, raised
+    // digit by digit: it is one of the `num_in` that are less than 2^shift above `last`, of which `num_wanted` are
+    // taken. When they are few they are ranked.
+    __device__ uint64_t find_last(KeyRange range, int num_wanted) const {
+        uint64_t last = candidate_of(range.lowest, num_keys - 1);
+        int shift = max(64 - __clzll(candidate_of(range.highest, 0) - last) - kDigitBits, 0);
         unsigned num_digits = kNumDigits;
         int num_in;
         while (true) {
@@ -260,16 +265,16 @@ struct Selector {
 // Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
 // one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
 // the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
-// every thread calls expect(n), unless they are too many for a list.
-template <int kThreads, int kMaxListed, typename Keys, typename Expect, typename Tell>
-__device__ void select_pages(Selection<kThreads>& shared, uint64_t (&listed)[kMaxListed], int num_keys, int num_wanted,
-                             Keys keys, Expect expect, Tell tell) {
+// every thread calls when_listed(n), unless they are too many for a list.
+template <int kThreads, int kMaxListed, typename Keys, typename WhenListed, typename Tell>
+__device__ void select_pages(SharedSelection<kThreads>& shared, uint64_t (&listed)[kMaxListed], int num_keys,
+                             int num_wanted, Keys keys, WhenListed when_listed, Tell tell) {
     static_assert(kMaxInDigit <= kThreads);
     if (num_wanted == 0) return;
     Selector<kThreads, kMaxListed, Keys> selector = {shared, listed, keys, num_keys};
-    const uint2 range = selector.find_range(num_wanted);
-    selector.list(range.x);
-    if (selector.is_listed) expect(selector.num_candidates);
+    const KeyRange range = selector.find_range(num_wanted);
+    selector.list(range.lowest);
+    if (selector.is_listed) when_listed(selector.num_candidates);
     selector.tell_taken(selector.find_last(range, num_wanted), tell);
 }
 

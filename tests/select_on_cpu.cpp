@@ -93,7 +93,7 @@ constexpr int kMaxListed = 64;  // few, so that a list is too short in some of t
 
 template <int kThreads>
 std::vector<int> select(const std::vector<float>& scores, int num_wanted) {
-    static Selection<kThreads> selection;
+    static SharedSelection<kThreads> selection;
     static uint64_t listed[kMaxListed];
     std::vector<int> page_ids(num_wanted, -1);
     block_barrier.emplace(kThreads);
@@ -104,10 +104,10 @@ std::vector<int> select(const std::vector<float>& scores, int num_wanted) {
             selection.clear();
             __syncthreads();
             const int num_keys = int(scores.size());
-            const auto expect = [](int) {};
+            const auto when_listed = [](int) {};
             const auto tell = [&](int page_idx, int place) { page_ids.at(place) = page_idx; };
             const DistantKeys keys([&](int page_idx) { return order_of(scores.at(page_idx)); }, num_keys);
-            select_pages(selection, listed, num_keys, num_wanted, keys, expect, tell);
+            select_pages(selection, listed, num_keys, num_wanted, keys, when_listed, tell);
         });
     }
     for (std::thread& thread : threads) thread.join();

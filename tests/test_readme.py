@@ -102,7 +102,7 @@ def test_the_numbers_at_the_top_are_measured():
         if result["context"] == int(context_length.replace(",", "")) and result["batch_size"] == 1
     }
     assert measured["QuestCache"] == float(ms)
-    assert measured["DynamicCache, sdpa"] == float(dense_ms)
+    assert min(measured["DynamicCache, sdpa"], measured["StaticCache, sdpa, compiled"]) == float(dense_ms)
 
     context_length, speedup = re.search(
         r"with\s([\d,]+) tokens of context.*?\*\*([\d.]+)× faster\*\*", README, re.DOTALL
