@@ -1,0 +1,141 @@
+"""compute-sanitizer's tools over the tests of the CUDA kernels, a few tests to a process, some processes at a time.
+
+    python benchmarks/sanitize.py
+    python benchmarks/sanitize.py --tools racecheck --seconds 600
+
+What a process found is kept once it has ended. What had not ended when the seconds were over is left to the next call,
+which goes on from the results of the same commit. The tools look at our kernels alone, but for initcheck, which would
+take what PyTorch's kernels wrote for unwritten. The copies of 16-bit products that CritiPrefill's published score takes
+are PyTorch's, and racecheck fails on them (NOTES.md), so it leaves these tests out.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import groupby
+from pathlib import Path
+
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+from tables import RESULTS, markdown
+
+ROOT = Path(__file__).parents[1]
+FILES = ("tests/test_prompt_kernels.py", "tests/test_kernels.py")
+TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
+LARGE = ("test_more_than_2_to_the_31_elements", "test_more_scores_than_shared_memory_holds")  # in one process, in turns
+MOST_TESTS = {"racecheck": 30, "memcheck": 120, "synccheck": 120, "initcheck": 60}  # in a process
+CONSOLE = Console(width=160)
+
+
+def collect():
+    """The ids of all tests, the last ones first, since they take longest."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *FILES]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line for line in printed.splitlines() if "::" in line][::-1]
+
+
+def parts_of(tests, tool):
+    """Lists of the tests that a tool looks at, of one class each, but for those that take much memory."""
+    if tool == "racecheck":
+        tests = [test for test in tests if "published" not in test]
+    large = [test for test in tests if any(name in test for name in LARGE)]
+    parts = [large] if large else []
+    most = MOST_TESTS[tool]
+    for _, group in groupby((test for test in tests if test not in large), key=lambda test: test.rpartition("::")[0]):
+        group = list(group)
+        parts += [group[first : first + most] for first in range(0, len(group), most)]
+    return parts
+
+
+def sanitize(tool, tests, deadline):
+    """What a tool found in some tests, or None if it did not come to its end before `deadline`."""
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "100000", "--show-backtrace", "no"]
+    if tool != "initcheck":
+        command += ["--kernel-name", "kns=hf_quest"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    start = time.monotonic()
+    if start >= deadline:
+        return None
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        printed, _ = process.communicate(timeout=deadline - start)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None
+    result = {"tool": tool, "tests": tests, **findings(printed), "seconds": round(time.monotonic() - start)}
+    if result["passed"] < len(tests) or result["reports"] != 0:
+        CONSOLE.print(printed[-4000:], markup=False, highlight=False)
+    CONSOLE.print(f"{tool} {tests[0]}: {result['passed']} of {len(tests)} passed, {result['reports']} reports")
+    return result if result["reports"] is not None else None
+
+
+def findings(printed):
+    """From what a tool has printed: tests that passed, reports (None without a summary), lines with kernels of ours."""
+    passed = re.search(r"(\d+) passed", printed)
+    summary = re.search(r"^=+ \w+ SUMMARY: (\d+) ", printed, re.MULTILINE)
+    return {
+        "passed": int(passed[1]) if passed else 0,
+        "reports": int(summary[1]) if summary else None,
+        "lines_of_ours": len(re.findall(r"^=========.*hf_quest", printed, re.MULTILINE)),
+    }
+
+
+def summarise(report):
+    table = Table("tool", "tests", "looked at", "passed", "reports", "lines with kernels of ours")
+    for tool, num_tests in report["num_tests"].items():
+        results = [result for result in report["results"] if result["tool"] == tool]
+        looked_at = sum(len(result["tests"]) for result in results)
+        sums = [sum(result[name] for result in results) for name in ("passed", "reports", "lines_of_ours")]
+        table.add_row(tool, *(f"{number:,}" for number in (num_tests, looked_at, *sums)))
+    return table
+
+
+def write(report, path):
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
+    path.with_suffix(".md").write_text(
+        f"# compute-sanitizer over the kernels' tests\n\n{markdown(summarise(report))}\n{conditions}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--jobs", type=int, default=8, help="processes; with more, 80 GB of GPU memory run out")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "sanitizers.json")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    tests = collect()
+    parts = {tool: parts_of(tests, tool) for tool in TOOLS}
+    report = {
+        "environment": describe("cuda"),
+        "num_tests": {tool: sum(map(len, parts[tool])) for tool in TOOLS},
+        "results": [],
+    }
+    if arguments.output.exists():
+        earlier = json.loads(arguments.output.read_text())
+        if earlier["environment"]["commit"] == report["environment"]["commit"]:
+            report["results"] = earlier["results"]
+    known = {(result["tool"], *result["tests"]) for result in report["results"]}
+    todo = [(tool, part) for tool in arguments.tools for part in parts[tool] if (tool, *part) not in known]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for run in as_completed(pool.submit(sanitize, *part, deadline) for part in todo):
+            if run.result() is not None:
+                report["results"].append(run.result())
+                write(report, arguments.output)
+    CONSOLE.print(summarise(report))
+
+
+if __name__ == "__main__":
+    main()
