@@ -38,7 +38,7 @@ def collect():
     """The ids of all tests, the last ones first, since they take longest."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *FILES]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [line for line in printed.splitlines() if "::" in line][::-1]
+    return [line for line in printed.splitlines() if line.startswith(FILES)][::-1]
 
 
 def parts_of(tests, tool):
@@ -64,7 +64,13 @@ def sanitize(tool, tests, deadline):
     if start >= deadline:
         return None
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     try:
         printed, _ = process.communicate(timeout=deadline - start)
