@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS:%=-transformers-%)
-KERNELS = $(wildcard csrc/* tests/*.cpp)
+SOURCES = $(wildcard csrc/* tests/*.cpp)
 
 .PHONY: demo app test notebooks pictures lint format clean
 
@@ -25,12 +25,12 @@ pictures: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(KERNELS)
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
