@@ -1,4 +1,4 @@
-"""compute-sanitizer's tools over the tests of the CUDA kernels, a few tests to a process, some processes at a time.
+"""compute-sanitizer's tools over the tests of the CUDA kernels, a few tests to a process, some processes to each GPU.
 
     python benchmarks/sanitize.py
     python benchmarks/sanitize.py --tools racecheck --seconds 600
@@ -12,6 +12,7 @@ take what PyTorch's kernels wrote for unwritten. racecheck leaves the tests of C
 import argparse
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from environment import describe
 from rich.console import Console
 from rich.table import Table
@@ -57,8 +59,25 @@ def parts_of(tests, tool):
     return parts
 
 
-def sanitize(tool, tests, deadline):
-    """What a tool found in some tests, or None if it did not come to its end before `deadline`."""
+def visible_gpus():
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(idx) for idx in range(torch.cuda.device_count())]
+
+
+def sanitize(tool, tests, gpus, deadline):
+    """What a tool found in some tests, or None if it did not come to its end before `deadline`.
+
+    `gpus` is a queue that has each GPU as often as processes may share it.
+    """
+    gpu = gpus.get()
+    try:
+        return sanitize_on(gpu, tool, tests, deadline)
+    finally:
+        gpus.put(gpu)
+
+
+def sanitize_on(gpu, tool, tests, deadline):
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "100000", "--show-backtrace", "no"]
     if tool != "initcheck":
         command += ["--kernel-name", "kns=hf_quest"]
@@ -69,6 +88,7 @@ def sanitize(tool, tests, deadline):
     process = subprocess.Popen(
         command,
         cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,7 +142,7 @@ def write(report, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--jobs", type=int, default=8, help="processes; with more, 80 GB of GPU memory run out")
+    parser.add_argument("--jobs", type=int, default=8, help="processes for each GPU; more need over 80 GB")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, default=RESULTS / "sanitizers.json")
     arguments = parser.parse_args()
@@ -141,8 +161,11 @@ def main():
             report["results"] = earlier["results"]
     known = {(result["tool"], *result["tests"]) for result in report["results"]}
     todo = [(tool, part) for tool in arguments.tools for part in parts[tool] if (tool, *part) not in known]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for run in as_completed(pool.submit(sanitize, *part, deadline) for part in todo):
+    gpus = queue.SimpleQueue()
+    for gpu in visible_gpus() * arguments.jobs:
+        gpus.put(gpu)
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        for run in as_completed(pool.submit(sanitize, *part, gpus, deadline) for part in todo):
             if run.result() is not None:
                 report["results"].append({**run.result(), "processor": environment["processor"]})
                 write(report, arguments.output)

@@ -98,9 +98,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         float block_maximum = num_splits == 1 ? sink_of<T>(params, first_head + head_idx) : kLowest, block_sum = 1.0f;
         const float4 sums = warp_sums.merge(head_idx, quad_of_head, block_maximum, block_sum);
         if (num_splits == 1) {
-            float4 scaled = {};
-            add_scaled(scaled, sums, 1.0f / block_sum);
-            store_quad<T, kHeadDim>(output, head_idx, quad_of_head, scaled);
+            store_quad<T, kHeadDim>(output, head_idx, quad_of_head, sums, block_sum);
             continue;
         }
         const int64_t partial_idx = own_partial + head_idx;
@@ -125,36 +123,12 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         const float2* partial_softmax = params.partial_softmax + first_partial + head_idx;
         const float4* partial_output = reinterpret_cast<const float4*>(params.partial_output);
         partial_output += (first_partial + head_idx) * kQuads + quad_of_head;
-        float whole_maximum = sink_of<T>(params, first_head + head_idx), whole_sum = 1.0f;
-        float4 sums = {};
-        for (int first_split = 0; first_split < num_splits; first_split += kMergeBatch) {
-            float2 softmax[kMergeBatch];
-            float4 term[kMergeBatch];
-            float new_maximum = whole_maximum;
-#pragma unroll
-            for (int i = 0; i < kMergeBatch; ++i) {
-                const int64_t offset = int64_t(first_split + i) * heads_per_tile;
-                const bool is_split = first_split + i < num_splits;
-                softmax[i] = is_split ? __ldcg(partial_softmax + offset) : float2{kLowest, 0.0f};
-                term[i] = is_split ? __ldcg(partial_output + offset * kQuads) : float4{};
-            }
-#pragma unroll
-            for (int i = 0; i < kMergeBatch; ++i) new_maximum = fmaxf(new_maximum, softmax[i].x);
-            float4 corrected = {};
-            add_scaled(corrected, sums, weight_of(whole_maximum, new_maximum));
-            sums = corrected;
-            whole_sum *= weight_of(whole_maximum, new_maximum);
-#pragma unroll
-            for (int i = 0; i < kMergeBatch; ++i) {
-                const float weight = weight_of(softmax[i].x, new_maximum);
-                whole_sum += softmax[i].y * weight;
-                add_scaled(sums, term[i], weight);
-            }
-            whole_maximum = new_maximum;
-        }
-        float4 scaled = {};
-        add_scaled(scaled, sums, 1.0f / whole_sum);
-        store_quad<T, kHeadDim>(output, head_idx, quad_of_head, scaled);
+        float maximum = sink_of<T>(params, first_head + head_idx), sum = 1.0f;
+        const float4 sums = merge_parts<kMergeBatch>(
+            num_splits, maximum, sum,
+            [&](int split_idx) { return __ldcg(partial_softmax + int64_t(split_idx) * heads_per_tile); },
+            [&](int split_idx) { return __ldcg(partial_output + int64_t(split_idx) * heads_per_tile * kQuads); });
+        store_quad<T, kHeadDim>(output, head_idx, quad_of_head, sums, sum);
     }
 }
 

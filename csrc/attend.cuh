@@ -55,12 +55,49 @@ __device__ float sink_of(const AttendParams& params, int head_idx) {
     return to_float(static_cast<const T*>(params.sinks)[head_idx]) * kLog2E;
 }
 
+// Stores a head's quad of channels, of which `sums` are weighted by weights of that sum.
 template <typename T, int kHeadDim>
-__device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sums) {
+__device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sums, float sum) {
     T* head = output + head_idx * kHeadDim;
     using L = Layout<kHeadDim>;
-    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head)) = round_to_pair<T>(sums.x, sums.y);
-    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head + 1)) = round_to_pair<T>(sums.z, sums.w);
+    const float factor = 1.0f / sum;
+    const auto first = round_to_pair<T>(sums.x * factor, sums.y * factor);
+    const auto second = round_to_pair<T>(sums.z * factor, sums.w * factor);
+    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head)) = first;
+    *reinterpret_cast<Pair<T>*>(head + L::channel_of(2 * quad_of_head + 1)) = second;
+}
+
+// One quad of channels of one head over what `num_parts` warps, blocks or splits have summed up, kAtOnce at a time:
+// quad_of(i) are values weighted by 2^(logit - maximum), softmax_of(i) is that maximum and the sum of those weights.
+// `maximum` and `sum` begin with those of a sink and end with those of all. Past the last part it is read again, since
+// a load that may be left out would be waited for before the next one.
+template <int kAtOnce, typename SoftmaxOf, typename QuadOf>
+__device__ float4 merge_parts(int num_parts, float& maximum, float& sum, SoftmaxOf softmax_of, QuadOf quad_of) {
+    float4 merged = {};
+#pragma unroll 1
+    for (int first = 0; first < num_parts; first += kAtOnce) {
+        float2 softmax[kAtOnce];
+        float4 quad[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            softmax[i] = softmax_of(min(first + i, num_parts - 1));
+            quad[i] = quad_of(min(first + i, num_parts - 1));
+        }
+        const float earlier_maximum = maximum;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) maximum = fmaxf(maximum, softmax[i].x);
+        const float correction = weight_of(earlier_maximum, maximum);
+        sum *= correction;
+        merged = {merged.x * correction, merged.y * correction, merged.z * correction, merged.w * correction};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i >= num_parts) break;
+            const float factor = weight_of(softmax[i].x, maximum);
+            sum += softmax[i].y * factor;
+            add_scaled(merged, quad[i], factor);
+        }
+    }
+    return merged;
 }
 
 // What each warp of a block has summed up for up to 8 query heads: values weighted by 2^(logit - maximum), in the order
@@ -90,20 +127,13 @@ struct WarpSums {
         }
     }
 
-    // One quad of channels of one head over all warps, and its maximum and sum, which may begin with those of a sink.
+    // One quad of channels of one head over all warps, as merge_parts() has it.
     __device__ float4 merge(int head_idx, int quad_of_head, float& maximum, float& sum) const {
-        const float first = maximum;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) maximum = fmaxf(maximum, softmax[i][head_idx].x);
-        sum *= weight_of(first, maximum);
-        float4 sums = {};
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-            const float factor = weight_of(softmax[i][head_idx].x, maximum);
-            sum += softmax[i][head_idx].y * factor;
-            add_scaled(sums, *reinterpret_cast<const float4*>(&output[i][head_idx][4 * quad_of_head]), factor);
-        }
-        return sums;
+        return merge_parts<kWarps>(
+            kWarps, maximum, sum, [&](int warp_idx) { return softmax[warp_idx][head_idx]; },
+            [&](int warp_idx) {
+                return *reinterpret_cast<const float4*>(&output[warp_idx][head_idx][4 * quad_of_head]);
+            });
     }
 };
 

@@ -277,37 +277,16 @@ struct ChainBlock {
         arrive_at_cluster();  // nothing more is sent
     }
 
-    // A thread sums up a part over the blocks, of which it reads a few at a time.
     __device__ void write_output() const {
+        constexpr int kAtOnce = 5;  // blocks
         T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
         for (int part_idx = threadIdx.x; part_idx < count_own_parts(); part_idx += kThreads) {
             const int idx = part_idx * cluster_size + rank, head_idx = idx / kQuads;
-            constexpr int kAtOnce = 5;
-            const float sink = sink_of<T>(params, first_head + head_idx);
-            float maximum = sink;
-#pragma unroll 1
-            for (int first = 0; first < cluster_size; first += kAtOnce) {
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    maximum = fmaxf(maximum, shared.softmax[min(first + i, cluster_size - 1)][head_idx].x);
-                }
-            }
-            float sum = weight_of(sink, maximum);
-            float4 sums = {};
-#pragma unroll 1
-            for (int first = 0; first < cluster_size; first += kAtOnce) {
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    const int block_idx = min(first + i, cluster_size - 1);
-                    const float2 softmax = shared.softmax[block_idx][head_idx];
-                    const float factor = first + i < cluster_size ? weight_of(softmax.x, maximum) : 0.0f;
-                    sum += softmax.y * factor;
-                    add_scaled(sums, shared.sums[block_idx * count_parts() + part_idx], factor);
-                }
-            }
-            float4 scaled = {};
-            add_scaled(scaled, sums, 1.0f / sum);
-            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, scaled);
+            float maximum = sink_of<T>(params, first_head + head_idx), sum = 1.0f;
+            const float4 sums = merge_parts<kAtOnce>(
+                cluster_size, maximum, sum, [&](int block_idx) { return shared.softmax[block_idx][head_idx]; },
+                [&](int block_idx) { return shared.sums[block_idx * count_parts() + part_idx]; });
+            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, sums, sum);
         }
     }
 };
