@@ -69,8 +69,8 @@ __device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sum
 
 // One quad of channels of one head over what `num_parts` warps, blocks or splits have summed up, kAtOnce at a time:
 // quad_of(i) are values weighted by 2^(logit - maximum), softmax_of(i) is that maximum and the sum of those weights.
-// `maximum` and `sum` begin with those of a sink and end with those of all. Past the last part it is read again, since
-// a load that may be left out would be waited for before the next one.
+// `maximum` and `sum` begin with those of a sink and end with those of all. Past the last part it is read again,
+// without weight: a load under a condition would come after what the loads before it are for.
 template <int kAtOnce, typename SoftmaxOf, typename QuadOf>
 __device__ float4 merge_parts(int num_parts, float& maximum, float& sum, SoftmaxOf softmax_of, QuadOf quad_of) {
     float4 merged = {};
@@ -91,8 +91,7 @@ __device__ float4 merge_parts(int num_parts, float& maximum, float& sum, Softmax
         merged = {merged.x * correction, merged.y * correction, merged.z * correction, merged.w * correction};
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i >= num_parts) break;
-            const float factor = weight_of(softmax[i].x, maximum);
+            const float factor = first + i < num_parts ? weight_of(softmax[i].x, maximum) : 0.0f;
             sum += softmax[i].y * factor;
             add_scaled(merged, quad[i], factor);
         }
