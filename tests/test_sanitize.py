@@ -1,5 +1,6 @@
 """benchmarks/sanitize.py without a GPU: it leaves no test out, and reads what compute-sanitizer prints."""
 
+import json
 from itertools import chain
 
 import pytest
@@ -19,6 +20,21 @@ def test_every_test_is_in_one_process(tests, tool):
     assert max(map(len, parts)) <= sanitize.MOST_TESTS[tool]
     assert all("published" in test for test in left_out)
     assert len(left_out) == (2 if tool == "racecheck" else 0)
+
+
+def test_what_has_not_passed_is_left(tmp_path):
+    results = [
+        {"tool": "memcheck", "tests": ["first", "second"], "passed": 2},
+        {"tool": "memcheck", "tests": ["third", "fourth"], "passed": 1},
+        {"tool": "racecheck", "tests": ["fifth"], "passed": 1},
+    ]
+    path = tmp_path / "sanitizers.json"
+    assert sanitize.kept_results(path, "abc") == []
+    path.write_text(json.dumps({"environment": {"commit": "abc"}, "results": results}))
+    assert sanitize.kept_results(path, "def") == []
+    kept = sanitize.kept_results(path, "abc")
+    assert kept == [results[0], results[2]]
+    assert sanitize.left_of(["first", "third", "fifth"], kept, "memcheck") == ["third", "fifth"]
 
 
 @pytest.mark.parametrize(
