@@ -3,10 +3,10 @@
     python benchmarks/sanitize.py
     python benchmarks/sanitize.py --tools racecheck --seconds 600
 
-What a process found is kept once it has ended. What failed, or had not ended when the seconds were over, is left to the
-next call, which goes on from the results of the same commit. The tools look at our kernels alone, but for initcheck,
-which would take what PyTorch's kernels wrote for unwritten. racecheck leaves the tests of CritiPrefill's published
-score out, whose 16-bit products are PyTorch's: it fails on them (NOTES.md).
+What a process found is kept once it has ended, failures too. What failed, or had not ended when the seconds were over,
+is left to the next call, which goes on from the results of the same commit. The tools look at our kernels alone, but
+for initcheck, which would take what PyTorch's kernels wrote for unwritten. racecheck leaves the tests of CritiPrefill's
+published score out, whose 16-bit products are PyTorch's: it fails on them (NOTES.md).
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tables import RESULTS, markdown
 ROOT = Path(__file__).parents[1]
 FILES = ("tests/test_prompt_kernels.py", "tests/test_kernels.py")
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
+OF_A_CALL = ("processor", "command")  # of which a report may have several
 LARGE = ("test_more_than_2_to_the_31_elements", "test_more_scores_than_shared_memory_holds")  # in one process, in turns
 SLOW = ("test_a_captured_graph_follows_the_storage",)  # minutes under racecheck, so each in a process of its own
 MOST_TESTS = {"racecheck": 10, "memcheck": 120, "synccheck": 120, "initcheck": 60}  # in a process
@@ -59,18 +60,18 @@ def parts_of(tests, tool):
     return parts
 
 
-def kept_results(path, commit):
-    """What earlier calls found at this commit, but for processes of which a test failed."""
-    earlier = json.loads(path.read_text()) if path.exists() else None
-    if earlier is None or earlier["environment"]["commit"] != commit:
+def earlier_results(path, commit):
+    """What earlier calls found at this commit, if it is known what it stands for."""
+    if not path.exists() or commit is None or commit.endswith("-dirty"):
         return []
-    return [result for result in earlier["results"] if result["passed"] == len(result["tests"])]
+    earlier = json.loads(path.read_text())
+    return earlier["results"] if earlier["environment"]["commit"] == commit else []
 
 
-def left_of(tests, results, tool):
-    """The tests that no process of a tool has looked at."""
-    known = {test for result in results if result["tool"] == tool for test in result["tests"]}
-    return [test for test in tests if test not in known]
+def passed(results, tool):
+    """The tests that a tool looked at in a process in which all passed."""
+    whole = [result for result in results if result["tool"] == tool and result["passed"] == len(result["tests"])]
+    return {test for result in whole for test in result["tests"]}
 
 
 def visible_gpus():
@@ -80,7 +81,7 @@ def visible_gpus():
 
 
 def sanitize(tool, tests, gpus, deadline):
-    """What a tool found in some tests, or None if it did not come to its end before `deadline`.
+    """What a tool found in some tests, or None if it had not summed up when `deadline` came.
 
     `gpus` is a queue that has each GPU as often as processes may share it.
     """
@@ -96,7 +97,7 @@ def sanitize_on(gpu, tool, tests, deadline):
     if tool != "initcheck":
         command += ["--kernel-name", "kns=hf_quest"]
     # pytest's own timeout is for tests that run at their usual speed.
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", *tests]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=0", *tests]
     start = time.monotonic()
     if start >= deadline:
         return None
@@ -135,30 +136,29 @@ def findings(printed):
 
 
 def summarise(report):
-    table = Table("tool", "tests", "looked at", "passed", "reports", "lines with kernels of ours")
+    table = Table("tool", "tests", "passed", "reports", "lines with kernels of ours")
     for tool, num_tests in report["num_tests"].items():
         results = [result for result in report["results"] if result["tool"] == tool]
-        looked_at = sum(len(result["tests"]) for result in results)
-        sums = [sum(result[name] for result in results) for name in ("passed", "reports", "lines_of_ours")]
-        table.add_row(tool, *(f"{number:,}" for number in (num_tests, looked_at, *sums)))
+        sums = [sum(result[name] for result in results) for name in ("reports", "lines_of_ours")]
+        table.add_row(tool, *(f"{number:,}" for number in (num_tests, len(passed(results, tool)), *sums)))
     return table
 
 
 def write(report, path):
-    processors = ", ".join(sorted({result["processor"] for result in report["results"]}))
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    environment = report["environment"] | {"processor": processors}
-    conditions = "".join(f"- {name}: {value}\n" for name, value in environment.items())
-    path.with_suffix(".md").write_text(
-        f"# compute-sanitizer over the kernels' tests\n\n{markdown(summarise(report))}\n{conditions}"
-    )
+    several = {name: "; ".join(dict.fromkeys(result[name] for result in report["results"])) for name in OF_A_CALL}
+    conditions = "".join(f"- {name}: {value}\n" for name, value in (report["environment"] | several).items())
+    page = f"# compute-sanitizer over the kernels' tests\n\n{markdown(summarise(report))}\n{conditions}"
+    for file, content in ((path, json.dumps(report, indent=1) + "\n"), (path.with_suffix(".md"), page)):
+        draft = file.with_name(f"{file.name}.draft")
+        draft.write_text(content)
+        draft.replace(file)  # at once, so that a call that is stopped leaves what there was
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--jobs", type=int, default=8, help="processes for each GPU; more need over 80 GB")
-    parser.add_argument("--seconds", type=float, default=86_400, help="until what has not ended is given up")
+    parser.add_argument("--seconds", type=float, default=86_400, help="after which what has not ended is given up")
     parser.add_argument("--output", type=Path, default=RESULTS / "sanitizers.json")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -167,18 +167,24 @@ def main():
     report = {
         "environment": environment,
         "num_tests": {tool: sum(map(len, parts_of(tests, tool))) for tool in TOOLS},
-        "results": kept_results(arguments.output, environment["commit"]),
+        "results": earlier_results(arguments.output, environment["commit"]),
     }
-    left = {tool: left_of(tests, report["results"], tool) for tool in arguments.tools}
-    todo = [(tool, part) for tool in arguments.tools for part in parts_of(left[tool], tool)]
+    todo = []
+    for tool in arguments.tools:
+        known = passed(report["results"], tool)
+        todo += [(tool, part) for part in parts_of([test for test in tests if test not in known], tool)]
     gpus = queue.SimpleQueue()
     for gpu in visible_gpus() * arguments.jobs:
         gpus.put(gpu)
-    with ThreadPoolExecutor(gpus.qsize()) as pool:
+    of_this_call = {name: environment[name] for name in OF_A_CALL}
+    pool = ThreadPoolExecutor(gpus.qsize())
+    try:
         for run in as_completed(pool.submit(sanitize, *part, gpus, deadline) for part in todo):
             if run.result() is not None:
-                report["results"].append({**run.result(), "processor": environment["processor"]})
+                report["results"].append(run.result() | of_this_call)
                 write(report, arguments.output)
+    finally:
+        pool.shutdown(cancel_futures=True)
     CONSOLE.print(summarise(report))
 
 

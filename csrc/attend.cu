@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
         float maximum = sink_of<T>(params, first_head + head_idx), sum = 1.0f;
         const float4 sums = merge_parts<kMergeBatch>(
             num_splits, maximum, sum,
-            [&](int split_idx) { return __ldcg(partial_softmax + int64_t(split_idx) * heads_per_tile); },
-            [&](int split_idx) { return __ldcg(partial_output + int64_t(split_idx) * heads_per_tile * kQuads); });
+            [&](int part_idx) { return __ldcg(partial_softmax + int64_t(part_idx) * heads_per_tile); },
+            [&](int part_idx) { return __ldcg(partial_output + int64_t(part_idx) * heads_per_tile * kQuads); });
         store_quad<T, kHeadDim>(output, head_idx, quad_of_head, sums, sum);
     }
 }

@@ -55,7 +55,7 @@ __device__ float sink_of(const AttendParams& params, int head_idx) {
     return to_float(static_cast<const T*>(params.sinks)[head_idx]) * kLog2E;
 }
 
-// Stores a head's quad of channels, of which `sums` are weighted by weights of that sum.
+// Stores a quad of a head's channels: `sums`, of values times weights, over `sum`, that of the weights.
 template <typename T, int kHeadDim>
 __device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sums, float sum) {
     T* head = output + head_idx * kHeadDim;
@@ -69,8 +69,9 @@ __device__ void store_quad(T* output, int head_idx, int quad_of_head, float4 sum
 
 // One quad of channels of one head over what `num_parts` warps, blocks or splits have summed up, kAtOnce at a time:
 // quad_of(i) are values weighted by 2^(logit - maximum), softmax_of(i) is that maximum and the sum of those weights.
-// `maximum` and `sum` begin with those of a sink and end with those of all. Past the last part it is read again,
-// without weight: a load under a condition would come after what the loads before it are for.
+// `maximum` and `sum` begin with those of a sink, or of nothing, and end with those of all. Past the last part it is
+// read again, without weight: if the loop over the terms ended there, each load would wait behind the branch that ends
+// it.
 template <int kAtOnce, typename SoftmaxOf, typename QuadOf>
 __device__ float4 merge_parts(int num_parts, float& maximum, float& sum, SoftmaxOf softmax_of, QuadOf quad_of) {
     float4 merged = {};

@@ -22,19 +22,38 @@ def test_every_test_is_in_one_process(tests, tool):
     assert len(left_out) == (2 if tool == "racecheck" else 0)
 
 
-def test_what_has_not_passed_is_left(tmp_path):
-    results = [
-        {"tool": "memcheck", "tests": ["first", "second"], "passed": 2},
-        {"tool": "memcheck", "tests": ["third", "fourth"], "passed": 1},
-        {"tool": "racecheck", "tests": ["fifth"], "passed": 1},
-    ]
+RESULTS = [
+    {"tool": "memcheck", "tests": ["first", "second"], "passed": 2, "reports": 0},
+    {"tool": "memcheck", "tests": ["third", "fourth"], "passed": 1, "reports": 3},
+    {"tool": "racecheck", "tests": ["fifth"], "passed": 1, "reports": 0},
+]
+
+
+def test_what_has_not_passed_whole_is_run_again():
+    assert sanitize.passed(RESULTS, "memcheck") == {"first", "second"}
+
+
+@pytest.mark.parametrize(("commit", "goes_on"), [("abc", True), ("def", False), ("abc-dirty", False), (None, False)])
+def test_a_call_goes_on_from_the_results_of_its_commit(tmp_path, commit, goes_on):
     path = tmp_path / "sanitizers.json"
-    assert sanitize.kept_results(path, "abc") == []
-    path.write_text(json.dumps({"environment": {"commit": "abc"}, "results": results}))
-    assert sanitize.kept_results(path, "def") == []
-    kept = sanitize.kept_results(path, "abc")
-    assert kept == [results[0], results[2]]
-    assert sanitize.left_of(["first", "third", "fifth"], kept, "memcheck") == ["third", "fifth"]
+    assert sanitize.earlier_results(path, commit) == []
+    written = commit if commit in (None, "abc-dirty") else "abc"
+    path.write_text(json.dumps({"environment": {"commit": written}, "results": RESULTS}))
+    assert sanitize.earlier_results(path, commit) == (RESULTS if goes_on else [])
+
+
+def test_reports_of_a_process_that_failed_are_not_lost(tmp_path):
+    of_call = {"processor": "a GPU", "lines_of_ours": 0}
+    calls = [
+        {**RESULTS[1], **of_call, "command": "first call"},
+        {**RESULTS[1], **of_call, "passed": 2, "reports": 0, "command": "second call"},
+    ]
+    report = {"environment": {"command": "second call"}, "num_tests": {"memcheck": 4}, "results": calls}
+    sanitize.write(report, tmp_path / "sanitizers.json")
+    page = (tmp_path / "sanitizers.md").read_text()
+    assert "| memcheck | 4 | 2 | 3 | 0 |" in page
+    assert "- command: first call; second call\n" in page
+    assert json.loads((tmp_path / "sanitizers.json").read_text()) == report
 
 
 @pytest.mark.parametrize(
