@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 import sys
 import time
 import warnings
@@ -23,7 +24,7 @@ def load():
     try:
         _load()
     except Exception as error:  # whatever a compiler, a linker or a file system comes up with
-        reason = str(error).strip()[-1500:]
+        reason = complaints_of(str(error))
         warnings.warn(
             f"hf_quest could not build its CUDA kernels and runs its slower PyTorch path. The reason: {reason}\n"
             f"What helps: a CUDA {torch.version.cuda} toolkit with CUDA_HOME set to it (or `pip install "
@@ -44,18 +45,21 @@ def _load():
 
     from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
 
-    toolkit = cpp_extension.CUDA_HOME
-    if toolkit is None:
-        toolkit = find_pip_toolkit()
-        if toolkit is None:
+    from_pip = find_pip_folder()
+    if cpp_extension.CUDA_HOME is None:
+        if from_pip is None or not (from_pip / "bin" / "nvcc").exists():
             raise RuntimeError("there is no nvcc: none on the PATH, no CUDA_HOME, and none installed with pip")
-        cpp_extension.CUDA_HOME = str(toolkit)
+        cpp_extension.CUDA_HOME = str(from_pip)
 
     version = torch.__version__.replace(".", "_").replace("+", "_")
     name = f"hf_quest_sm{'_'.join(architectures)}_torch_{version}"
     build_directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
     build_directory.mkdir(parents=True, exist_ok=True)
-    link_runtime(Path(toolkit), build_directory)
+    spare_headers = []
+    if from_pip is not None:
+        # PyTorch's headers want those of cuBLAS and the like, which small toolkits lack and torch from pip brings.
+        spare_headers.append(f"-idirafter{from_pip / 'include'}")
+        link_runtime(from_pip, build_directory)
     is_new = not (build_directory / f"{name}.so").exists()
     source_directory = find_sources()
     if is_new:
@@ -70,7 +74,7 @@ def _load():
     cpp_extension.load(
         name,
         sources=[str(path) for path in sorted(source_directory.glob("*.c*")) if path.suffix in (".cu", ".cpp")],
-        extra_cflags=["-O3", "-std=c++20"],
+        extra_cflags=["-O3", "-std=c++20", *spare_headers],
         extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
         extra_ldflags=[f"-L{build_directory}"],
         build_directory=str(build_directory),
@@ -86,21 +90,24 @@ def find_sources():
     return next(path for path in (package / "csrc", package.parent / "csrc") if path.is_dir())
 
 
-def find_pip_toolkit():
-    """The CUDA toolkit of torch's CUDA version that `pip install nvidia-cuda-nvcc` lays out, or None."""
+def find_pip_folder():
+    """Where pip lays out CUDA of torch's version, the libraries that torch needs and a toolkit if asked, or None."""
     package = importlib.util.find_spec("nvidia")
     major = (torch.version.cuda or "").partition(".")[0]
-    for folder in package.submodule_search_locations if package is not None else ():
-        home = Path(folder) / f"cu{major}"
-        if (home / "bin" / "nvcc").exists():
-            return home
-    return None
+    folders = package.submodule_search_locations if package is not None else ()
+    return next((home for folder in folders if (home := Path(folder) / f"cu{major}").is_dir()), None)
 
 
-def link_runtime(toolkit, folder):
-    """Give the CUDA runtime in a toolkit from pip the name that linkers look for, in `folder`."""
+def complaints_of(output):
+    """The lines of a compiler or linker that say what is wrong, or the end of what there is."""
+    lines = [line for line in output.splitlines() if re.search(r"\b(error|fatal +|ld):", line)]
+    return "\n".join(lines or [output.strip()])[-1500:]
+
+
+def link_runtime(from_pip, folder):
+    """Give the CUDA runtime from pip the name that linkers look for, in `folder`."""
     link = folder / "libcudart.so"
-    for runtime in (toolkit / "lib").glob("libcudart.so.*"):
+    for runtime in (from_pip / "lib").glob("libcudart.so.*"):
         if not link.exists():
             link.unlink(missing_ok=True)  # of a toolkit that is gone
             with contextlib.suppress(FileExistsError):  # another process was first

@@ -256,12 +256,12 @@ class TestBuild:
     @pytest.fixture
     def calls(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(_build, "find_pip_toolkit", lambda: Path("/toolkit"))
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/toolkit")
         monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, **options: calls.append((name, options)))
         return calls
 
     def test_without_nvcc_one_warning_says_why_and_what_to_do(self, monkeypatch):
-        monkeypatch.setattr(_build, "find_pip_toolkit", lambda: None)
+        monkeypatch.setattr(_build, "find_pip_folder", lambda: None)
         with pytest.warns(UserWarning, match=r"(?s)no nvcc.*pip install"):
             assert not _build.load()
         with warnings.catch_warnings():
@@ -281,6 +281,19 @@ class TestBuild:
         monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
         with pytest.warns(UserWarning, match="no compiler"):
             assert not _build.load()
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "CUDAContextLight.h:10:10: fatal error: cusparse.h: No such file or directory",
+            "chain.cu(12): error: identifier is undefined",
+            "/usr/bin/ld: cannot find -lcudart: No such file or directory",
+            "nvcc fatal   : Unsupported gpu architecture 'compute_120'",
+        ],
+    )
+    def test_the_reason_is_what_a_compiler_complains_of(self, line):
+        output = "\n".join(("Error building extension: [1/9] c++ -c", line, 200 * "[2/9] nvcc -O3 ", "ninja: stopped."))
+        assert _build.complaints_of(output) == line
 
     def test_every_kernel_is_built_once_for_the_gpu_at_hand(self, calls, capsys):
         assert _build.load()
@@ -306,17 +319,32 @@ class TestBuild:
         assert _build.load()
         assert capsys.readouterr().err == ""
 
-    def test_a_toolkit_from_pip_is_found(self, monkeypatch, tmp_path):
-        toolkit = tmp_path / "site" / "nvidia" / "cu13"
-        (toolkit / "bin").mkdir(parents=True)
-        (toolkit / "bin" / "nvcc").touch()
-        (toolkit / "lib").mkdir()
-        (toolkit / "lib" / "libcudart.so.13").touch()
+    @pytest.fixture
+    def from_pip(self, monkeypatch, tmp_path):
+        folder = tmp_path / "site" / "nvidia" / "cu13"
+        (folder / "lib").mkdir(parents=True)
+        (folder / "lib" / "libcudart.so.13").touch()
         monkeypatch.syspath_prepend(tmp_path / "site")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        assert _build.find_pip_toolkit() == toolkit
-        _build.link_runtime(toolkit, tmp_path)
-        assert (tmp_path / "libcudart.so").resolve() == toolkit / "lib" / "libcudart.so.13"
+        return folder
+
+    def test_a_toolkit_from_pip_is_used_where_there_is_no_other(self, monkeypatch, calls, from_pip):
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+        with pytest.warns(UserWarning, match="no nvcc"):
+            assert not _build.load()
+        _build.load.cache_clear()
+        (from_pip / "bin").mkdir()
+        (from_pip / "bin" / "nvcc").touch()
+        assert _build.load()
+        assert str(from_pip) == torch.utils.cpp_extension.CUDA_HOME
+
+    def test_what_a_toolkit_lacks_is_taken_from_pip(self, calls, from_pip):
+        assert _build.load()
+        assert torch.utils.cpp_extension.CUDA_HOME == "/toolkit"
+        ((_, options),) = calls
+        assert f"-idirafter{from_pip / 'include'}" in options["extra_cflags"]
+        link = Path(options["build_directory"]) / "libcudart.so"
+        assert link.resolve() == from_pip / "lib" / "libcudart.so.13"
 
 
 # Oldest, Hopper and newest; all of them, which takes a few minutes on two cores, where the environment asks for it.
