@@ -61,14 +61,14 @@ def parts_of(tests, tool):
 
 
 def earlier_results(path, commit):
-    """What earlier calls found at this commit, if it is known what it stands for."""
+    """What earlier calls found at this commit, if it says what the files were."""
     if not path.exists() or commit is None or commit.endswith("-dirty"):
         return []
     earlier = json.loads(path.read_text())
     return earlier["results"] if earlier["environment"]["commit"] == commit else []
 
 
-def passed(results, tool):
+def passed_tests(results, tool):
     """The tests that a tool looked at in a process in which all passed."""
     whole = [result for result in results if result["tool"] == tool and result["passed"] == len(result["tests"])]
     return {test for result in whole for test in result["tests"]}
@@ -93,6 +93,7 @@ def sanitize(tool, tests, gpus, deadline):
 
 
 def sanitize_on(gpu, tool, tests, deadline):
+    """The same on one GPU."""
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "100000", "--show-backtrace", "no"]
     if tool != "initcheck":
         command += ["--kernel-name", "kns=hf_quest"]
@@ -140,7 +141,7 @@ def summarise(report):
     for tool, num_tests in report["num_tests"].items():
         results = [result for result in report["results"] if result["tool"] == tool]
         sums = [sum(result[name] for result in results) for name in ("reports", "lines_of_ours")]
-        table.add_row(tool, *(f"{number:,}" for number in (num_tests, len(passed(results, tool)), *sums)))
+        table.add_row(tool, *(f"{number:,}" for number in (num_tests, len(passed_tests(results, tool)), *sums)))
     return table
 
 
@@ -171,7 +172,7 @@ def main():
     }
     todo = []
     for tool in arguments.tools:
-        known = passed(report["results"], tool)
+        known = passed_tests(report["results"], tool)
         todo += [(tool, part) for part in parts_of([test for test in tests if test not in known], tool)]
     gpus = queue.SimpleQueue()
     for gpu in visible_gpus() * arguments.jobs:

@@ -45,7 +45,7 @@ def _load():
 
     from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
 
-    from_pip = find_pip_folder()
+    from_pip = find_cuda_from_pip()
     if cpp_extension.CUDA_HOME is None:
         if from_pip is None or not (from_pip / "bin" / "nvcc").exists():
             raise RuntimeError("there is no nvcc: none on the PATH, no CUDA_HOME, and none installed with pip")
@@ -90,18 +90,12 @@ def find_sources():
     return next(path for path in (package / "csrc", package.parent / "csrc") if path.is_dir())
 
 
-def find_pip_folder():
+def find_cuda_from_pip():
     """Where pip lays out CUDA of torch's version, the libraries that torch needs and a toolkit if asked, or None."""
     package = importlib.util.find_spec("nvidia")
     major = (torch.version.cuda or "").partition(".")[0]
     folders = package.submodule_search_locations if package is not None else ()
     return next((home for folder in folders if (home := Path(folder) / f"cu{major}").is_dir()), None)
-
-
-def complaints_of(output):
-    """The lines of a compiler or linker that say what is wrong, or the end of what there is."""
-    lines = [line for line in output.splitlines() if re.search(r"\b(error|fatal +|ld):", line)]
-    return "\n".join(lines or [output.strip()])[-1500:]
 
 
 def link_runtime(from_pip, folder):
@@ -112,3 +106,9 @@ def link_runtime(from_pip, folder):
             link.unlink(missing_ok=True)  # of a toolkit that is gone
             with contextlib.suppress(FileExistsError):  # another process was first
                 link.symlink_to(runtime)
+
+
+def complaints_of(output):
+    """The lines of a compiler or linker that say what is wrong, or the end of what there is."""
+    lines = [line for line in output.splitlines() if re.search(r"\b(error|fatal +|ld):", line)]
+    return "\n".join(lines or [output.strip()])[-1500:]

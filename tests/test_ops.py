@@ -261,7 +261,7 @@ class TestBuild:
         return calls
 
     def test_without_nvcc_one_warning_says_why_and_what_to_do(self, monkeypatch):
-        monkeypatch.setattr(_build, "find_pip_folder", lambda: None)
+        monkeypatch.setattr(_build, "find_cuda_from_pip", lambda: None)
         with pytest.warns(UserWarning, match=r"(?s)no nvcc.*pip install"):
             assert not _build.load()
         with warnings.catch_warnings():

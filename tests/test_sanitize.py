@@ -30,7 +30,7 @@ RESULTS = [
 
 
 def test_what_has_not_passed_whole_is_run_again():
-    assert sanitize.passed(RESULTS, "memcheck") == {"first", "second"}
+    assert sanitize.passed_tests(RESULTS, "memcheck") == {"first", "second"}
 
 
 @pytest.mark.parametrize(("commit", "goes_on"), [("abc", True), ("def", False), ("abc-dirty", False), (None, False)])
