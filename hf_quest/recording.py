@@ -4,8 +4,9 @@ import weakref
 
 import torch
 
-from .attention import say_once
-from .cache import CACHE_NAME, PREPARED, TAKEN, QuestCache
+from .cache import CACHE_NAME, QuestCache
+from .errors import say_once
+from .settings import PREPARED, TAKEN
 
 
 def capture(model, compile=False):

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import dense_attention, dense_decode
-from ..cache import QuestError
+from ..errors import QuestError
 
 NUM_LOGITS = 2**28  # float32 numbers that `attention_weights` may hold at a time, about
 
