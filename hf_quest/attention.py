@@ -45,6 +45,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         is_plain = layer.settings.masks.is_plain(attention_mask)
         layer.is_plainly_masked = is_plain and (attention_mask is None or layer.num_new > 1)
     if not isinstance(layer, QuestLayer):
+        say_if_dense(layer)
         return masked_attention(layer, module, query, key, value, attention_mask, **kwargs)
     num_decoding = layer.num_decoding(query.shape[2])
     if not is_by_pages(layer, query, num_decoding, kwargs):
@@ -61,8 +62,9 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def check_is_causal(module, layer):
-    """Raise for attention over other tokens than the text's own so far."""
-    if getattr(module, "is_causal", True):
+    """Raise for attention over other tokens than the text's own so far, for which the cache was asked for a mask."""
+    decided = layer.settings.masks.decided
+    if getattr(module, "is_causal", True) or layer.is_sliding or (decided is not None and decided[0] == layer.length):
         return
     if layer.pending:  # it holds what is not of its text
         layer.crop(-layer.num_new)
@@ -82,13 +84,18 @@ def is_by_pages(layer, query, num_decoding, kwargs):
         say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
         return False
     if not layer.is_plainly_masked:
-        if layer.is_sparse:
-            say_once(
-                "Quest leaves those layers dense whose attention mask is more than causal with left padding: a sliding "
-                "window, chunks, or a mask of your own."
-            )
+        say_if_dense(layer)
         return False
     return layer.is_sparse or layer.kernels_attend(query)
+
+
+def say_if_dense(layer):
+    """Say of a layer that does not select why it does not, where there is more than its budget to select from."""
+    if layer.is_sparse or (layer.is_sliding and layer.length > layer.settings.budget):
+        say_once(
+            "Quest leaves those layers dense whose attention mask is more than causal with left padding: a sliding "
+            "window, chunks, or a mask of your own."
+        )
 
 
 def masked_attention(layer, module, query, key, value, attention_mask, num_decoding=0, **kwargs):

@@ -297,8 +297,8 @@ class QuestCache(Cache):
         self._settle()
         length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
         if not torch.compiler.is_compiling():
-            limit = generation.limit_to_read_again()
-            if limit is not None and length <= limit:
+            limit = generation.limit_to_read_again(length)
+            if limit is not None:
                 return self._read_again(length, limit)
         return length
 

@@ -73,8 +73,9 @@ def may_compile_for_caller():
     return is_one_graph and "llama4" not in getattr(getattr(model, "config", None), "model_type", "")
 
 
-def limit_to_read_again():
-    """The number of tokens up to which a cache would be dropped by the model that asks for its length, or None.
+def limit_to_read_again(length):
+    """The number of tokens up to which the model that asks a cache for its length would drop it, if `length` is not
+    more and the input is; or None.
 
     Phi-3 and its like have one set of rotary factors for texts of up to `original_max_position_embeddings` tokens and
     another for longer ones. At the crossing their `prepare_inputs_for_generation` lets the cache go (`cache = None`,
@@ -88,7 +89,7 @@ def limit_to_read_again():
         return None
     model, ids = caller.f_locals["self"], caller.f_locals.get("input_ids")
     limit = model.config.original_max_position_embeddings
-    if not isinstance(ids, torch.Tensor) or ids.shape[1] <= limit:
+    if not isinstance(ids, torch.Tensor) or not length <= limit < ids.shape[1]:
         return None
     caller.f_locals["kwargs"]["next_sequence_length"] = None
     return limit
