@@ -5,12 +5,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import generation
-from .errors import QuestError, say_once
+from .errors import QuestError
 from .layers import QuestLayer
 from .local import LocalLayer, reaches_of
 from .masks import MaskLength
 from .prefill import CritiPrefill
 from .settings import PREPARED, TAKEN, Settings, cannot_be_written
+from .stock import tokens_of
 
 __all__ = ["CACHE_NAME", "PREPARED", "TAKEN", "QuestCache", "QuestError", "QuestLayer", "cannot_be_written"]
 
@@ -90,6 +91,29 @@ class QuestCache(Cache):
         self.has_config = False  # whether the model's has been seen, which tells what its layers reach
         self.compile = compile
         super().__init__(layers=[])
+
+    @classmethod
+    def from_cache(cls, cache, budget=2048, **options):
+        """A QuestCache with the tokens of another cache, which is left as it is.
+
+        So a prompt may be read without Quest, come from a disk or from a compressor of keys and values. Left padding is
+        told by the next forward's mask, as ever.
+
+        Args:
+            cache: a DynamicCache, StaticCache, QuantizedCache or QuestCache, filled.
+            budget, options: as of QuestCache.
+
+        Raises:
+            TypeError: for what is no cache of Transformers.
+            QuestError: for a cache that has dropped tokens, or whose layers do not hold keys and values of one text.
+        """
+        tokens = tokens_of(cache)
+        quest_cache = cls(budget, **options)
+        quest_cache.settings.reaches = {idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None}
+        for layer_idx, layer_tokens in enumerate(tokens):
+            quest_cache._add_layer(layer_idx, layer_tokens.length)
+            quest_cache.layers[layer_idx].take(layer_tokens)
+        return quest_cache
 
     def __repr__(self):
         return (
@@ -296,20 +320,7 @@ class QuestCache(Cache):
             return self.layers[layer_idx].on_device.length - 1
         self._settle()
         length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
-        if not torch.compiler.is_compiling():
-            limit = generation.limit_to_read_again(length)
-            if limit is not None:
-                return self._read_again(length, limit)
-        return length
-
-    def _read_again(self, length, limit):
-        if length:
-            say_once(
-                f"The text has grown beyond {limit} tokens, from which on this model has other rotary factors for all "
-                "of its tokens. The cache was emptied and is filled again with the whole text."
-            )
-        self.reset()
-        return limit + 1  # up to the limit the model would drop the cache, and go on with one of Transformers' own
+        return length if torch.compiler.is_compiling() else generation.length_or_read_again(self, length)
 
     def get_mask_sizes(self, query_length, layer_idx):
         if self.settings.is_captured and self.settings.step == PREPARED and query_length == 1:

@@ -6,6 +6,8 @@ import sys
 import torch
 from transformers import GenerationMixin
 
+from .errors import say_once
+
 ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
 PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})
 # Where the mask of the next token is the last one's and a column of ones: the loops of `generate`, and the method by
@@ -83,7 +85,7 @@ def limit_to_read_again(length):
     the input is longer, its slicing to the new tokens is undone here, in the dict of its arguments, so that a cache
     that is too short can be emptied and keep its place, and the model reads all of the input into it.
     """
-    caller = sys._getframe(2)
+    caller = sys._getframe(3)  # of length_or_read_again and get_seq_length
     names = caller.f_code.co_names
     if caller.f_code.co_name != "prepare_inputs_for_generation" or "original_max_position_embeddings" not in names:
         return None
@@ -93,3 +95,19 @@ def limit_to_read_again(length):
         return None
     caller.f_locals["kwargs"]["next_sequence_length"] = None
     return limit
+
+
+def length_or_read_again(cache, length):
+    """`length`, that of `cache`, for who asks; or what makes a model keep the cache, which is emptied, and fill it
+    again with all of its text, where it would drop it.
+    """
+    limit = limit_to_read_again(length)
+    if limit is None:
+        return length
+    if length:
+        say_once(
+            f"The text has grown beyond {limit} tokens, from which on this model has other rotary factors for all "
+            "of its tokens. The cache was emptied and is filled again with the whole text."
+        )
+    cache.reset()
+    return limit + 1

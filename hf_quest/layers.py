@@ -63,6 +63,16 @@ class Layer(CacheLayerMixin):
         self.pending = generation.called_by_module()
         return self._handed_over(keys, values)
 
+    def take(self, tokens):
+        """Begin with what another cache's layer holds, a `stock.Tokens`."""
+        keys, values = self._as_stored(tokens.keys.detach(), tokens.values.detach())
+        self.lazy_initialization(keys, values)
+        self._set_padding((0,) * keys.shape[0])
+        self._begin_with(keys, values, tokens.length)
+
+    def _begin_with(self, keys, values, length):
+        self._store(keys, values)
+
     def _handed_over(self, keys, values):
         # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
         keys, values = keys.view_as(keys), values.view_as(values)

@@ -48,6 +48,11 @@ class LocalLayer(Layer):
         self._allocate(key_states, value_states, key_states.shape[2], key_states.dtype)
         self.is_initialized = True
 
+    def _begin_with(self, keys, values, length):
+        self.length, self.first = length, length - keys.shape[2]
+        self._write([keys, values])
+        self.settings.set_length(length)
+
     def _store(self, keys, values):
         """Append; return the keys and values that the new tokens may reach."""
         start, num_new = self.length, keys.shape[2]
