@@ -88,9 +88,12 @@ class QuestCache(Cache):
             raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
         budget = _checked_budget(budget, page_size)
         self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
-        self.has_config = False  # whether the model's has been seen, which tells what its layers reach
+        self.config = None  # of the model, as its mask function knows it
         self.compile = compile
         super().__init__(layers=[])
+
+    def __getstate__(self):
+        return {**self.__dict__, "config": None}  # a copy is for whatever model has the same
 
     @classmethod
     def from_cache(cls, cache, budget=2048, **options):
@@ -257,11 +260,13 @@ class QuestCache(Cache):
         """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
         num_tokens = self.get_seq_length() + 1
         self.layers[0].check_room(1)
-        for layer in self.layers:
-            layer.make_room(num_tokens)
+        if num_tokens > self.settings.room or cannot_be_written(self.layers[0].keys):
+            for layer in self.layers:
+                layer.make_room(num_tokens)
+            self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
+            self.settings.room = min(layer.room for layer in self.layers)
         self.settings.set_length(num_tokens)
         self.settings.choose_kernel(num_tokens)
-        self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
         self.settings.step = PREPARED
 
     def _takes_step(self, layer_idx, num_new):
@@ -303,15 +308,15 @@ class QuestCache(Cache):
 
     def take_config(self, config, max_positions):
         """Learn from a model's config what its layers reach, before the first of them is filled."""
-        self.settings.max_positions = max_positions
-        if self.has_config or config is None:
+        if self.config is config:
             return
+        self.settings.max_positions = max_positions
         if cross_layers := getattr(config, "cross_attention_layers", None):
             raise QuestError(
                 f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
                 "QuestCache does not serve it. Use the model without QuestCache."
             )
-        self.has_config = True
+        self.config = config
         if not self.layers:
             self.settings.reaches = reaches_of(config, max_positions)
 
