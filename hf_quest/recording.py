@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attention import say_once
-from .cache import CACHE_NAME, PREPARED, TAKEN, QuestCache, QuestError
+from .cache import CACHE_NAME, QuestCache
+from .errors import QuestError, say_once
 from .fingerprint import fingerprint
 from .graphs import one_at_a_time, recorded_into
 from .rehearsal import Rehearsal
+from .settings import PREPARED, TAKEN
 
 
 def capture(model, compile=False):

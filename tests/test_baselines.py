@@ -1,16 +1,27 @@
 """H2O, TOVA and StreamingLLM: each keeps what its paper says, and serves every mode of `generate`."""
 
 import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
 from small_llama import ANSWER, PROMPT, feed, generate, greedy, make_model, tokens
-from transformers import DynamicCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_quest import QuestError
 from hf_quest.attention import quest_attention
 from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
+from hf_quest.baselines.evicting import BESIDE_TOKENS
+from hf_quest.cache import CACHE_NAME
 
 BASELINES = [H2OCache, TOVACache, StreamingLLMCache]
 BUDGET = 20  # tokens, of a prompt of PROMPT
@@ -252,19 +263,403 @@ def test_wrong_budget_later_changes_nothing(baseline):
     assert cache.budget == BUDGET
 
 
-def test_another_attention_is_refused(baseline):
-    model = make_model(attn_implementation="sdpa")
-    with pytest.raises(QuestError, match=r"never reached Quest's attention"):
-        model(tokens(PROMPT), past_key_values=baseline(budget=BUDGET))
+@torch.no_grad()
+def forward(model, cache, ids, mask=None):
+    """Logits of `ids`, each at the position that its row's tokens so far give it."""
+    options = {CACHE_NAME: cache}
+    if mask is not None:
+        options["attention_mask"] = mask
+        options["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(ids, **options).logits
+
+
+def read(model, cache, num_steps=4):
+    """`cache` after a prompt of PROMPT and `num_steps` further tokens."""
+    forward(model, cache, tokens(PROMPT))
+    for step in range(num_steps):
+        forward(model, cache, tokens(1, seed=step))
+    return cache
+
+
+def assert_same_state(cache, other):
+    for layer, expected in zip(cache.layers, other.layers, strict=True):
+        assert layer.num_seen == expected.num_seen
+        for name in BESIDE_TOKENS:
+            assert torch.equal(getattr(layer, name), getattr(expected, name)), name
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(model, cache, ids, call):
+    """A forward that does not come through its `call`-th call of an attention, an MLP or a linear map."""
+    calls = []
+
+    def interrupt(module, *_):
+        calls.append(module)
+        if len(calls) == call:
+            raise Interrupted
+
+    inner = [module for name, module in model.named_modules() if name.endswith(("self_attn", "mlp", "proj"))]
+    hooks = [module.register_forward_hook(interrupt) for module in inner]
+    try:
+        forward(model, cache, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("num_new", [1, 30])
+@pytest.mark.parametrize("call", [4, 5, 11, 16, 28, 31, 32])
+def test_a_forward_that_was_interrupted_is_noticed_and_undone(model, baseline, call, num_new):
+    cache, ids = read(model, baseline(budget=BUDGET)), tokens(num_new, seed=9)
+    with pytest.raises(Interrupted):
+        interrupted(model, cache, ids, call)
+    if len({layer.num_seen for layer in cache.layers}) > 1:  # else the first layer had not begun or the last had ended
+        with pytest.raises(QuestError, match=f"put back to the {PROMPT + 4} tokens before; repeat the call"):
+            forward(model, cache, ids)
+    else:
+        assert call == 4 or call > 30
+    expected = read(model, baseline(budget=BUDGET))
+    if call <= 30:
+        assert_same_state(cache, expected)
+        assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
+
+
+@pytest.mark.parametrize("layer_idx", [0, 2, 3])
+@pytest.mark.parametrize("method", ["update", "see", "evict"])
+def test_memory_that_ran_out_in_a_layer_is_noticed_and_undone(model, baseline, method, layer_idx, monkeypatch):
+    cache, ids = read(model, baseline(budget=BUDGET)), tokens(5, seed=9)
+
+    def run_out(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(cache.layers[layer_idx], method, run_out)
+    with pytest.raises(MemoryError):
+        forward(model, cache, ids)
+    monkeypatch.undo()
+    if (method, layer_idx) != ("update", 0):
+        with pytest.raises(QuestError, match="repeat the call"):
+            forward(model, cache, ids)
+    expected = read(model, baseline(budget=BUDGET))
+    assert_same_state(cache, expected)
+    assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
+
+
+def test_a_first_forward_that_was_interrupted_leaves_a_cache_that_says_so_until_reset(model, baseline):
+    cache = baseline(budget=BUDGET)
+    with pytest.raises(Interrupted):
+        interrupted(model, cache, tokens(PROMPT), 11)
+    for _ in range(2):
+        with pytest.raises(QuestError, match=r"cannot be used on: call cache\.reset\(\), or make a new one"):
+            forward(model, cache, tokens(3))
+    cache.reset()
+    expected = read(model, baseline(budget=BUDGET))
+    assert_same_state(read(model, cache), expected)
+
+
+def test_rows_chosen_after_an_interrupted_forward_do_not_hide_it(model, baseline):
+    cache = read(model, baseline(budget=BUDGET))
+    with pytest.raises(Interrupted):
+        interrupted(model, cache, tokens(1), 11)
+    cache.batch_repeat_interleave(2)
+    for _ in range(2):
+        with pytest.raises(QuestError, match="cannot be used on"):
+            forward(model, cache, tokens(1, batch_size=2))
+
+
+def test_a_cache_holds_nothing_beside_its_tokens_between_forwards(model, baseline):
+    assert read(model, baseline(budget=BUDGET)).settings.before == {}
+
+
+def test_a_model_with_fewer_layers_is_noticed_and_undone(model, baseline):
+    cache, other = read(model, baseline(budget=BUDGET)), make_model(num_hidden_layers=3)
+    forward(other, cache, tokens(1))
+    with pytest.raises(QuestError, match=r"its model has fewer layers.*put back to the 154 tokens"):
+        forward(model, cache, tokens(1))
+    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
+
+
+def test_a_model_with_more_layers_is_refused(model, baseline):
+    cache = read(model, baseline(budget=BUDGET))
+    for other in (make_model(num_hidden_layers=5), model):
+        with pytest.raises(QuestError, match="cannot be used on"):
+            forward(other, cache, tokens(1))
+
+
+@pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"head_dim": 32}], ids=str)
+def test_a_model_of_another_shape_is_refused_and_changes_nothing(model, baseline, options):
+    cache = read(model, baseline(budget=BUDGET))
+    with pytest.raises(ValueError, match="it is another model's cache"):
+        forward(make_model(**options), cache, tokens(1))
+    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
+
+
+def test_another_attention_is_refused_and_changes_nothing(model, baseline):
+    other, empty, cache = make_model(attn_implementation="sdpa"), baseline(), read(model, baseline(budget=BUDGET))
+    with pytest.raises(QuestError, match=r"never reached Quest's attention.*put back to the 0 tokens"):
+        forward(other, empty, tokens(PROMPT))
+    with pytest.raises(QuestError, match=r"never reached Quest's attention.*put back to the 154 tokens"):
+        forward(other, cache, tokens(1))
+    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
 
 
 def test_a_batch_of_another_size_is_refused(model, baseline):
     cache = baseline(budget=BUDGET)
     generate(model, tokens(PROMPT), cache)
     with pytest.raises(ValueError, match="The cache holds 1 rows and this batch has 2"):
-        model(tokens(1, batch_size=2), past_key_values=cache)
+        forward(model, cache, tokens(1, batch_size=2))
+
+
+@pytest.mark.parametrize("act", [lambda cache: cache.crop(-1), lambda cache: cache.activate_past_recording()])
+def test_tokens_cannot_be_taken_back(model, baseline, act):
+    cache = read(model, baseline(budget=BUDGET))
+    with pytest.raises(QuestError, match="A cache that evicts cannot take tokens back"):
+        act(cache)
+    cache.crop(0)
+    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
 
 
 def test_assisted_decoding_is_refused(model, baseline):
     with pytest.raises(QuestError, match="A cache that evicts cannot take tokens back"):
         generate(model, tokens(PROMPT), baseline(budget=BUDGET), prompt_lookup_num_tokens=4)
+
+
+HIDDEN = {  # of the newest token, by step
+    "part of the document": lambda step, mask: mask.index_fill(1, torch.arange(20, 60), 0) if step == 1 else mask,
+    "a window of its own": lambda step, mask: mask.index_fill(1, torch.arange(0, 40 + step), 0),
+    "itself": lambda step, mask: mask.index_fill(1, torch.tensor([mask.shape[1] - 1]), 0) if step == 2 else mask,
+}
+
+
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("padding", [0, 7])
+def test_the_mask_of_a_single_token_is_obeyed(model, baseline, hide, padding):
+    caches = [baseline(budget=EVERYTHING), DynamicCache()]
+    mask = (torch.arange(PROMPT) >= torch.tensor([[padding], [0]])).long()
+    for cache in caches:
+        forward(model, cache, tokens(PROMPT, batch_size=2), mask)
+    for step in range(4):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        logits, expected = (forward(model, cache, tokens(1, step, 2), hide(step, mask)) for cache in caches)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("pauses", ["0011010", "1110001", "0000000"])
+@pytest.mark.parametrize("padding", [0, 37])
+def test_a_row_that_pauses_is_the_row_alone(model, baseline, pauses, padding):
+    """The mask hides the slots in which the batch has a token for other rows."""
+    batch, alone = baseline(budget=BUDGET), baseline(budget=BUDGET)
+    ids, mask = tokens(PROMPT, batch_size=2), torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :padding] = 0
+    forward(model, batch, ids, mask)
+    forward(model, alone, ids[1:, padding:])
+    for step, runs in enumerate(map(int, pauses + "11")):
+        new = tokens(1, seed=step, batch_size=2)
+        mask = torch.cat([mask, torch.tensor([[1], [runs]])], dim=1)
+        logits = forward(model, batch, new, mask)[1:]
+        if runs:
+            torch.testing.assert_close(logits, forward(model, alone, new[1:]), rtol=1e-4, atol=1e-4)  # float32 sums
+
+
+@pytest.mark.parametrize("shown", [1, 13, 30])
+def test_a_row_whose_prompt_ends_in_padding_is_the_row_alone(model, baseline, shown):
+    """A second prompt of 30 tokens, of which one row has fewer."""
+    batch, alone = (read(model, baseline(budget=BUDGET)) for _ in range(2))
+    batch.batch_repeat_interleave(2)
+    ids, new = tokens(30, seed=7, batch_size=2), tokens(1, seed=8, batch_size=2)
+    mask = torch.ones(2, PROMPT + 4 + 30, dtype=torch.long)
+    mask[1, PROMPT + 4 + shown :] = 0
+    logits = forward(model, batch, ids, mask)[1:, :shown]
+    torch.testing.assert_close(logits, forward(model, alone, ids[1:, :shown]), rtol=1e-4, atol=1e-4)  # float32 sums
+    logits = forward(model, batch, new, torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1))[1:]
+    torch.testing.assert_close(logits, forward(model, alone, new[1:]), rtol=1e-4, atol=1e-4)
+
+
+def pickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def saved(cache):
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_goes_on_as_the_original(model, baseline, copied):
+    cache = read(model, baseline(budget=BUDGET))
+    copied_cache = copied(cache)
+    logits = forward(model, copied_cache, tokens(9, seed=5))
+    assert torch.equal(logits, forward(model, cache, tokens(9, seed=5)))
+    assert_same_state(copied_cache, cache)
+
+
+def test_rows_that_were_reordered_repeated_and_selected_go_on_as_they_would_alone(model, baseline):
+    prompts = tokens(PROMPT, batch_size=3)
+    cache, alone = baseline(budget=BUDGET), [baseline(budget=BUDGET) for _ in range(3)]
+    forward(model, cache, prompts)
+    for row, other in enumerate(alone):
+        forward(model, other, prompts[row : row + 1])
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.batch_repeat_interleave(2)  # 2 2 0 0 0 0
+    cache.batch_select_indices(torch.tensor([True, False, False, True, False, True]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    logits = forward(model, cache, tokens(1, batch_size=2))
+    for row, source in enumerate([0, 2]):
+        expected = forward(model, alone[source], tokens(1, batch_size=2)[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)  # float32 sums of a batch
+
+
+@pytest.mark.parametrize("act", ["reset", "reorder_cache", "batch_repeat_interleave", "deepcopy", "step", "budget"])
+def test_what_inference_mode_made_serves_outside_of_it(model, baseline, act):
+    cache, expected = baseline(budget=BUDGET), read(model, baseline(budget=BUDGET))
+    with torch.inference_mode():
+        read(model, cache)
+    for each in (cache, expected):
+        if act == "reset":
+            each.reset()
+        elif act == "reorder_cache":
+            each.reorder_cache(torch.tensor([0]))
+        elif act == "batch_repeat_interleave":
+            each.batch_repeat_interleave(1)
+        elif act == "budget":
+            each.budget = BUDGET // 2
+    cache = copy.deepcopy(cache) if act == "deepcopy" else cache
+    assert torch.equal(forward(model, cache, tokens(1, seed=9)), forward(model, expected, tokens(1, seed=9)))
+    model(tokens(1, seed=10), **{CACHE_NAME: cache}).logits.sum().backward()  # with gradients
+    forward(model, expected, tokens(1, seed=10))
+    assert_same_state(cache, expected)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prompt", ["read inside", "read outside"])
+def test_autocast(baseline, weights, prompt):
+    model, logits = make_model(dtype=weights), []
+    for cache in (baseline(budget=EVERYTHING), baseline(budget=BUDGET), DynamicCache()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prompt == "read inside"):
+            forward(model, cache, tokens(PROMPT))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits.append(torch.cat([forward(model, cache, tokens(count, seed=count)) for count in (1, 7, 1)], dim=1))
+    everything, few, expected = logits
+    scale = expected.abs().max().item()
+    # bfloat16 rounds by 2^-8; SDPA of grouped heads rounds in another order than of repeated ones, in four layers.
+    torch.testing.assert_close(everything, expected, rtol=0, atol=2**-4 * scale)
+    assert (few - expected).abs().max() > 2**-4 * scale
+
+
+def test_gradients_are_those_of_a_stock_cache(baseline):
+    """In the forward that brings keys and values they get theirs; what is stored has none."""
+    model, gradients = make_model().train(), []
+    for cache in (baseline(budget=EVERYTHING), DynamicCache()):
+        forward(model, cache, tokens(PROMPT))  # without gradients
+        for ids in (tokens(30, seed=3), tokens(1, seed=4)):
+            model.zero_grad()
+            model(ids, **{CACHE_NAME: cache}).logits.square().mean().backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            for layer in cache.layers:  # a stock cache keeps the graph, of which nothing is left now
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    for found, expected in zip(gradients[:2], gradients[2:], strict=True):
+        assert all(gradient.abs().max() > 0 for gradient in expected[1:])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # float32 sums in another order
+
+
+def test_a_cache_that_trained_can_be_copied_and_goes_on(model, baseline):
+    cache = baseline(budget=BUDGET)
+    model(tokens(PROMPT), **{CACHE_NAME: cache})
+    expected = baseline(budget=BUDGET)
+    forward(model, expected, tokens(PROMPT))
+    assert_same_state(copy.deepcopy(cache), expected)
+
+
+def test_offloaded_layers_come_back(model, baseline):
+    cache, expected = (read(model, baseline(budget=BUDGET)) for _ in range(2))
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert_same_state(cache, expected)
+    baseline().reset()
+
+
+def test_a_cache_filled_by_hand_is_one_that_a_model_filled(model, baseline):
+    source, by_model = DynamicCache(), baseline(budget=EVERYTHING)
+    for cache in (source, by_model):
+        forward(model, cache, tokens(PROMPT))
+    by_hand, small = baseline(budget=EVERYTHING), baseline(budget=BUDGET)
+    for cache in (by_hand, small):
+        for layer_idx, layer in enumerate(source.layers):  # in two pieces
+            cache.update(layer.keys[:, :, :90], layer.values[:, :, :90], layer_idx)
+            cache.update(layer.keys[:, :, 90:], layer.values[:, :, 90:], layer_idx)
+    small.budget = BUDGET  # nothing is known to evict by
+    assert small.layers[3].keys.shape[2] == PROMPT
+    expected = forward(model, by_model, tokens(1, seed=2))
+    for cache in (by_hand, small):
+        assert torch.equal(forward(model, cache, tokens(1, seed=2)), expected)
+    assert small.layers[3].keys.shape[2] == BUDGET
+
+
+def test_a_cache_filled_by_hand_in_some_layers_is_refused(model, baseline):
+    cache = baseline()
+    for layer_idx, num_tokens in enumerate([5, 5, 4, 5]):
+        cache.update(*torch.zeros(2, 1, 2, num_tokens, 16), layer_idx)
+    with pytest.raises(QuestError, match=r"last given 5, 5, 4, 5 tokens.*cannot be used on"):
+        forward(model, cache, tokens(1))
+
+
+def test_it_is_never_compiled_whoever_asks(baseline):
+    asked = {"baseline": baseline}
+    exec("answer = baseline().is_compileable", asked)
+    assert asked["answer"] is False
+
+
+BART = {"encoder_layers": 1, "decoder_layers": 4, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+BART |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.25, "bos_token_id": None}
+BART |= {"forced_eos_token_id": None, "max_position_embeddings": 512}
+T5 = {"d_kv": 16, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 4, "num_heads": 2, "dropout_rate": 0.0}
+ENCODER_DECODERS = {
+    "bart": (BartForConditionalGeneration, BartConfig, BART),
+    "t5": (T5ForConditionalGeneration, T5Config, T5),
+}
+
+
+@pytest.fixture(params=ENCODER_DECODERS)
+def translator(request):
+    """An encoder-decoder with attention by Quest and by SDPA, of the same weights."""
+    model_class, config_class, options = ENCODER_DECODERS[request.param]
+    size = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
+    models = []
+    for attention in ("quest", "sdpa"):
+        torch.manual_seed(0)
+        models.append(model_class(config_class(**size, **options, attn_implementation=attention)).eval())
+    return models
+
+
+@torch.no_grad()
+def translate(model, cache):
+    source = tokens(20) % 64
+    target = [tokens(count, seed=count) % 64 for count in (30, 1, 1, 5, 1)]
+    encoded = model.get_encoder()(source)
+    return [model(encoder_outputs=encoded, decoder_input_ids=ids, **{CACHE_NAME: cache}).logits for ids in target]
+
+
+def test_an_encoder_decoder_takes_it_for_self_attention(translator, baseline):
+    quest, stock = translator
+    dense = translate(stock, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    everything = translate(quest, EncoderDecoderCache(baseline(budget=EVERYTHING), DynamicCache()))
+    torch.testing.assert_close(everything, dense, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+    few = translate(quest, EncoderDecoderCache(baseline(budget=BUDGET), DynamicCache()))
+    assert (few[-1] - dense[-1]).abs().max() > 1e-2
+
+
+def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, baseline):
+    quest, _ = translator
+    for cache in (
+        EncoderDecoderCache(DynamicCache(), baseline()),
+        EncoderDecoderCache(baseline(), baseline()),
+        baseline(),
+    ):
+        with pytest.raises(QuestError, match=r"cross-attention.*EncoderDecoderCache of a new cache of this kind"):
+            translate(quest, cache)

@@ -1,14 +1,16 @@
 """What the three baselines share: a cache of `budget` tokens per KV head that drops those of least priority."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import dense_attention, dense_decode
-from ..cache import QuestError
+from ..errors import QuestError
+from ..generation import called_by_module, length_or_read_again
+from .weights import as_bool, is_of_token
 
-NUM_LOGITS = 2**28  # float32 numbers that `attention_weights` may hold at a time, about
+BESIDE_TOKENS = ("keys", "values", "positions", "scores", "is_visible")  # [B, Hkv, n, ...] of a layer
 
 
 @dataclass
@@ -16,108 +18,158 @@ class Settings:
     """What a cache shares with its layers."""
 
     budget: int  # tokens
+    num_layers: int | None = None  # of the model, known from the second forward on
+    before: dict = field(default_factory=dict)  # of each layer that the forward under way has reached, its former state
 
 
 class EvictingLayer(CacheLayerMixin):
     """The tokens of one layer that were kept, n of the N seen.
 
     `keys`, `values` [B, Hkv, n, D], keys after the rotary embedding; `positions` [B, Hkv, n] int64, the slot of each
-    among all that were seen, ascending; `scores` [B, Hkv, n] float32, which a subclass keeps and ranks by.
+    among all that were seen, ascending; `is_visible` [B, Hkv, n] bool, what the newest query could attend; `scores`
+    [B, Hkv, n] float32, which a subclass keeps and ranks by.
     """
 
     is_croppable = False  # what was evicted does not come back
 
-    def __init__(self, settings, is_dense):
+    def __init__(self, settings, layer_idx, is_dense):
         super().__init__()
         self.settings = settings
+        self.layer_idx = layer_idx
         self.is_dense = is_dense
         self.num_seen = 0
         self.pending = False  # keys and values were handed to the model and have not reached its attention
+        self.is_observed = True  # the newest queries are part of `scores` and `is_visible`
+        self.positions = self.scores = self.is_visible = self.device = None
 
-    def observe(self, query, mask, is_visible, **kwargs):
+    def observe(self, query, mask, is_token, **kwargs):
         """Bring `scores` up to date after the newest T tokens attended.
 
         Args:
             query: [B, Hq, T, D].
             mask: bool or float, broadcastable to [B, Hq, T, n], or None for causal attention.
-            is_visible: [B, Hkv, n] bool, what the newest token may attend.
+            is_token: [B, T] bool, False for queries of padding, which count for nothing; None where all are of tokens.
             kwargs: what the model calls its attention with, for `attention_weights`.
         """
         raise NotImplementedError
 
     def priority(self):
-        """[B, Hkv, n]: the tokens of highest priority stay."""
+        """[B, Hkv, n]: the tokens of highest priority stay, those that are not visible behind all others."""
         return self.scores
 
     def lazy_initialization(self, key_states, value_states):
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = key_states[:, :, :0].detach(), value_states[:, :, :0].detach()
         self.scores = self.keys.new_empty(self.keys.shape[:3], dtype=torch.float32)
-        self.positions = self.keys.new_empty(self.keys.shape[:3], dtype=torch.int64)
+        self.positions = self.scores.long()
+        self.is_visible = self.scores.bool()
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Append [B, Hkv, T, D] keys and values; return views of all that is kept, which carry this layer."""
+        """Append [B, Hkv, T, D] keys and values; return all that is kept, which carries this layer and the gradients of
+        what is new. Without a model that calls, nothing is evicted until the next forward has attended.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self.keys.shape[0] != key_states.shape[0]:
-            raise ValueError(
-                f"The cache holds {self.keys.shape[0]} rows and this batch has {key_states.shape[0]}. Call "
-                "cache.reset() or use a new cache for another batch. The content of the cache is unchanged."
-            )
-        num_new = key_states.shape[2]
-        position = torch.arange(self.num_seen, self.num_seen + num_new, device=key_states.device)
-        new_positions = position.expand(*key_states.shape[:2], num_new)
-        self.keys = torch.cat([self.keys, key_states.detach()], dim=2)
-        self.values = torch.cat([self.values, value_states.detach()], dim=2)
-        self.positions = torch.cat([self.positions, new_positions], dim=2)
-        self.scores = torch.cat([self.scores, self.scores.new_zeros(new_positions.shape)], dim=2)
-        self.num_seen += num_new
-        self.pending = True
-        keys, values = self.keys.view_as(self.keys), self.values.view_as(self.values)
+        self.check(key_states, value_states)
+        self.prefetch()
+        num_new, num_old = key_states.shape[2], self.keys.shape[2]
+        positions = torch.arange(self.num_seen, self.num_seen + num_new, device=self.device)
+        positions = positions.expand(*key_states.shape[:2], num_new)
+        new = (key_states, value_states, positions, torch.zeros_like(positions), torch.ones_like(positions).bool())
+        former = {name: getattr(self, name) for name in BESIDE_TOKENS}
+        joined = {name: torch.cat([former[name], part], dim=2) for name, part in zip(BESIDE_TOKENS, new, strict=True)}
+        stored = {name: tensor.detach() for name, tensor in joined.items()}
+        by_module = called_by_module()
+        if by_module:
+            if num_old and not self.is_above_budget(num_old + num_new):  # no copy of what stays
+                former = {name: tensor[:, :, :num_old] for name, tensor in stored.items()}
+            former |= {"num_seen": self.num_seen, "is_observed": self.is_observed, "pending": False}
+            self.settings.before[self.layer_idx] = former
+        vars(self).update(stored, num_seen=self.num_seen + num_new, is_observed=False, pending=by_module)
+        keys, values = joined["keys"], joined["values"]
         keys.quest_layer = values.quest_layer = self
+        keys.positions = self.positions
         return keys, values
+
+    def check(self, key_states, value_states):
+        """Raise for keys and values that cannot be appended. Nothing is changed."""
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if stored.shape[0] != new.shape[0]:
+                raise ValueError(
+                    f"The cache holds {stored.shape[0]} rows and this batch has {new.shape[0]}. Call cache.reset() or "
+                    "use a new cache for another batch. The content of the cache is unchanged."
+                )
+            if (stored.shape[1], stored.shape[3]) != (new.shape[1], new.shape[3]):
+                raise ValueError(
+                    f"The cache holds {stored.shape[1]} heads of dim {stored.shape[3]} and this model brings "
+                    f"{new.shape[1]} of dim {new.shape[3]}: it is another model's cache. Use a new one. The content of "
+                    "this one is unchanged."
+                )
 
     def attention(self, module, query, key, value, attention_mask, **kwargs):
         """What `quest_attention` does with this layer: attend to what is kept, then evict. Args and result as there."""
-        self.pending = False
-        mask = self.mask_of_kept(attention_mask, query)
+        check_is_self_attention(module, kwargs.get("is_causal"))
+        mask = self.at_positions(attention_mask, key.positions, query)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = self.at_positions(kwargs["position_bias"], key.positions, query)
         attend = dense_decode if query.shape[2] == 1 else dense_attention
         output = attend(module, query, key, value, mask, **kwargs)
-        if not self.is_dense:
-            self.observe(query.detach(), mask, self.is_visible(mask), **kwargs)
-            self.evict()
+        if not self.is_observed:  # else it was by the layer whose keys and values this call shares
+            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+                self.see(query, mask, **kwargs)
+                self.evict()
+            self.pending = False
+            if self.layer_idx + 1 == self.settings.num_layers:
+                self.settings.before.clear()
         return output
 
-    def mask_of_kept(self, mask, query):
-        """The model's mask of all tokens seen, [B, 1 or Hq, T, N], as one of those kept, [B, Hq, T, n]."""
-        if mask is None or self.keys.shape[2] == self.num_seen:
-            return mask
+    def at_positions(self, by_token, positions, query):
+        """The model's mask of all tokens seen, [B, 1 or Hq, T, N], as one of those at `positions`, [B, Hq, T, n]."""
+        if by_token is None or positions.shape[2] == by_token.shape[3]:
+            return by_token
+        if by_token.shape[3] != self.num_seen:
+            raise QuestError(
+                f"This model made a mask or a bias of {by_token.shape[3]} positions, and {self.num_seen} were seen: it "
+                "counts the keys that layer 0 kept. Make the cache with dense_layers=1 or more."
+            )
         num_heads, num_queries = query.shape[1:3]
-        slot = self.positions.repeat_interleave(num_heads // self.positions.shape[1], dim=1)
-        mask = mask.expand(slot.shape[0], num_heads, num_queries, -1)
-        return mask.gather(3, slot[:, :, None].expand(-1, -1, num_queries, -1))
+        slot = positions.repeat_interleave(num_heads // positions.shape[1], dim=1)
+        by_token = by_token.expand(slot.shape[0], num_heads, num_queries, -1)
+        return by_token.gather(3, slot[:, :, None].expand(-1, -1, num_queries, -1))
 
-    def is_visible(self, mask):
-        """[B, Hkv, n] bool: what the newest token may attend."""
+    def see(self, query, mask, **kwargs):
+        """Take note of what the newest queries could attend, and did."""
+        self.is_observed = True
+        if self.is_dense:
+            return
+        is_token = None
         if mask is None:
-            return torch.ones_like(self.positions, dtype=torch.bool)
-        newest = mask[:, :, -1]
-        if newest.dtype != torch.bool:
-            newest = newest > torch.finfo(newest.dtype).min / 2
-        return newest[:, :: max(1, newest.shape[1] // self.positions.shape[1])].expand_as(self.positions)
+            self.is_visible = torch.ones_like(self.is_visible)
+        else:
+            newest = as_bool(mask[:, :, -1])
+            group = max(1, newest.shape[1] // self.keys.shape[1])
+            self.is_visible = newest[:, ::group].expand_as(self.is_visible).contiguous()
+            is_token = is_of_token(mask).expand(query.shape[0], -1)
+        self.observe(query, mask, is_token, **kwargs)
+
+    def is_above_budget(self, num_tokens):
+        return not self.is_dense and num_tokens > self.settings.budget
 
     def evict(self):
         """Keep `budget` tokens per KV head."""
-        budget = self.settings.budget
-        if self.is_dense or not self.is_initialized or self.keys.shape[2] <= budget:
+        if not self.is_initialized or not self.is_observed or not self.is_above_budget(self.keys.shape[2]):
             return
-        kept = self.priority().topk(budget, dim=-1).indices.sort(dim=-1).values  # [B, Hkv, budget]
-        self.scores, self.positions = self.scores.gather(2, kept), self.positions.gather(2, kept)
-        self.keys = self.keys.gather(2, kept[..., None].expand(-1, -1, -1, self.keys.shape[-1]))
-        self.values = self.values.gather(2, kept[..., None].expand(-1, -1, -1, self.values.shape[-1]))
+        priority = self.priority().masked_fill(~self.is_visible, -torch.inf)
+        kept = priority.topk(self.settings.budget, dim=-1).indices.sort(dim=-1).values  # [B, Hkv, budget]
+        for name in BESIDE_TOKENS:
+            tensor = getattr(self, name)
+            index = kept if tensor.dim() == 3 else kept[..., None].expand(-1, -1, -1, tensor.shape[-1])
+            setattr(self, name, tensor.gather(2, index))
 
     def crop(self, tokens_to_remove):
-        refuse_crop()
+        if tokens_to_remove != 0:
+            refuse_crop()
 
     def get_seq_length(self):
         return self.num_seen  # which positions and masks count by
@@ -129,15 +181,23 @@ class EvictingLayer(CacheLayerMixin):
         return self.num_seen + query_length, 0
 
     def reset(self):
-        self.num_seen = 0
-        self.pending = self.is_initialized = False
-        self.keys = self.values = self.positions = self.scores = None
+        self.__init__(self.settings, self.layer_idx, self.is_dense)
+        self.settings.before.pop(self.layer_idx, None)
+
+    def _transform(self, change):
+        if self.is_initialized:
+            for name in BESIDE_TOKENS:
+                setattr(self, name, change(getattr(self, name)))
+
+    def offload(self):
+        self._transform(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        self._transform(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def select_rows(self, rows):
-        if self.is_initialized:
-            rows = rows.to(self.keys.device)
-            for name in ("keys", "values", "positions", "scores"):
-                setattr(self, name, getattr(self, name)[rows])
+        self._transform(lambda tensor: tensor[rows.to(tensor.device)])
+        self.settings.before.pop(self.layer_idx, None)
 
     reorder_cache = batch_select_indices = select_rows
 
@@ -151,7 +211,9 @@ class EvictingCache(Cache):
     with `attn_implementation="quest"`.
 
     It evicts at the end of every forward, a prompt's too, which itself attends everything: memory falls to the budget.
-    Tokens keep the positions at which they were seen. Row i of a left-padded batch keeps what it would keep alone.
+    Tokens keep the positions at which they were seen. Row i of a left-padded batch keeps what it would keep alone, and
+    a row that pauses, its newest slot hidden by the mask, keeps what it has. Tokens that the mask hides go first. The
+    new keys and values of a forward carry gradients, what is stored does not.
 
     Args:
         budget: tokens. May be changed at any time by assignment; a smaller one evicts at once.
@@ -159,7 +221,7 @@ class EvictingCache(Cache):
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch of another size.
-        QuestError: for a model whose attention is not Quest's.
+        QuestError: for a model whose attention is not Quest's, and after a forward that did not end.
     """
 
     layer_class: type[EvictingLayer]
@@ -198,20 +260,58 @@ class EvictingCache(Cache):
         return budget
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        by_module = called_by_module()
+        if by_module and layer_idx == 0:
+            self._begin_forward()
+        elif by_module and layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
+            raise QuestError(
+                "The keys and values that the cache handed to the model never reached Quest's attention: the model is "
+                f'not loaded with attn_implementation="quest", or it changes them on the way. {self._put_back()}'
+            )
+        if layer_idx >= len(self.layers):
+            self._add_layer(layer_idx, key_states.shape[2] if by_module else None)
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def _begin_forward(self):
+        num_tokens = [layer.num_seen for layer in self.layers]
+        if len(set(num_tokens)) > 1 or any(layer.pending for layer in self.layers):
+            raise QuestError(
+                f"The layers of this cache were last given {', '.join(map(str, num_tokens))} tokens in all, or the "
+                "attention over them did not end: the last forward was interrupted, its model has fewer layers than "
+                f'the one before, or it is not loaded with attn_implementation="quest". {self._put_back()}'
+            )
+        self.settings.num_layers = len(self.layers) or None
+        self.settings.before.clear()
+
+    def _put_back(self):
+        """Undo the forward under way as far as that can be; return what to say about it."""
+        before, self.settings.before = self.settings.before, {}
+        for layer_idx, state in before.items():
+            vars(self.layers[layer_idx]).update(state)
+        is_even = len({layer.num_seen for layer in self.layers}) == 1
+        if before and is_even and not any(layer.pending for layer in self.layers):
+            num_tokens = self.layers[0].num_seen
+            return f"The cache has been put back to the {num_tokens} tokens before; repeat the call, or use a new one."
+        self.layers[0].pending = True  # until `reset`
+        return "The cache cannot be used on: call cache.reset(), or make a new one."
+
+    def _add_layer(self, layer_idx, num_new):
+        """Have a layer `layer_idx`, in a forward of `num_new` tokens; None where somebody fills the cache by hand."""
         if layer_idx > len(self.layers):
             raise QuestError(
-                f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid, which "
-                f"{type(self).__name__} does not serve. Use the model without it."
+                f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid, or one with "
+                f"cross-attention, which {type(self).__name__} does not serve. Use the model without it."
             )
-        if layer_idx == len(self.layers):
-            self.layers.append(self.layer_class(self.settings, is_dense=layer_idx < self.dense_layers))
-        if self.layers[max(0, layer_idx - 1)].pending:
+        if num_new is not None and self.layers and self.layers[0].num_seen != num_new:
             raise QuestError(
-                "The keys and values that the cache handed to the model never reached Quest's attention: the last "
-                'forward was interrupted, or the model is not loaded with attn_implementation="quest", or it changes '
-                "keys and values on the way. The cache cannot be used on; make a new one."
+                f"The cache holds tokens of {len(self.layers)} layers and this model has more, or caches other tokens "
+                "in some: it is another model's cache, or its first forward was interrupted, or the model has "
+                f"cross-attention. {self._put_back()}"
             )
-        return self.layers[layer_idx].update(key_states, value_states)
+        self.layers.append(self.layer_class(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
+
+    def get_seq_length(self, layer_idx=0):
+        return length_or_read_again(self, super().get_seq_length(layer_idx))
 
     @property
     def is_compileable(self):
@@ -219,6 +319,17 @@ class EvictingCache(Cache):
 
     def activate_past_recording(self):
         refuse_crop()
+
+    def _no_state(self, *args, **kwargs):
+        raise QuestError(
+            "This model keeps states beside keys and values (linear attention, convolutions or an indexer), which "
+            f"{type(self).__name__} does not serve. Use the model without it."
+        )
+
+    has_previous_state = _no_state
+    get_conv_state = update_conv_state = _no_state
+    get_recurrent_state = update_recurrent_state = _no_state
+    update_indexer = _no_state
 
 
 def refuse_crop():
@@ -228,32 +339,10 @@ def refuse_crop():
     )
 
 
-def attention_weights(query, keys, mask, scaling=None, softcap=None, s_aux=None, sinks=None, **kwargs):
-    """Softmax attention weights of [B, Hq, T, D] queries, the newest, over [B, Hkv, n, D] keys, by chunks of queries.
-
-    `mask` is broadcastable to [B, Hq, T, n], bool or added, or None for causal attention. Yields [B, Hkv, G, t, n]
-    float32, one chunk of t queries after the other; a query that sees nothing has no weight.
-    """
-    batch_size, num_heads, num_queries, head_dim = query.shape
-    num_kv_heads, num_keys = keys.shape[1:3]
-    keys = keys.float()[:, :, None].transpose(-1, -2)
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    sinks = s_aux if sinks is None else sinks
-    if mask is None and num_queries > 1:
-        mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(num_keys - num_queries)
-    chunk_len = max(1, NUM_LOGITS // (batch_size * num_heads * num_keys))
-    for first in range(0, num_queries, chunk_len):
-        chunk = query[:, :, first : first + chunk_len].float()
-        logits = (chunk.unflatten(1, (num_kv_heads, -1)) @ keys) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is not None:
-            visible = mask[:, :, first : first + chunk_len]
-            visible = visible.unflatten(1, (-1, num_heads // num_kv_heads) if visible.shape[1] > 1 else (1, 1))
-            is_bool = visible.dtype == torch.bool
-            logits = logits.masked_fill(~visible, -torch.inf) if is_bool else logits + visible.float()
-        if sinks is not None:
-            sink = sinks.float().view(1, num_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
-            logits = torch.cat([logits, sink], dim=-1)
-        yield logits.softmax(dim=-1)[..., :num_keys].nan_to_num(0.0)
+def check_is_self_attention(module, is_causal):
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise QuestError(
+            "A cache that evicts is for the tokens that a decoder writes, and this attention is not causal: it is "
+            "cross-attention or an encoder's. Give an encoder-decoder model an EncoderDecoderCache of a new cache of "
+            "this kind and, for cross-attention, a DynamicCache."
+        )

@@ -2,19 +2,19 @@
 
 import torch
 
-from .evicting import EvictingCache, EvictingLayer, attention_weights
+from .evicting import EvictingCache, EvictingLayer
+from .weights import attention_weights
 
 
 class H2OLayer(EvictingLayer):
-    def observe(self, query, mask, is_visible, **kwargs):
-        for weights in attention_weights(query, self.keys, mask, **kwargs):
-            self.scores += weights.sum(dim=(2, 3))
-        self.scores.masked_fill_(~is_visible, -torch.inf)
+    def observe(self, query, mask, is_token, **kwargs):
+        for weights in attention_weights(query, self.keys, mask, is_token, **kwargs):
+            self.scores = self.scores + weights.sum(dim=(2, 3))
 
     def priority(self):
         num_recent = self.settings.budget - self.settings.budget // 2
-        slot = torch.arange(self.scores.shape[2], device=self.scores.device)
-        return self.scores.masked_fill(slot >= self.scores.shape[2] - num_recent, torch.inf)
+        is_recent = self.is_visible.flip(-1).cumsum(dim=-1).flip(-1) <= num_recent  # of the row: padding does not count
+        return self.scores.masked_fill(is_recent, torch.inf)
 
 
 class H2OCache(EvictingCache):

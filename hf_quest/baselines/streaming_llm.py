@@ -8,11 +8,14 @@ NUM_SINKS = 4  # tokens (StreamingLLM, section 3.2)
 
 
 class StreamingLLMLayer(EvictingLayer):
-    def observe(self, query, mask, is_visible, **kwargs):
-        is_sink = is_visible.cumsum(dim=-1) <= NUM_SINKS  # of the row: padding does not count
+    def observe(self, query, mask, is_token, **kwargs):
+        pass  # what is kept does not hang on attention
+
+    def priority(self):
+        is_sink = self.is_visible.cumsum(dim=-1) <= NUM_SINKS  # of the row: padding does not count
         # A float32 counts exactly to 2^24, so by place among the kept and not by position.
-        recency = torch.arange(is_visible.shape[2], device=is_visible.device, dtype=torch.float32)
-        self.scores = torch.where(is_sink, torch.inf, recency).masked_fill(~is_visible, -torch.inf)
+        recency = torch.arange(is_sink.shape[2], device=is_sink.device, dtype=torch.float32)
+        return torch.where(is_sink, torch.inf, recency)
 
 
 class StreamingLLMCache(EvictingCache):

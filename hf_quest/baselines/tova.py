@@ -2,15 +2,28 @@
 
 import torch
 
-from .evicting import EvictingCache, EvictingLayer, attention_weights
+from .evicting import EvictingCache, EvictingLayer
+from .weights import attention_weights
 
 
 class TOVALayer(EvictingLayer):
-    def observe(self, query, mask, is_visible, **kwargs):
-        newest_mask = None if mask is None else mask[:, :, -1:]
-        (weights,) = attention_weights(query[:, :, -1:], self.keys, newest_mask, **kwargs)
-        mean = weights.mean(dim=(1, 2))  # over all heads: [B, 1, n]
-        self.scores = mean.expand_as(self.scores).masked_fill(~is_visible, -torch.inf)
+    def observe(self, query, mask, is_token, position_bias=None, **kwargs):
+        newest = torch.full((query.shape[0],), query.shape[2] - 1, device=query.device)
+        if is_token is not None:  # of each row the last one that is
+            newest = (is_token * torch.arange(1, query.shape[2] + 1, device=query.device)).argmax(dim=1)
+
+        def of_newest(by_query):
+            if by_query is None:
+                return None
+            by_query = by_query.expand(query.shape[0], -1, -1, -1)
+            return by_query.take_along_dim(newest[:, None, None, None], dim=2)
+
+        bias = of_newest(position_bias)
+        (weights,) = attention_weights(of_newest(query), self.keys, of_newest(mask), position_bias=bias, **kwargs)
+        scores = weights.mean(dim=(1, 2)).expand_as(self.scores)  # over all heads
+        if is_token is not None:
+            scores = torch.where(is_token.any(dim=1)[:, None, None], scores, self.scores)
+        self.scores = scores
 
 
 class TOVACache(EvictingCache):
