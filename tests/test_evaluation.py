@@ -25,7 +25,7 @@ from hf_quest.evaluation import (
     longbench,
     passkey,
 )
-from hf_quest.evaluation.calibration import line_of_code, recommended, write_html
+from hf_quest.evaluation.calibration import default_budgets, line_of_code, recommended, write_html
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, load, make_ways, new_cache, prefill, read
 from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
@@ -334,6 +334,23 @@ class TestCalibration:
         assert recommended(report(0.5, 0.5, 0.5)) is None
         assert recommended(report(math.log(1.0101))) is None
 
+    @pytest.mark.parametrize(
+        ("num_context", "budgets"),
+        [
+            (33, [32]),
+            (128, [32, 64]),
+            (129, [128]),
+            (1025, [128, 256, 512, 1024]),
+            (9999, [128 * 2**i for i in range(6)]),
+        ],
+    )
+    def test_the_budgets_fit_the_document(self, num_context, budgets):
+        assert default_budgets(num_context) == budgets
+
+    def test_the_line_of_code_covers_a_document_of_which_nothing_can_be_left_out(self):
+        report = {"configuration": {"num_tokens": 2049}, "recommended_budget": None}
+        assert line_of_code(report) == "model.generate(**inputs, past_key_values=QuestCache(budget=3072))"
+
     def test_page_names_the_budget_and_shows_both_plots(self, calibrated, tmp_path):
         pytest.importorskip("matplotlib")
         report, output, _ = calibrated
@@ -495,7 +512,8 @@ class TestCommands:
         ("options", "message"),
         [
             (["--text", "nowhere.txt"], r"nowhere\.txt cannot be read: No such file or directory\."),
-            (["--text", "TEXT"], r"A budget of 4,096 tokens covers all \d+ tokens of the context, .*"),
+            (["--text", "TEXT", "--budget", 4096], r"A budget of 4,096 tokens covers all \d+ tokens of .*"),
+            (["--text", "TEXT", "--max-tokens", 40, "--scored", 8], r"The context has 31 tokens, which the .*"),
             (["--text", "TEXT", "--tolerance", 0], r"tolerance is a share above 0, such as 0\.01, not 0\.0\."),
             (["--text", "TEXT", "--scored", 2000], r"The document has \d+ tokens, too few to score 2000 of them\."),
         ],

@@ -45,7 +45,7 @@ def calibrate(
     text: str,
     *,
     source: str = "text",
-    budgets: Sequence[int] = (256, 512, 1024, 2048, 4096),
+    budgets: Sequence[int] | None = None,
     tolerance: float = 0.01,
     num_scored: int = 64,
     max_tokens: int | None = None,
@@ -61,7 +61,7 @@ def calibrate(
         model, tokenizer: as `methods.load` brings them.
         text: the document.
         source: its name, for the report.
-        budgets: tokens.
+        budgets: tokens. By default powers of two up to 4,096 that leave something out.
         tolerance: a share, 0.01 for one percent.
         num_scored: tokens at the end that are fed one by one.
         max_tokens: how much of the document to take, from its beginning. By default all.
@@ -74,13 +74,14 @@ def calibrate(
     Raises:
         ValueError: for what cannot be calibrated, before anything is.
     """
-    ways = make_ways(["dense", "quest"], budgets)
     if not tolerance > 0:
         raise ValueError(f"tolerance is a share above 0, such as 0.01, not {tolerance}.")
     ids = torch.tensor([tokenizer.encode(text)[:max_tokens]], device=model.device)
     num_context = ids.shape[1] - num_scored - 1
     if num_scored < 2 or num_context < 2:
         raise ValueError(f"The document has {ids.shape[1]:,} tokens, too few to score {num_scored} of them.")
+    budgets = default_budgets(num_context) if budgets is None else budgets
+    ways = make_ways(["dense", "quest"], budgets)
     check_length(model, ids.shape[1], ways, num_context)
     configuration = {
         "evaluation": "calibration",
@@ -100,6 +101,21 @@ def calibrate(
     report["recommended_budget"] = recommended(report)
     results.write()
     return report
+
+
+def default_budgets(num_context: int) -> list[int]:
+    """Powers of two from 128 to 4,096, smaller ones for a short document.
+
+    Raises:
+        ValueError: for a document that the smallest budget covers.
+    """
+    budgets = [2**power for power in range(5, 13) if 2**power < num_context]
+    if not budgets:
+        raise ValueError(
+            f"The context has {num_context:,} tokens, which the smallest budget covers, so nothing would be left out. "
+            "Give a longer document."
+        )
+    return [budget for budget in budgets if budget >= 128] or budgets
 
 
 class Calibration:
@@ -214,10 +230,10 @@ def recommended(report: dict[str, Any]) -> int | None:
     return budget
 
 
-def line_of_code(report: dict[str, Any]) -> str | None:
-    """What to write to use the recommended budget."""
-    budget = report["recommended_budget"]
-    return None if budget is None else f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
+def line_of_code(report: dict[str, Any]) -> str:
+    """What to write to use the recommended budget, or where there is none a budget that covers the document."""
+    budget = report["recommended_budget"] or 1024 * -(-report["configuration"]["num_tokens"] // 1024)
+    return f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
 
 
 def mean_of(record: dict[str, Any], name: str) -> float:

