@@ -341,7 +341,7 @@ class TestCalibration:
             (128, [32, 64]),
             (129, [128]),
             (1025, [128, 256, 512, 1024]),
-            (9999, [128 * 2**i for i in range(6)]),
+            (9999, [2**i for i in range(7, 13)]),
         ],
     )
     def test_the_budgets_fit_the_document(self, num_context, budgets):

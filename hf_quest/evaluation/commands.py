@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .. import demo, tiny
 from .calibration import calibrate, calibration_table, line_of_code, write_html
+from .choices import CHOICES
 from .documents import HELDOUT_TEXT, JOBS
 from .longbench import SETS, evaluate_longbench, longbench_table
 from .methods import CACHES, METHODS, load
@@ -21,6 +22,7 @@ from .prompts import evaluate_prefill, prefill_table
 from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
+from .selection import BUDGETS, draw_heads, draw_selection, evaluate_selection, selection_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
 
 console = Console()
@@ -80,6 +82,7 @@ TABLES = {
     "prefill": prefill_table,
     "longbench": longbench_table,
     "calibration": calibration_table,
+    "selection": selection_table,
 }
 # By what is added to the results file's name.
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
@@ -89,6 +92,11 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
     "top10": {
         "": lambda report: draw_over_budget(report, ["job"], label="top-10 tokens attended to"),
         "_by_layer": draw_by_layer,
+    },
+    "selection": {
+        "": draw_selection,
+        "_read": lambda report: draw_selection(report, over="read_share"),
+        "_heads": draw_heads,
     },
     "longbench": {"": lambda report: draw_over_budget(report, ["set"], label="score")},
 }
@@ -104,6 +112,8 @@ def conclude(report: dict[str, Any], output: Path | None) -> None:
     write_table(output, report, table)
     try:
         for name, draw in PLOTS.get(kind, {}).items():
+            if name == "_heads" and not report["configuration"]["by_layer"]:
+                continue
             save(draw(report), output.with_name(f"{output.stem}{name}.svg"))
         if kind == "calibration":
             write_html(report, output.with_suffix(".html"))
@@ -326,6 +336,48 @@ def longbench_command(
     conclude(report, output)
 
 
+def selection_command(
+    model: ModelOption = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file. By default the tiny model's held-out text.")] = None,
+    length: Annotated[list[int], typer.Option(help="Tokens of a window of the text. May be repeated.")] = (4096,),
+    method: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{', '.join(CHOICES)}; with other settings behind it, such as half,page_size=8. May be repeated."
+        ),
+    ] = tuple(CHOICES),
+    budget: BudgetOption = BUDGETS,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Tokens at the end of a window that choose what they attend.")
+    ] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, at equal steps through the text.")] = 10,
+    dense_layers: Annotated[int, typer.Option(min=0, help="Layers at the start that attend everything.")] = 2,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Keep attention mass by layer and head, too.")] = False,
+    fraction: FractionOption = 1.0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows at a time.")] = 1,
+    output: OutputOption = None,
+):
+    """What choosing costs: KL, perplexity and attention mass by method and budget, beside the best pages and tokens."""
+    report = evaluate_selection(
+        *loaded(model, device, dtype),
+        read_text(text or HELDOUT_TEXT),
+        source=text.name if text else "heldout.txt",
+        lengths=list(length),
+        methods=list(method),
+        budgets=list(budget),
+        num_steps=steps,
+        num_windows=windows,
+        dense_layers=dense_layers,
+        by_layer=by_layer,
+        fraction=fraction,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
 def models_command(
     folder: Annotated[Path, typer.Argument(help="Where the models are kept, each in a folder of its own.")],
     name: Annotated[list[RealModel], typer.Argument(help="Which. By default all.")] = tuple(RealModel),
@@ -346,6 +398,7 @@ EVALUATIONS = {
     "top10": top10_command,
     "longbench": longbench_command,
     "prefill": prefill_command,
+    "selection": selection_command,
     "models": models_command,
     "report": report_command,
 }

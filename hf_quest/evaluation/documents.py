@@ -53,8 +53,8 @@ SENTENCE = re.compile(r"[A-Z][a-z]*(?: [A-Za-z0-9',;()-]+){7,24}\.")
 class Document:
     """A prompt of an exact length, what a right answer says, and where it stands.
 
-    `ids` are the tokens of `context + question`, behind what the tokenizer begins a text with; `depths` are the places of
-    what must be found, as shares of the text from 0 (the beginning) to 1.
+    `ids` are the tokens of `context + question`, behind what the tokenizer begins a text with; `depths` are the places
+    of what must be found, as shares of the text from 0 (the beginning) to 1.
     """
 
     ids: list[int]
