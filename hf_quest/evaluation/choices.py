@@ -30,8 +30,8 @@ class Choice:
     `width`, `keeps_first` and `group` say how pages are scored by their bounds of 8 or 16 bits, as `scores.Score` does.
     With `by` bounds that chooses. With codes, keys in `bits` per channel on their page's own grid, it only finds the
     candidates, `candidates` times as many pages as the budget has (0: all pages, unscored), and the codes choose among
-    them. With keys the true weights choose, which no estimate can better. `unit` is what is chosen, pages or tokens; how
-    the heads of a group agree on it is `group`, too, but for `max`, which is `share` there: weights are not bounds.
+    them. With keys the true weights choose, which no estimate can better. `unit` is what is chosen, pages or tokens;
+    how the heads of a group agree on it is `group`, too, but for `max`, which is `share` there: weights are not bounds.
     """
 
     width: float = PUBLISHED.width

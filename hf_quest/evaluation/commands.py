@@ -22,6 +22,7 @@ from .prompts import evaluate_prefill, prefill_table
 from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
+from .ruler import TASKS, evaluate_ruler, ruler_table
 from .selection import BUDGETS, draw_heads, draw_selection, evaluate_selection, selection_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
 
@@ -42,6 +43,7 @@ Job = choices("Job", JOBS)
 Method = choices("Method", METHODS)
 BudgetedMethod = choices("BudgetedMethod", CACHES)
 LongBenchSet = choices("LongBenchSet", SETS)
+Task = choices("Task", TASKS)
 RealModel = choices("RealModel", SOURCES)
 
 ModelOption = Annotated[
@@ -82,6 +84,7 @@ TABLES = {
     "prefill": prefill_table,
     "longbench": longbench_table,
     "calibration": calibration_table,
+    "ruler": ruler_table,
     "selection": selection_table,
 }
 # By what is added to the results file's name.
@@ -336,6 +339,46 @@ def longbench_command(
     conclude(report, output)
 
 
+def ruler_command(
+    model: ModelOption = None,
+    task: Annotated[list[Task], typer.Option(help="May be repeated.")] = tuple(Task),
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt, its answer included. May be repeated.")] = (
+        4096,
+    ),
+    method: MethodOption = (Method.dense, Method.quest),
+    budget: BudgetOption = (256, 1024),
+    samples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 20,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="What dense attention must reach for a task to count.")
+    ] = 0.5,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer. By default the task's in the paper, 30 to 128.")
+    ] = None,
+    fraction: FractionOption = 1.0,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """Six tasks of RULER, made here at any length: dense first, and only those count that dense attention can do."""
+    report = evaluate_ruler(
+        *loaded(model, device, dtype),
+        tasks=names(task),
+        lengths=list(length),
+        methods=names(method),
+        budgets=list(budget),
+        num_samples=samples,
+        at_least=at_least,
+        max_new_tokens=max_new_tokens,
+        fraction=fraction,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
 def selection_command(
     model: ModelOption = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file. By default the tiny model's held-out text.")] = None,
@@ -398,6 +441,7 @@ EVALUATIONS = {
     "top10": top10_command,
     "longbench": longbench_command,
     "prefill": prefill_command,
+    "ruler": ruler_command,
     "selection": selection_command,
     "models": models_command,
     "report": report_command,
