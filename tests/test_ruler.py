@@ -95,7 +95,9 @@ class TestTemplate:
     def test_it_is_applied_once(self):
         tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
         tokenizer.add_special_tokens({"bos_token": "<s>"})
-        tokenizer.chat_template = "<s>{% for message in messages %}[{{ message.content }}]{% endfor %}{{ 'Answer:\\n' }}"
+        tokenizer.chat_template = (
+            "<s>{% for message in messages %}[{{ message.content }}]{% endfor %}{{ 'Answer:\\n' }}"
+        )
         sample = sample_of("vt")
         context, tail = encode(tokenizer, sample)
         assert (context + tail).count(tokenizer.bos_token_id) == 1

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from .. import demo, tiny
-from .calibration import calibrate, calibration_table, line_of_code, write_html
+from .calibration import calibrate, calibration_table, limit_of, line_of_code, write_html
 from .choices import CHOICES
 from .documents import HELDOUT_TEXT, JOBS
 from .longbench import SETS, evaluate_longbench, longbench_table
@@ -489,3 +489,4 @@ def calibrate_command(
         advice = f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:"
     console.print(advice, highlight=False)
     console.print(line_of_code(report), highlight=False, soft_wrap=True)
+    console.print(limit_of(report), highlight=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from .methods import DENSE, new_cache, prefill
 
 FORCED = "quest_forced"  # an attn_implementation
 NUM_TOP = 10
+MAX_LOGITS = 2**28  # elements, of all heads and queries of a layer: more steps are fed in several forwards
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Forward:
     choice: Choice | None
     budget: int
     dense_layers: int
-    layers: dict[int, Observed] = field(default_factory=dict)
+    layers: dict[int, list[Observed]] = field(default_factory=dict)  # of each part that was fed
 
 
 forward: ContextVar[Forward | None] = ContextVar("forward", default=None)
@@ -58,9 +59,8 @@ def forced_attention(module, query, key, value, attention_mask, scaling=None, so
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = kwargs.get("sinks") if kwargs.get("s_aux") is None else kwargs["s_aux"]
-    output, state.layers[module.layer_idx] = chosen_attention(
-        state.choice, state.budget, query, key, value, scaling, softcap, sinks
-    )
+    output, seen = chosen_attention(state.choice, state.budget, query, key, value, scaling, softcap, sinks)
+    state.layers.setdefault(module.layer_idx, []).append(seen)
     return output, None
 
 
@@ -120,22 +120,41 @@ class Forced:
         self.dense_layers = dense_layers
         self.prompt, self.fed = ids[:, : -num_steps - 1], ids[:, -num_steps - 1 : -1]
         self.targets = ids[:, -num_steps:, None]
+        config = model.config.get_text_config(decoder=True)
+        num_logits = config.num_attention_heads * ids.numel()  # of one step
+        self.parts = self.fed.split(max(1, MAX_LOGITS // num_logits), dim=1)
         self.cache = new_cache(model, DENSE)
         prefill(model, self.cache, self.prompt)
 
     def log_probs(self, choice: Choice | None, budget: int = 0) -> tuple[Tensor, dict[int, Observed]]:
         """[B, num_steps, V] log-probabilities of each next token, and by layer what the choice kept."""
-        with observed(self.model, Forward(choice, budget, self.dense_layers)) as state:
-            logits = self.model(self.fed, **{CACHE_NAME: copy.deepcopy(self.cache)}, use_cache=True).logits
-        return logits.float().log_softmax(dim=-1), state.layers
+        # What a window has let go of does not come back by a crop.
+        can_crop = not any(layer.is_sliding for layer in self.cache.layers)
+        cache = self.cache if can_crop else copy.deepcopy(self.cache)
+        with attending(self.model, Forward(choice, budget, self.dense_layers)) as state:
+            logits = [self.model(part, **{CACHE_NAME: cache}, use_cache=True).logits for part in self.parts]
+        if can_crop:
+            cache.crop(-self.fed.shape[1])
+        sizes = [part.shape[1] for part in self.parts]
+        layers = {layer_idx: joined(seen, sizes) for layer_idx, seen in state.layers.items()}
+        return torch.cat(logits, dim=1).float().log_softmax(dim=-1), layers
 
     def losses(self, log_probs: Tensor) -> Tensor:
         """[B] mean negative log-likelihoods of what the text says, in nats."""
         return -log_probs.gather(-1, self.targets)[..., 0].mean(dim=1)
 
 
+def joined(seen: list[Observed], sizes: list[int]) -> Observed:
+    """What a layer kept over all parts, of so many queries each."""
+    shares = [size / sum(sizes) for size in sizes]
+    names = ("mass", "top10", "attended")
+    return Observed(
+        *(sum(share * getattr(part, name) for share, part in zip(shares, seen, strict=True)) for name in names)
+    )
+
+
 @contextmanager
-def observed(model: PreTrainedModel, state: Forward) -> Iterator[Forward]:
+def attending(model: PreTrainedModel, state: Forward) -> Iterator[Forward]:
     """The model attends as `state` says."""
     model.set_attn_implementation(FORCED)
     token = forward.set(state)
