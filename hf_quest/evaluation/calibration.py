@@ -217,7 +217,7 @@ def recommended(report: dict[str, Any]) -> int | None:
 def line_of_code(report: dict[str, Any]) -> str | None:
     """What to write to use the recommended budget."""
     budget = report["recommended_budget"]
-    return None if budget is None else f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
+    return None if budget is None else f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget={budget}))"
 
 
 def mean_of(record: dict[str, Any], name: str) -> float:
