@@ -24,9 +24,9 @@ outside_of_graphs = torch.compiler.disable(
 
 
 class QuestCache(Cache):
-    """A key/value cache for `model.generate(past_key_values=QuestCache(budget=2048))` of a model that was loaded with
-    `attn_implementation="quest"` (Quest, arXiv 2406.10774). From Transformers 5.24 on the argument is called `cache`,
-    and the former name works until 6.0.
+    """A key/value cache for `model.generate(cache=QuestCache(budget=2048))` of a model that was loaded with
+    `attn_implementation="quest"` (Quest, arXiv 2406.10774). Before Transformers 5.24 the argument is called
+    `past_key_values`.
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no

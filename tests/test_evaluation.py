@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_quest import QuestCache, tiny
 from hf_quest.baselines import TOVACache
+from hf_quest.cache import CACHE_NAME
 from hf_quest.cli import app
 from hf_quest.evaluation import (
     calibrate,
@@ -490,7 +491,7 @@ class TestCommands:
         ]
         result = run("calibrate", "--text", text, *options)
         assert result.exit_code == 0, result.output
-        assert "model.generate(**inputs, past_key_values=QuestCache(budget=64))" in result.output
+        assert f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget=64))" in result.output
         assert (tmp_path / "page.html").exists()
 
     @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def limit_of(report: dict[str, Any]) -> str:
 def line_of_code(report: dict[str, Any]) -> str:
     """What to write to use the recommended budget, or where there is none a budget that covers the document."""
     budget = report["recommended_budget"] or 1024 * -(-report["configuration"]["num_tokens"] // 1024)
-    return f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
+    return f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget={budget}))"
 
 
 def mean_of(record: dict[str, Any], name: str) -> float:
