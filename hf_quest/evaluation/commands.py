@@ -22,7 +22,7 @@ from .prompts import evaluate_prefill, prefill_table
 from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
-from .ruler import TASKS, evaluate_ruler, ruler_table
+from .ruler import TASKS, counted, evaluate_ruler, ruler_table
 from .selection import BUDGETS, draw_heads, draw_selection, evaluate_selection, selection_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
 
@@ -96,6 +96,7 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
         "": lambda report: draw_over_budget(report, ["job"], label="top-10 tokens attended to"),
         "_by_layer": draw_by_layer,
     },
+    "ruler": {"": lambda report: draw_over_budget(counted(report), ["length"], label="score")},
     "selection": {
         "": draw_selection,
         "_read": lambda report: draw_selection(report, over="read_share"),
