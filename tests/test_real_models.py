@@ -163,6 +163,7 @@ class TestCommands:
         options = ["--max-tokens", 400, "--scored", 4, "--device", "cpu", "--output", tmp_path / "page.html"]
         assert "QuestCache(budget=" in run("calibrate", "--model", smollm2, "--text", tmp_path / "text.txt", *options)
 
+    @pytest.mark.timeout(900)  # two processes that each load everything
     def test_one_command_writes_all_tables(self, smollm2, tmp_path):
         pytest.importorskip("matplotlib")
         script = Path(__file__).parents[1] / "benchmarks" / "evaluate_real.sh"
