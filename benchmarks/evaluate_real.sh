@@ -26,10 +26,13 @@ methods=(
 names=(smollm2 gemma3)
 smollm2=(--length 2048 --length 4096 --length 8192 --windows 20 --steps 128 --batch-size 10)
 gemma3=(--length 2048 --length 4096 --length 8192 --length 16384 --length 30720 --windows 10 --steps 64 --batch-size 5)
+ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samples 20 --batch-size 20 --budget 128 --budget 512)
+ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512)
 budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
 if [ -n "${QUICK:-}" ]; then
   names=(smollm2) methods=(published half codes-tokens best-pages best-tokens)
   smollm2=(--length 384 --windows 2 --steps 16 --batch-size 2) budgets=(--budget 128)
+  ruler_smollm2=(--length 512 --samples 2 --task niah_single_1 --max-new-tokens 12 --budget 128)
 fi
 
 python3 -m hf_quest.cli eval models "$models" "${names[@]}" ${HF_QUEST_WHEELS:+--find-links "$HF_QUEST_WHEELS"}
@@ -44,8 +47,9 @@ run() {  # NAME MODEL EVALUATION OPTIONS
 }
 
 for name in "${names[@]}"; do
-  declare -n size=$name
-  run "selection_$name" "$name" selection "${size[@]}" "${budgets[@]}" "${methods[@]/#/--method=}" --dtype float32 &
+  declare -n windows=$name samples=ruler_$name
+  run "selection_$name" "$name" selection "${windows[@]}" "${budgets[@]}" "${methods[@]/#/--method=}" --dtype float32 &
+  run "ruler_$name" "$name" ruler "${samples[@]}" &
 done
 
 status=0

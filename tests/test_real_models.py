@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -121,6 +123,20 @@ COMMANDS = {
     "recall": [*SMALL, *TWO, "--documents", 1, "--job", "passkey"],
     "prefill": [*SMALL, "--documents", 1, "--job", "facts", "--prefill-budget", 256],
     "perplexity": [*SMALL, *TWO, "--rows", 1, "--scored", 8],
+    "ruler": [
+        "--device",
+        "cpu",
+        "--length",
+        400,
+        *TWO,
+        "--samples",
+        1,
+        "--task",
+        "niah_single_1",
+        "--max-new-tokens",
+        12,
+    ],
+    "selection": ["--device", "cpu", "--length", 300, "--budget", 128, "--steps", 8, "--windows", 1],
     "top10": [*SMALL, "--method", "quest", "--budget", 128, "--documents", 1, "--job", "facts"],
 }
 
@@ -133,7 +149,7 @@ class TestCommands:
         report = json.loads(output.read_text())
         assert report["is_complete"]
         assert report["records"]
-        if name == "passkey":  # which dense attention can do
+        if name in ("passkey", "ruler"):  # which dense attention can do
             assert report["records"][0]["scores"] == [1]
 
     def test_longbench(self, smollm2, tmp_path):
@@ -146,6 +162,20 @@ class TestCommands:
         (tmp_path / "text.txt").write_text(TEXT)
         options = ["--max-tokens", 400, "--scored", 4, "--device", "cpu", "--output", tmp_path / "page.html"]
         assert "QuestCache(budget=" in run("calibrate", "--model", smollm2, "--text", tmp_path / "text.txt", *options)
+
+    @pytest.mark.timeout(900)  # two processes that each load everything
+    def test_one_command_writes_all_tables(self, smollm2, tmp_path):
+        pytest.importorskip("matplotlib")
+        script = Path(__file__).parents[1] / "benchmarks" / "evaluate_real.sh"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "QUICK": "1", "HF_QUEST_MODELS": str(smollm2.parent), "PATH": path}
+        done = subprocess.run([script, tmp_path], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        names = {path.name for path in tmp_path.iterdir()}
+        stems = ("selection_smollm2", "selection_smollm2_read", "ruler_smollm2")
+        assert names == {f"{stem}.svg" for stem in stems} | {
+            f"{stem}.{kind}" for stem in stems[::2] for kind in ("json", "md")
+        }
 
     def test_demo(self, smollm2, tmp_path):
         (tmp_path / "text.txt").write_text("The secret code of Ann is 4711.\n" + TEXT[:2000])

@@ -13,6 +13,7 @@ from .. import demo, tiny
 from .calibration import calibrate, calibration_table, limit_of, line_of_code, write_html
 from .choices import CHOICES
 from .documents import HELDOUT_TEXT, JOBS
+from .harness import evaluate_harness, harness_table
 from .longbench import SETS, evaluate_longbench, longbench_table
 from .methods import CACHES, METHODS, load
 from .passkey import evaluate_passkey, passkey_table
@@ -22,7 +23,7 @@ from .prompts import evaluate_prefill, prefill_table
 from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
-from .ruler import TASKS, evaluate_ruler, ruler_table
+from .ruler import TASKS, counted, evaluate_ruler, ruler_table
 from .selection import BUDGETS, draw_heads, draw_selection, evaluate_selection, selection_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
 
@@ -85,6 +86,7 @@ TABLES = {
     "longbench": longbench_table,
     "calibration": calibration_table,
     "ruler": ruler_table,
+    "harness": harness_table,
     "selection": selection_table,
 }
 # By what is added to the results file's name.
@@ -96,6 +98,7 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
         "": lambda report: draw_over_budget(report, ["job"], label="top-10 tokens attended to"),
         "_by_layer": draw_by_layer,
     },
+    "ruler": {"": lambda report: draw_over_budget(counted(report), ["length"], label="score")},
     "selection": {
         "": draw_selection,
         "_read": lambda report: draw_selection(report, over="read_share"),
@@ -379,6 +382,36 @@ def ruler_command(
     conclude(report, output)
 
 
+def harness_command(
+    task: Annotated[list[str], typer.Option(help="A generation task that the harness knows. May be repeated.")],
+    model: ModelOption = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    method: MethodOption = (Method.dense, Method.quest),
+    budget: BudgetOption = (256, 1024),
+    fed: Annotated[int, typer.Option(min=1, help="Tokens at the end of a prompt that are fed one by one.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task. By default all.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Documents at a time.")] = 1,
+    output: OutputOption = None,
+):
+    """Generation tasks of lm-evaluation-harness. (Its log-likelihood tasks would exercise no method.)"""
+    report = evaluate_harness(
+        *loaded(model, device, dtype),
+        tasks=list(task),
+        include=include,
+        methods=names(method),
+        budgets=list(budget),
+        num_fed=fed,
+        limit=limit,
+        chat=chat,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
 def selection_command(
     model: ModelOption = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file. By default the tiny model's held-out text.")] = None,
@@ -442,6 +475,7 @@ EVALUATIONS = {
     "longbench": longbench_command,
     "prefill": prefill_command,
     "ruler": ruler_command,
+    "harness": harness_command,
     "selection": selection_command,
     "models": models_command,
     "report": report_command,

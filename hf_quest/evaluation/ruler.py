@@ -334,6 +334,13 @@ def dense_score(report: dict[str, Any], task: str, length: int) -> float:
     return mean([score for each in records if each["method"] == DENSE for score in each["scores"]])
 
 
+def counted(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with those records alone that count."""
+    records = [record for record in report["records"] if record["method"] != UNCOUNTED]
+    others = {(record["task"], record["length"]) for record in records if record["method"] != DENSE}
+    return {**report, "records": [each for each in records if (each["task"], each["length"]) in others]}
+
+
 def ruler_table(report: dict[str, Any]) -> Table:
     """The mean score of each task and length, and of all that count: those that dense attention can do."""
     scores = {

@@ -226,6 +226,8 @@ def draw_selection(report: dict[str, Any], over: str = "budget") -> Any:
             axes.plot(*zip(*line, strict=True), label=method, **line_style(method, index))
         axes.set(xscale="log", yscale="log", title=f"{length:,} tokens")
         axes.set_xlabel("budget, tokens" if over == "budget" else "share of keys and values read, %")
+        for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            formatter("{x:g}")
         if over == "budget":
             budgets = sorted({way.budget for of_length, way in rows if of_length == length})
             axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
