@@ -196,7 +196,7 @@ class TestModels:
         model, prompt = build(name), tokens(100).repeat(1, 3)
         expected = generate(model, prompt, QuestCache(BUDGET))
         assert torch.equal(generate(model, prompt, QuestCache(BUDGET), prompt_lookup_num_tokens=5), expected)
-        assistant = build(name, seed=1)
+        assistant = make_model()  # whose cache, of Transformers' own, has no window: some versions cannot crop one
         assert torch.equal(generate(model, prompt, QuestCache(BUDGET), assistant_model=assistant), expected)
 
 
