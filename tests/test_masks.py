@@ -1,10 +1,12 @@
 """Every mask is obeyed, whatever copies Transformers makes of it, in batches as alone, by forward and by `generate`."""
 
+import copy
+
 import pytest
 import torch
 from small_llama import BUDGET, PROMPT, generate, make_model, on_any_device, tokens
 from test_local import BEYOND, CLOSE, MODELS, build
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessorList
 
 from hf_quest import CritiPrefill, QuestCache, masks
 from hf_quest.cache import CACHE_NAME
@@ -139,6 +141,18 @@ class TestCopies:
         assert torch.equal(logits[is_token], expected[is_token])
         assert num_copied == num_watched
         assert (num_watched > 0) == (prefill is not None)
+
+    def test_a_copy_of_a_windows_mask_that_hides_nothing_yet(self):
+        """It is alike that of a full layer."""
+        quest, input_ids, mask = build("gemma3"), *padded_rows(20, (0, 5))
+        expected = forward(quest, QuestCache(BEYOND), input_ids, mask)
+
+        def copied(module, args, kwargs):
+            return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+        for layer in quest.model.layers:
+            layer.self_attn.register_forward_pre_hook(copied, with_kwargs=True)
+        assert torch.equal(forward(quest, QuestCache(BEYOND), input_ids, mask)[mask.bool()], expected[mask.bool()])
 
     @pytest.mark.parametrize("prefill", [None, CritiPrefill(budget=16, segment_size=16, threshold=16)])
     def test_a_changed_copy_is_obeyed(self, model, dense, turns, change_masks, prefill):
@@ -331,6 +345,68 @@ class TestMaskOfOneNewToken:
             torch.testing.assert_close(*logits, **CLOSE)
 
 
+class HidesContext(LlamaForCausalLM):
+    """Prepares its steps with a part of its prompt hidden."""
+
+    def prepare_inputs_for_generation(self, input_ids, cache=None, past_key_values=None, **options):
+        options[CACHE_NAME] = past_key_values if cache is None else cache
+        if input_ids.shape[1] > PROMPT:
+            options["attention_mask"] = hidden_context(0, torch.ones_like(input_ids))
+        return super().prepare_inputs_for_generation(input_ids, **options)
+
+
+class TestMasksThatGenerateDidNotMake:
+    """In its loop another mask than its own is one to look at, too."""
+
+    @pytest.mark.parametrize("can_compile", [False, True])
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+    def test_of_a_model_that_prepares_its_inputs_otherwise(self, can_compile, options):
+        quest, stock = (make_model(HidesContext, attn_implementation=name) for name in ("quest", "sdpa"))
+        output = answer(quest, QuestCache(BEYOND, compile=can_compile), tokens(PROMPT), **options)
+        assert torch.equal(output, answer(stock, DynamicCache(), tokens(PROMPT), **options))
+        assert not torch.equal(output, answer(make_model(), QuestCache(BEYOND), tokens(PROMPT), **options))
+
+    @pytest.mark.parametrize("can_compile", [False, True])
+    def test_of_a_hook(self, model, dense, can_compile):
+        outputs = []
+        for each, cache in ((model, QuestCache(BEYOND, compile=can_compile)), (dense, DynamicCache())):
+
+            def hide(module, args, kwargs, cache=cache):
+                length = cache.get_seq_length() + 1
+                mask = {"attention_mask": hidden_context(0, torch.ones(1, length, dtype=torch.long))}
+                return args, {**kwargs, **(mask if length > PROMPT else {})}
+
+            hook = each.register_forward_pre_hook(hide, with_kwargs=True)
+            outputs.append(answer(each, cache, tokens(PROMPT)))
+            hook.remove()
+        assert torch.equal(*outputs)
+
+    def test_of_a_forward_within_its_loop(self, model, dense):
+        outputs = []
+        for each, cache in ((model, QuestCache(BEYOND)), (dense, DynamicCache())):
+
+            def look_elsewhere(input_ids, scores, each=each, cache=cache):
+                copied = copy.deepcopy(cache)
+                mask = hidden_context(0, torch.ones(1, copied.get_seq_length() + 1, dtype=torch.long))
+                return forward(each, copied, input_ids[:, -1:], mask)[:, -1]
+
+            outputs.append(answer(each, cache, tokens(PROMPT), logits_processor=LogitsProcessorList([look_elsewhere])))
+        assert torch.equal(*outputs)
+
+    @torch.no_grad()
+    def test_of_a_loop_that_prepares_its_steps_as_generate_does(self, model, dense):
+        logits = []
+        for each, cache in ((model, QuestCache(BEYOND)), (dense, DynamicCache())):
+            input_ids = tokens(PROMPT)
+            forward(each, cache, input_ids, torch.ones_like(input_ids))
+            for seed in range(3):
+                input_ids = torch.cat([input_ids, tokens(1, seed=seed)], dim=1)
+                options = {"attention_mask": hidden_context(0, torch.ones_like(input_ids)), CACHE_NAME: cache}
+                logits.append(each(**each.prepare_inputs_for_generation(input_ids, 1, **options)).logits)
+        for pair in zip(logits[:3], logits[3:], strict=True):
+            torch.testing.assert_close(*pair, **CLOSE)
+
+
 class TestLooks:
     """A look at a mask waits for the GPU. In the usual case there is one, for the prompt."""
 
@@ -353,6 +429,13 @@ class TestLooks:
         for step in range(3):
             forward(model, cache, tokens(1, seed=step), torch.ones(1, PROMPT + step + 1, dtype=torch.long))
         assert looks == [PROMPT + 1, PROMPT + 2, PROMPT + 3]
+
+    @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+    def test_nor_at_a_step_that_is_compiled_or_assisted(self, looks, is_compiled):
+        model = make_model(num_hidden_layers=1)
+        options = {} if is_compiled else {"prompt_lookup_num_tokens": 3}
+        answer(model, QuestCache(BUDGET), tokens(75).repeat(1, 2), is_compiled, **options)
+        assert [num_keys for num_keys in looks if num_keys > PROMPT] == []
 
     def test_a_loop_without_masks_never_looks(self, model, looks):
         cache = QuestCache(BUDGET)
