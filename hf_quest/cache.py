@@ -8,7 +8,7 @@ from . import generation
 from .errors import QuestError
 from .layers import QuestLayer
 from .local import LocalLayer, reaches_of
-from .masks import MaskLength
+from .masks import MaskLength, Masks
 from .prefill import CritiPrefill
 from .settings import PREPARED, TAKEN, Settings, cannot_be_written
 from .stock import tokens_of, tokens_of_layer
@@ -365,7 +365,7 @@ class QuestCache(Cache):
         self._settle()
         super().reset()
         self.settings.draft_start = None
-        self.masks.forget()
+        self.settings.masks = Masks()
 
     def crop(self, tokens_to_remove):
         """Drop the newest `-tokens_to_remove` tokens.

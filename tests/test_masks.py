@@ -348,10 +348,13 @@ class TestMaskOfOneNewToken:
 class HidesContext(LlamaForCausalLM):
     """Prepares its steps with a part of its prompt hidden."""
 
-    def prepare_inputs_for_generation(self, input_ids, cache=None, past_key_values=None, **options):
+    def prepare_inputs_for_generation(
+        self, input_ids, cache=None, past_key_values=None, attention_mask=None, **options
+    ):
         options[CACHE_NAME] = past_key_values if cache is None else cache
         if input_ids.shape[1] > PROMPT:
-            options["attention_mask"] = hidden_context(0, torch.ones_like(input_ids))
+            attention_mask = hidden_context(0, torch.ones_like(input_ids))
+        options["attention_mask"] = attention_mask
         return super().prepare_inputs_for_generation(input_ids, **options)
 
 
