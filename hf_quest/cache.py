@@ -8,10 +8,10 @@ from . import generation
 from .errors import QuestError
 from .layers import QuestLayer
 from .local import LocalLayer, reaches_of
-from .masks import MaskLength
+from .masks import MaskLength, Masks
 from .prefill import CritiPrefill
 from .settings import PREPARED, TAKEN, Settings, cannot_be_written
-from .stock import tokens_of
+from .stock import tokens_of, tokens_of_layer
 
 __all__ = ["CACHE_NAME", "PREPARED", "TAKEN", "QuestCache", "QuestError", "QuestLayer", "cannot_be_written"]
 
@@ -317,8 +317,23 @@ class QuestCache(Cache):
                 "QuestCache does not serve it. Use the model without QuestCache."
             )
         self.config = config
+        reaches = reaches_of(config, max_positions)
         if not self.layers:
-            self.settings.reaches = reaches_of(config, max_positions)
+            self.settings.reaches = reaches
+        for layer_idx, layer in enumerate(self.layers):
+            if layer.is_sliding and layer_idx not in reaches:
+                self._widen(layer_idx, layer)
+
+    def _widen(self, layer_idx, layer):
+        """Make a layer that reaches everything of one that came with a window, of another cache."""
+        tokens = tokens_of_layer(layer_idx, layer)
+        if tokens.keys.shape[2] < layer.length:
+            raise QuestError(
+                f"Layer {layer_idx} of this cache keeps the newest tokens only, and this model attends all of them "
+                "there: it is another model's cache. Use a new QuestCache."
+            )
+        self.layers[layer_idx] = QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers)
+        self.layers[layer_idx].take(tokens)
 
     def get_seq_length(self, layer_idx=0):
         if self.settings.is_captured and self.settings.step == PREPARED:
@@ -355,7 +370,7 @@ class QuestCache(Cache):
         self._settle()
         super().reset()
         self.settings.draft_start = None
-        self.masks.forget()
+        self.settings.masks = Masks()
 
     def crop(self, tokens_to_remove):
         """Drop the newest `-tokens_to_remove` tokens.

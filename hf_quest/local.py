@@ -149,6 +149,9 @@ class LocalLayer(Layer):
     def num_decoding(self, num_queries):
         return 0
 
+    def reads_prompt(self, *args):
+        return False
+
     def get_mask_sizes(self, query_length):
         num_reached = min(self.length, self.reach - 1)
         return num_reached + query_length, self.length - num_reached

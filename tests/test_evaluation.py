@@ -370,7 +370,7 @@ class TestCalibration:
 
     def test_the_line_of_code_covers_a_document_of_which_nothing_can_be_left_out(self):
         report = {"configuration": {"num_tokens": 2049}, "recommended_budget": None}
-        assert line_of_code(report) == "model.generate(**inputs, past_key_values=QuestCache(budget=3072))"
+        assert line_of_code(report) == f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget=3072))"
 
     def test_page_names_the_budget_and_shows_both_plots(self, calibrated, tmp_path):
         pytest.importorskip("matplotlib")
