@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import test_families
 import torch
 import transformers
 from packaging.version import Version
@@ -475,6 +476,20 @@ class TestFromCache:
                 outputs.append(answer(quest, cache, prompt, attention_mask=(prompt > 0).long()))
             assert torch.equal(*outputs[-2:])
         assert not torch.equal(outputs[0], outputs[2])
+
+    @pytest.mark.parametrize("has_config", [False, True])
+    @pytest.mark.parametrize("family", ["gemma3n", "gemma4-shared-kv", "llama4", "doge-masks-of-its-own"])
+    def test_families_that_share_keys_or_make_masks_of_their_own(self, family, has_config):
+        quest, stock = (test_families.build(family, name) for name in ("quest", "sdpa"))
+        input_ids = test_families.left_padded()
+        with torch.no_grad():
+            taken = DynamicCache(config=stock.config) if has_config else DynamicCache()
+            mask = (input_ids > 0).long()
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+            read(stock, taken, input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions)
+            cache = QuestCache.from_cache(taken, BEYOND)
+        outputs = [test_families.generate(each, input_ids, given) for each, given in ((quest, cache), (stock, taken))]
+        test_families.assert_same(*outputs)
 
     def test_a_quantized_cache(self, model, dense):
         taken = quantized_cache(dense.config)
