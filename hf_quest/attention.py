@@ -101,11 +101,25 @@ def say_if_dense(layer):
 def masked_attention(layer, module, query, key, value, attention_mask, num_decoding=0, **kwargs):
     """`quest_attention` that is dense, as far as the mask allows and a prompt is not read by CritiPrefill."""
     if query.shape[2] == 1:
-        if attention_mask is None:
-            attention_mask = layer.padding_mask()
+        attention_mask = with_padding(attention_mask, layer)
         return dense_decode(module, query, key, value, attention_mask, **kwargs)
     num_drafts = num_decoding if layer.num_new > 1 else 0
     return prompt_attention(layer, module, query, key, value, attention_mask, num_drafts, **kwargs)
+
+
+def with_padding(attention_mask, layer):
+    """The mask of one new token with left padding hidden, for which the model was given no mask: it may have made one
+    of its own in its place (Doge).
+    """
+    padding = layer.padding_mask()
+    if attention_mask is None:
+        return padding
+    is_for_all = attention_mask.shape[-1] == layer.length  # and not for as many of the newest as a window reaches
+    if padding is None or layer.settings.masks.left_padding is None or not is_for_all:
+        return attention_mask
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & padding
+    return attention_mask.masked_fill(~padding, torch.finfo(attention_mask.dtype).min)
 
 
 def prompt_attention(layer, module, query, key, value, attention_mask, num_drafts, scaling=None, **kwargs):

@@ -32,7 +32,10 @@ def tokens_of(cache):
         )
     if not isinstance(cache, Cache):
         raise TypeError(f"from_cache takes a cache of Transformers, not a {type(cache).__name__}.")
-    tokens = [tokens_of_layer(idx, layer) for idx, layer in enumerate(cache.layers)]
+    layers = list(cache.layers)
+    while layers and not hasattr(layers[-1], "get_seq_length"):  # of the last layers, which share others' keys
+        layers.pop()
+    tokens = [tokens_of_layer(idx, layer) for idx, layer in enumerate(layers)]
     lengths = sorted({layer.length for layer in tokens})
     if len(lengths) > 1:
         raise QuestError(
@@ -43,12 +46,13 @@ def tokens_of(cache):
 
 
 def tokens_of_layer(idx, layer):
-    keys, values, length = getattr(layer, "keys", None), getattr(layer, "values", None), int(layer.get_seq_length())
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise QuestError(
             f"Layer {idx} of this cache is a {type(layer).__name__} without keys and values, which a QuestCache cannot "
             "take over. Let the model read the prompt with the QuestCache itself."
         )
+    length = int(layer.get_seq_length())
     if hasattr(layer, "_quantized_keys"):
         keys, values = (
             torch.cat([layer._dequantize(old), new.to(old.dtype) if old.is_floating_point() else new], dim=2)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
+from small_llama import on_any_device
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -220,6 +221,10 @@ def left_padded():
     return torch.cat([F.pad(prompt, (max(LENGTHS) - prompt.shape[1], 0)) for prompt in prompts()])
 
 
+def unpadded():
+    return torch.cat([prompt[:, : min(LENGTHS)] for prompt in prompts()])
+
+
 def quest_cache(budget, **options):
     return QuestCache(budget, page_size=PAGE_SIZE, dense_layers=1, **options)
 
@@ -331,7 +336,9 @@ def oracle():
 
 @every_family
 class TestQuestCache:
-    @pytest.mark.parametrize("inputs", [prompts()[0], left_padded()], ids=["row", "left-padded-batch"])
+    @pytest.mark.parametrize(
+        "inputs", [prompts()[0], unpadded(), left_padded()], ids=["row", "batch", "left-padded-batch"]
+    )
     def test_a_budget_beyond_the_context_is_the_familys_dense_attention(self, family, inputs, selections):
         expected = generate(build(family, FAMILIES[family].dense), inputs)
         assert_same(generate(build(family, "quest"), inputs, quest_cache(POSITIONS)), expected)
@@ -383,6 +390,15 @@ def test_static_cache_is_the_familys_dense_attention(family, inputs):
     skip_what_transformers_does_otherwise(f"{family}-static")
     expected = generate(build(family, FAMILIES[family].dense), inputs, cache_implementation="static")
     assert_same(generate(build(family, "quest"), inputs, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("inputs", [unpadded(), left_padded()], ids=["batch", "left-padded-batch"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "cohere2", "olmo3"])
+def test_compiled_steps_of_several_rows_are_the_familys_dense_attention(family, inputs):
+    torch._dynamo.reset()
+    config = on_any_device(backend="eager", mode=None)
+    output = generate(build(family, "quest"), inputs, quest_cache(POSITIONS), compile_config=config)
+    assert_same(output, generate(build(family, FAMILIES[family].dense), inputs))
 
 
 @pytest.mark.parametrize("budget", [None, SMALL_BUDGET], ids=["no-quest-cache", "small-budget"])

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import test_families
 import torch
 import transformers
 from packaging.version import Version
@@ -263,24 +264,23 @@ class TestRotaryFactorsThatChange:
 
     @pytest.mark.parametrize("num_tokens", [100, LIMIT - 1, LIMIT, LIMIT + 1, 200])
     @pytest.mark.parametrize("batch_size", [1, 2])
-    def test_at_a_budget_beyond_the_context_the_tokens_are_those_of_a_stock_cache(self, models, num_tokens, batch_size):
+    def test_at_a_budget_beyond_the_context_the_tokens_are_those_without_a_cache(self, models, num_tokens, batch_size):
+        """Those of a stock cache, too, from the Transformers on that do not lose it at the crossing."""
         quest, stock = models
         cache, prompt = QuestCache(BEYOND), tokens(num_tokens, batch_size=batch_size)
         output = answer(quest, cache, prompt, max_new_tokens=40)
-        assert torch.equal(output, answer(stock, DynamicCache(), prompt, max_new_tokens=40))
+        assert torch.equal(output, answer(stock, None, prompt, max_new_tokens=40, use_cache=False))
         assert cache.get_seq_length() == num_tokens + 39
         question = torch.cat([output, tokens(9, seed=3, batch_size=batch_size)], dim=1)
-        assert torch.equal(answer(quest, cache, question), answer(stock, DynamicCache(), question))
+        assert torch.equal(answer(quest, cache, question), answer(stock, None, question, use_cache=False))
 
     def test_a_padded_batch(self, models):
+        quest, stock = models
         input_ids = tokens(120, batch_size=2)
         input_ids[1, :23] = 0
         options = {"attention_mask": (input_ids > 0).long(), "max_new_tokens": 30}
-        outputs = [
-            answer(each, cache, input_ids, **options)
-            for each, cache in zip(models, (QuestCache(BEYOND), DynamicCache()), strict=True)
-        ]
-        assert torch.equal(*outputs)
+        output = answer(quest, QuestCache(BEYOND), input_ids, **options)
+        assert torch.equal(output, answer(stock, None, input_ids, use_cache=False, **options))
 
     def test_after_the_crossing_it_is_sparse_and_says_what_happened(self, models, caplog):
         transformers.utils.logging.warning_once.cache_clear()
@@ -475,6 +475,20 @@ class TestFromCache:
                 outputs.append(answer(quest, cache, prompt, attention_mask=(prompt > 0).long()))
             assert torch.equal(*outputs[-2:])
         assert not torch.equal(outputs[0], outputs[2])
+
+    @pytest.mark.parametrize("has_config", [False, True])
+    @pytest.mark.parametrize("family", ["gemma3n", "gemma4-shared-kv", "llama4", "doge-masks-of-its-own"])
+    def test_families_that_share_keys_or_make_masks_of_their_own(self, family, has_config):
+        quest, stock = (test_families.build(family, name) for name in ("quest", "sdpa"))
+        input_ids = test_families.left_padded()
+        with torch.no_grad():
+            taken = DynamicCache(config=stock.config) if has_config else DynamicCache()
+            mask = (input_ids > 0).long()
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+            read(stock, taken, input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions)
+            cache = QuestCache.from_cache(taken, BEYOND)
+        outputs = [test_families.generate(each, input_ids, given) for each, given in ((quest, cache), (stock, taken))]
+        test_families.assert_same(*outputs)
 
     def test_a_quantized_cache(self, model, dense):
         taken = quantized_cache(dense.config)
