@@ -245,7 +245,7 @@ class TestModels:
 
     def test_weights_may_change_in_place(self, model, ids):
         """Words change their numbers, in the one table of all words and in the text: so do those of the answer."""
-        model.generation_config.eos_token_id = None  # which is not kept from being written, as it would be by its number
+        model.generation_config.eos_token_id = None  # or its number could not be written
         cache = prefilled(model, ids)
         before = write(model, ids, cache)[0]
         recording = model._compiled_call.recording
