@@ -360,10 +360,12 @@ class QuestLayer(CacheLayerMixin):
 
     def select(self, query, length, scaling):
         """The pages of the newest T tokens' queries, [B, Hq, T, D]: `reference.estimate` and `reference.select`."""
-        num_pages = None if self.settings.is_captured else self._num_pages(length)
+        settings = self.settings
+        num_pages = None if settings.is_captured else self._num_pages(length)
         bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
-        scores = reference.estimate(query, *bounds, scaling)
-        return reference.select(scores, length, self.padding, self.settings.num_selected, self.settings.page_size)
+        where = (length, self.padding)
+        scores = reference.estimate(query, *bounds, *where, settings.page_size, scaling)
+        return reference.select(scores, *where, settings.num_selected, settings.page_size)
 
     def _record(self, query, page_ids, scaling, softcap, sinks):
         if self.settings.recorder is not None:

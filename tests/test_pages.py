@@ -31,8 +31,9 @@ def read(request, model, monkeypatch):
         if layer.is_sparse:
             num_pages = -(-layer.length // PAGE_SIZE)
             bounds = [None if each is None else each[:, :, :num_pages] for each in (layer.bounds, layer.scales)]
-            scores = reference.estimate(query, *bounds, scaling)
-            page_ids = reference.select(scores, layer.length, layer.padding, BUDGET // PAGE_SIZE, PAGE_SIZE)
+            where = (layer.length, layer.padding)
+            scores = reference.estimate(query, *bounds, *where, PAGE_SIZE, scaling)
+            page_ids = reference.select(scores, *where, BUDGET // PAGE_SIZE, PAGE_SIZE)
             expected.append((layer.layer_idx, layer.length, page_ids))
         return attend(layer, query, scaling, softcap, sinks)
 
