@@ -72,6 +72,7 @@ class Settings:
     num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
     common: list = field(default_factory=list)  # [B][B] slots from the first on that two rows are known to share
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
+    score: reference.Score = reference.PUBLISHED
 
     @property
     def num_selected(self):
@@ -364,8 +365,8 @@ class QuestLayer(CacheLayerMixin):
         num_pages = None if settings.is_captured else self._num_pages(length)
         bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
         where = (length, self.padding)
-        scores = reference.estimate(query, *bounds, *where, settings.page_size, scaling)
-        return reference.select(scores, *where, settings.num_selected, settings.page_size)
+        scores = reference.estimate(query, *bounds, *where, settings.page_size, scaling, settings.score)
+        return reference.select(scores, *where, settings.num_selected, settings.page_size, settings.score.keeps_first)
 
     def _record(self, query, page_ids, scaling, softcap, sinks):
         if self.settings.recorder is not None:
@@ -417,7 +418,8 @@ class QuestLayer(CacheLayerMixin):
             page_ids = None  # which nobody asks for
             if settings.recorder is not None:
                 page_ids = self.padding.new_empty(*self.keys.shape[:2], 1, settings.num_selected)
-            output = by_kernel.chain(query, *stored, *where, settings.num_selected, *options, page_ids)
+            where += (settings.num_selected,)
+            output = by_kernel.chain(query, *stored, *where, *options, page_ids, *settings.score)
             if page_ids is not None:
                 self._record(query, page_ids, scaling, softcap, sinks)
             return output
@@ -441,6 +443,7 @@ class QuestLayer(CacheLayerMixin):
             scaling,
             softcap,
             sinks,
+            settings.score,
         )
 
     def find_addresses(self):
@@ -611,6 +614,7 @@ class QuestCache(Cache):
         bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
             bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
             the paper.
+        score: how pages are scored: "published", as in the paper, or a `hf_quest.reference.Score`.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -628,6 +632,7 @@ class QuestCache(Cache):
         compile=True,
         prefill=None,
         bounds_dtype=torch.int8,
+        score="published",
     ):
         if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
             raise ValueError(
@@ -649,7 +654,8 @@ class QuestCache(Cache):
         if bounds_dtype not in (torch.int8, None):
             raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
         budget = _checked_budget(budget, page_size)
-        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
+        score = _checked_score(score)
+        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill, score=score)
         self.compile = compile
         super().__init__(layers=[])
 
@@ -962,3 +968,14 @@ def _checked_budget(budget, page_size):
             f"the newest page and one to choose. It is {budget!r}."
         )
     return budget
+
+
+def _checked_score(score):
+    """The `reference.Score` that `score` names or is."""
+    found = reference.SCORES.get(score) if isinstance(score, str) else score
+    if not isinstance(found, reference.Score):
+        names = ", ".join(map(repr, reference.SCORES))
+        raise ValueError(f"score is one of {names} or a hf_quest.reference.Score, not {score!r}.")
+    if not 0 <= found.width <= 1 or found.group not in reference.GROUPS:
+        raise ValueError(f"A Score has a width from 0 to 1 and a group of {reference.GROUPS}, unlike {found!r}.")
+    return found
