@@ -7,10 +7,13 @@ start of a graph is shared as in a real decode step. Its time is the median over
 Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
 too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
+What depends on the score has the default one, and in a table of its own the published one beside it, the replays of
+both in turns; `chain by sums of shares` is what the default is not, since it costs more.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 
 import argparse
+import functools
 import json
 import statistics
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from tables import RESULTS, markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_quest import ops
+from hf_quest.reference import DEFAULT, PUBLISHED, Score
 
 try:
     import flashinfer
@@ -35,6 +39,8 @@ SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN
 FLASHINFER = {"FlashInfer": False, "FlashInfer, tensor cores": True}
 BASELINES = (*SDPA, *FLASHINFER) if flashinfer else tuple(SDPA)
 HEAD_DIM, PAGE_SIZE = 128, 16
+BY_SCORE = ("estimate", "select", "chain", "chain with append", "chain with wide bounds")  # what depends on the score
+SUMS_OF_SHARES = Score(width=0.5, keeps_first=True, group="sum")
 MAX_LAYERS, MAX_BYTES = 32, 60e9
 DTYPE = torch.bfloat16
 
@@ -60,11 +66,11 @@ class Layer:
         tokens = (self.new_key, self.new_value)
         ops.append(self.keys, self.values, *self.bounds, *tokens, *self.where, PAGE_SIZE)
 
-    def estimate(self):
-        self.scores = ops.estimate(self.query, *self.bounds, *self.where, PAGE_SIZE, HEAD_DIM**-0.5)
+    def estimate(self, score=DEFAULT):
+        self.scores = ops.estimate(self.query, *self.bounds, *self.where, PAGE_SIZE, HEAD_DIM**-0.5, score)
 
-    def select(self):
-        self.page_ids = ops.select(self.scores, *self.where, self.num_selected, PAGE_SIZE)
+    def select(self, score=DEFAULT):
+        self.page_ids = ops.select(self.scores, *self.where, self.num_selected, PAGE_SIZE, score.keeps_first)
 
     def attend(self):
         self._attend(self.page_ids)
@@ -72,15 +78,18 @@ class Layer:
     def dense(self):
         self._attend(None)
 
-    def chain(self):
-        self._chain(self.bounds)
+    def chain(self, score=DEFAULT):
+        self._chain(self.bounds, score)
 
-    def chain_with_wide_bounds(self):
-        self._chain(self.wide_bounds)
+    def chain_with_wide_bounds(self, score=DEFAULT):
+        self._chain(self.wide_bounds, score)
 
-    def chain_with_append(self):
+    def chain_with_append(self, score=DEFAULT):
         self.append()
-        self.chain()
+        self.chain(score)
+
+    def chain_by_sums_of_shares(self):
+        self.chain(SUMS_OF_SHARES)
 
     def sdpa(self):
         has_groups = self.query.shape[1] != self.keys.shape[1]
@@ -91,9 +100,9 @@ class Layer:
         pages = [stored.view(-1, stored.shape[1], PAGE_SIZE, HEAD_DIM) for stored in (self.keys, self.values)]
         plan.run(self.query[:, :, 0], tuple(pages))
 
-    def _chain(self, bounds):
+    def _chain(self, bounds, score):
         where = (*self.where, self.num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
-        ops.chain(self.query, self.keys, self.values, *bounds, *where)
+        ops.chain(self.query, self.keys, self.values, *bounds, *where, score=score)
 
     def _attend(self, page_ids):
         where = (*self.where, PAGE_SIZE, HEAD_DIM**-0.5)
@@ -146,6 +155,27 @@ def plan_flashinfer(case, use_tensor_cores):
 
 def microseconds(layers, run, num_replays):
     """Median time of one layer in a graph of all of them."""
+    return compare(layers, [run], num_replays)[0]
+
+
+def compare(layers, runs, num_replays):
+    """The same of several, whose graphs are replayed in turns, each as often before another as after it."""
+    graphs = [record(layers, run) for run in runs]
+    times = [[] for _ in runs]
+    for replay_idx in range(num_replays + 3):
+        in_turn = list(zip(graphs, times, strict=True))
+        for graph, of_graph in in_turn[:: 1 if replay_idx % 2 else -1]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay_idx >= 3:
+                of_graph.append(start.elapsed_time(end) * 1e3 / len(layers))
+    return [statistics.median(of_graph) for of_graph in times]
+
+
+def record(layers, run):
     for layer in layers[:2]:
         run(layer)
     torch.cuda.synchronize()
@@ -153,16 +183,7 @@ def microseconds(layers, run, num_replays):
     with torch.cuda.graph(graph):
         for layer in layers:
             run(layer)
-    times = []
-    for replay_idx in range(num_replays + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay_idx >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / len(layers))
-    return statistics.median(times)
+    return graph
 
 
 def measure(case, budget, num_replays):
@@ -184,10 +205,16 @@ def measure(case, budget, num_replays):
     moved["chain"] = moved["estimate"] + moved["select"] + moved["attend"]
     moved["chain with append"] = moved["chain"] + moved["append"]
     moved["chain with wide bounds"] = moved["chain"] + (token_bytes - page_bytes) * num_pages
+    moved["chain by sums of shares"] = moved["chain"]
     stages = {}
     for name, num_bytes in moved.items():
         run = getattr(Layer, name.replace(" ", "_"))
-        stages[name] = {"us": microseconds(layers, run, num_replays), "bytes": num_bytes}
+        if name in BY_SCORE:
+            by_scores = [functools.partial(run, score=score) for score in (DEFAULT, PUBLISHED)]
+            times = dict(zip(("us", "published_us"), compare(layers, by_scores, num_replays), strict=True))
+        else:
+            times = {"us": microseconds(layers, run, num_replays)}
+        stages[name] = times | {"bytes": num_bytes}
     for name in BASELINES:
         stages[name] = measure_baseline(name, case, layers, num_replays) | {"bytes": moved["dense"]}
     best_dense = min(stages[name]["us"] for name in BASELINES if "us" in stages[name])
@@ -236,6 +263,17 @@ def speed_table(report):
         times = [f"{case['stages'][name]['us']:.1f}" if "us" in case["stages"][name] else "-" for name in names]
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
         table.add_row(heads, f"{case['context']:,}", *times, f"{case['speedup']:.2f}×")
+    return table
+
+
+def score_table(report):
+    """Microseconds with the published score, and how much longer the default one takes."""
+    table = Table("B, Hq, Hkv", "tokens", *BY_SCORE)
+    for case in report["cases"]:
+        stages = [case["stages"][name] for name in BY_SCORE]
+        cells = [f"{stage['published_us']:.2f} ({stage['us'] / stage['published_us'] - 1:+.1%})" for stage in stages]
+        heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
+        table.add_row(heads, f"{case['context']:,}", *cells)
     return table
 
 
@@ -290,6 +328,7 @@ def main():
         latest = {name: round(stage.get("us", 0.0), 2) for name, stage in report["cases"][-1]["stages"].items()}
         console.print(f"{case}: {latest}", soft_wrap=True)
     console.print(speed_table(report))
+    console.print(score_table(report))
     console.print(bandwidth_table(report))
     if not arguments.no_write:
         path = RESULTS / f"stages_{gpu.removeprefix('NVIDIA ').replace(' ', '_').lower()}"
@@ -306,6 +345,7 @@ def as_markdown(report):
         f"commit {report['commit']}, "
         f"`{report['command']}`. A large copy reaches {report['copy_bytes_per_second'] / 1e12:.2f} TB/s.\n\n"
         f"Microseconds per layer:\n\n{markdown(speed_table(report))}\n"
+        f"With the published score, and how much longer the default one takes:\n\n{markdown(score_table(report))}\n"
         f"GB/s, and in brackets the percentage of that copy:\n\n{markdown(bandwidth_table(report))}"
     )
 

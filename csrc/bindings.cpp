@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string_view>
 
 #include "params.h"
 
@@ -58,6 +59,13 @@ void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tens
                       word, " bytes");
 }
 
+// What ops.py has of reference.Score.
+Score score_of(double width, bool keeps_first, std::string_view group) {
+    TORCH_CHECK_VALUE(group == "max" || group == "sum" || group == "share", "no such agreement of a group: ", group);
+    const Agreement agreement = group == "max" ? Agreement::kMax : group == "sum" ? Agreement::kSum : Agreement::kShare;
+    return {float(width), keeps_first, agreement};
+}
+
 // What a launch with storage of unknown capacity must be ready for.
 constexpr int64_t kAnyCapacity = int64_t(1) << 40;
 
@@ -84,7 +92,8 @@ void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_ke
 }
 
 void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
-                    const Tensor& length, const Tensor& padding, int64_t page_size, double scaling) {
+                    const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+                    const Score& score) {
     EstimateParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
@@ -94,17 +103,23 @@ void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& q
     params.head_dim = query.size(3);
     params.page_size = page_size;
     params.scaling = scaling;
+    params.score = score;
     params.query = rows_of(query, type);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
     params.storage = storage;
+    Tensor head_sums;  // freed on return; the allocator keeps to the stream's order
+    if (const int64_t num_sums = count_head_sums(params); num_sums > 0) {
+        head_sums = at::empty({num_sums, 2}, query.options().dtype(at::kFloat));
+        params.head_sums = reinterpret_cast<float2*>(head_sums.data_ptr<float>());
+    }
     C10_CUDA_CHECK(launch_estimate(params));
 }
 
 Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& length, const Tensor& padding,
-                    int64_t num_selected, int64_t page_size) {
+                    int64_t num_selected, int64_t page_size, bool keeps_first) {
     const Tensor page_ids = at::empty({padding.size(0), num_kv_heads, 1, num_selected}, padding.options());
     SelectParams params = {};
     params.launch = launch_on_current_stream();
@@ -112,6 +127,7 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
     params.num_kv_heads = num_kv_heads;
     params.page_size = page_size;
     params.num_selected = num_selected;
+    params.keeps_first = keeps_first;
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
     params.storage = storage;
@@ -175,10 +191,13 @@ int cluster_size_of(const AttendParams& params) {
 
 // Estimate, select and attend: fused where clusters serve, one by one otherwise.
 void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
-                   int64_t num_selected, const std::optional<Tensor>& told_ids) {
+                   int64_t num_selected, const Score& score, const std::optional<Tensor>& told_ids) {
     params.num_selected = num_selected;
+    params.score = score;
     Storage& storage = params.storage;
-    const int cluster_size = cluster_size_of(params);
+    // Shares take a normaliser over all pages, which clusters would have to exchange before their scores.
+    const bool is_fused = score.agreement == Agreement::kMax || params.group_size == 1;
+    const int cluster_size = is_fused ? cluster_size_of(params) : 0;
     Tensor scores;
     if (storage.scores == nullptr && storage.addresses == nullptr && (cluster_size == 0 || needs_scores(params))) {
         const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
@@ -191,8 +210,9 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
         return;
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
-                   params.scaling);
-    const Tensor page_ids = select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size);
+                   params.scaling, score);
+    const Tensor page_ids =
+        select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size, score.keeps_first);
     if (told_ids) told_ids->copy_(page_ids);
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
     attend_pages(params, page_ids, counters);
@@ -211,7 +231,7 @@ void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor
 }
 
 Tensor estimate(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& length,
-                const Tensor& padding, int64_t page_size, double scaling) {
+                const Tensor& padding, int64_t page_size, double scaling, double width, std::string_view group) {
     const c10::cuda::CUDAGuard guard(query.device());
     const Tensor scores =
         at::empty({bounds.size(0), bounds.size(1), 1, bounds.size(2)}, query.options().dtype(at::kFloat));
@@ -220,17 +240,18 @@ Tensor estimate(const Tensor& query, const Tensor& bounds, const std::optional<T
     storage.scores = scores.data_ptr<float>();
     storage.capacity = bounds.size(2) * page_size;
     const at::ScalarType type = scales ? query.scalar_type() : bounds.scalar_type();
-    estimate_pages(storage, type, query, bounds.size(1), length, padding, page_size, scaling);
+    estimate_pages(storage, type, query, bounds.size(1), length, padding, page_size, scaling,
+                   score_of(width, false, group));
     return scores;
 }
 
 Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding, int64_t num_selected,
-              int64_t page_size) {
+              int64_t page_size, bool keeps_first) {
     const c10::cuda::CUDAGuard guard(scores.device());
     Storage storage = {};
     storage.scores = scores.data_ptr<float>();
     storage.capacity = scores.size(3) * page_size;
-    return select_pages(storage, scores.size(1), length, padding, num_selected, page_size);
+    return select_pages(storage, scores.size(1), length, padding, num_selected, page_size, keeps_first);
 }
 
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& page_ids,
@@ -251,7 +272,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bounds,
              const std::optional<Tensor>& scales, const Tensor& length, const Tensor& padding, int64_t num_selected,
              int64_t page_size, double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks,
-             const std::optional<Tensor>& page_ids) {
+             const std::optional<Tensor>& page_ids, double width, bool keeps_first, std::string_view group) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.keys = address_of(keys);
@@ -261,7 +282,7 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     const Tensor output = at::empty(query.sizes(), query.options());
     attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
                            softcap, sinks, output),
-                  query, length, padding, num_selected, page_ids);
+                  query, length, padding, num_selected, score_of(width, keeps_first, group), page_ids);
     return output;
 }
 
@@ -269,7 +290,8 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
 Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const std::optional<Tensor>& new_values,
               const Tensor& addresses, const Tensor& length, const Tensor& padding, int64_t layer_idx,
               int64_t num_kv_heads, int64_t num_selected, int64_t page_size, double scaling,
-              std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+              std::optional<double> softcap, const std::optional<Tensor>& sinks, double width, bool keeps_first,
+              std::string_view group) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.capacity = kAnyCapacity;
@@ -279,7 +301,8 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     const AttendParams params = describe(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size,
                                          scaling, softcap, sinks, output);
     if (num_selected > 0) {
-        attend_chosen(params, query, length, padding, num_selected, std::nullopt);
+        const Score score = score_of(width, keeps_first, group);
+        attend_chosen(params, query, length, padding, num_selected, score, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
     }

@@ -119,6 +119,7 @@ struct ChainBlock {
                 sizeof(shared.query[0]) / sizeof(T),
                 params.group_size,
                 1,
+                params.score.width,
                 score_query,
                 shared.tiles};
     }
@@ -142,15 +143,18 @@ struct ChainBlock {
         }
     }
 
+    // Of the first pages those that are chosen whatever their score.
+    __device__ int count_kept() const { return params.score.keeps_first && params.num_selected > 1 ? 1 : 0; }
+
     // Scores this block's pages before the newest. Their keys go to `distant_keys` or, where that is null, to the
     // shared memory of all blocks. Returns key and page of the best of this lane, or zeros.
     __device__ uint2 score(unsigned* distant_keys) {
-        const int newest_page = num_pages - 1, step = cluster_size * kWarps * kPagesPerTile;
+        const int newest_page = num_pages - 1, step = cluster_size * kWarps * kPagesPerTile, num_kept = count_kept();
         const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
         uint2 best = {};
         const auto store = [&](int first_of_tiles, int num_tiles, int own_page, float score) {
             if (own_page < newest_page) {
-                const unsigned key = order_of(score * params.scaling);
+                const unsigned key = own_page < num_kept ? 0 : order_of(score * params.scaling);
                 if (key > best.x) best = {key, unsigned(own_page)};
                 (distant_keys == nullptr ? shared.keys : distant_keys)[own_page] = key;
             } else if (distant_keys == nullptr && own_page != kNoPage) {
@@ -177,8 +181,9 @@ struct ChainBlock {
                 __syncthreads();
             };
             const int first_of_warp = (rank * kWarps + warp_idx) * kPagesPerTile;
+            LargestScore agree;
             score_pages<count_tiles(kHeadDim)>(bounds, score_input(), wait_for_query, first_of_warp, step, newest_page,
-                                               store);
+                                               agree, store);
         };
         const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
         if (storage.scales == nullptr) {
@@ -189,7 +194,7 @@ struct ChainBlock {
         return best;
     }
 
-    // Chooses the newest page and the best of the others.
+    // Chooses the newest page, the first one where it is kept, and the best of the others.
     __device__ void select() {
         const int newest_page = num_pages - 1;
         const bool are_shared = newest_page <= kMaxKeys;
@@ -212,8 +217,9 @@ struct ChainBlock {
             if (idx < num_listed) fetch_page(page_of(shared.listed[idx]));
         };
         const auto select_from = [&](auto keys) {
-            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1, keys, when_listed,
-                         [&](int page_idx, int place) { note_page(page_idx, place); });
+            const int num_kept = count_kept();
+            select_pages(shared.selection, shared.listed, newest_page, params.num_selected - 1 - num_kept, keys,
+                         when_listed, [&](int page_idx, int place) { note_page(page_idx, num_kept + place); });
         };
         if (are_shared) {
             select_from(SharedKeys{shared.keys});
@@ -221,7 +227,9 @@ struct ChainBlock {
             synchronize_cluster();
             select_from(DistantKeys([&](int page_idx) { return distant_keys[page_idx]; }, newest_page));
         }
-        if (threadIdx.x == 0) note_page(newest_page, params.num_selected - 1);
+        if (threadIdx.x > 0) return;
+        if (count_kept() > 0) note_page(0, 0);
+        note_page(newest_page, params.num_selected - 1);
     }
 
     // Chooses every page.

@@ -38,17 +38,19 @@ struct ScoreInput {
     const T* query;  // of the first head of a group, in any memory
     int64_t head_stride;
     int group_size, num_head_tiles;
+    float width;    // of Score
     char* queries;  // in shared memory, count_query_bytes()
     char* tiles;    // in shared memory, count_tile_bytes() for each warp and tile on its way
 
-    // Of 8 heads that of a lane: head group_idx, or the last one, which leaves the largest score as it is.
+    // Of 8 heads that of a lane: head group_idx, or the last one where there are fewer.
     __device__ const T* own_head(int head_tile) const {
         return query + min(head_tile * kHeadTile + int(threadIdx.x % kWarpSize / 4), group_size - 1) * head_stride;
     }
 };
 
 // The bounds of a row's KV head in the dtype of its keys. Its signed query is [min(q, 0), max(q, 0)], of the same type,
-// as 16-byte vectors [head tiles, chunks, lanes].
+// as 16-byte vectors [head tiles, chunks, lanes]. Its product with [min, max] is the largest that q·k can be, and that
+// with [max, min] the least: a score is somewhere between them. So no weight of an extreme is rounded to that type.
 template <typename T, int kHeadDim>
 struct WideBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
@@ -83,23 +85,39 @@ struct WideBounds {
         }
     }
 
-    // The scores of pages group_idx and group_idx + 8 for two query heads.
-    static __device__ float2 score(const Page& low, const Page& high, const char* queries, int head_tile) {
+    // The scores of two query heads for page group_idx, and for page group_idx + 8.
+    static __device__ float4 score(const Page& low, const Page& high, const char* queries, int head_tile, float width) {
         const uint4* q = reinterpret_cast<const uint4*>(queries) + head_tile * kNumChunks * kWarpSize;
+        float4 largest = multiply<0>(low, high, q);
+        if (width == 1.0f) return largest;
+        // One product after the other: both at once would want more registers than there are.
+        asm volatile("" : "+f"(largest.x), "+f"(largest.y), "+f"(largest.z), "+f"(largest.w));
+        const float4 least = multiply<kNumChunks / 2>(low, high, q);
+        const auto between = [&](float upper, float lower) {
+            return fmaf(0.5f + 0.5f * width, upper, (0.5f - 0.5f * width) * lower);
+        };
+        return {between(largest.x, least.x), between(largest.y, least.y), between(largest.z, least.z),
+                between(largest.w, least.w)};
+    }
+
+    // Products with the query's chunks from kFirst on, and then those before.
+    template <int kFirst>
+    static __device__ float4 multiply(const Page& low, const Page& high, const uint4* q) {
         float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
 #pragma unroll
         for (int i = 0; i < kNumChunks; ++i) {
-            const uint4 a = low.chunks[i], b = high.chunks[i], c = q[i * kWarpSize + threadIdx.x % kWarpSize];
+            const uint4 a = low.chunks[i], b = high.chunks[i];
+            const uint4 c = q[(i + kFirst) % kNumChunks * kWarpSize + threadIdx.x % kWarpSize];
             multiply_add<T>(even, a.x, b.x, a.y, b.y, c.x, c.y);
             multiply_add<T>(odd, a.z, b.z, a.w, b.w, c.z, c.w);
         }
-        return {fmaxf(even[0] + odd[0], even[1] + odd[1]), fmaxf(even[2] + odd[2], even[3] + odd[3])};
+        return {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]};
     }
 };
 
-// The same in 8 bits, which tensor cores multiply as they are. So the signed query is integers too, in steps of 2^-21
-// of the power of two of the largest channel of 8 heads: three signed digits to base 256, the highest first. Of a
-// channel either the minimum or the maximum counts, so a block's sum is 32 products, for each digit 2^19 at most.
+// The same in 8 bits, which tensor cores multiply as they are. So what an extreme is multiplied with is an integer,
+// too, in steps of 2^-21 of the power of two of the largest channel of 8 heads, or 2^-20 where both extremes count:
+// three signed digits to base 256, the highest first. A block's sum is 64 products, for each digit 2^20 at most.
 template <typename T, int kHeadDim>
 struct NarrowBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
@@ -159,7 +177,7 @@ struct NarrowBounds {
     struct Head {
         uint2 halves[kBlocks][2];
 
-        __device__ explicit Head(const T* head) {
+        __device__ void load(const T* head) {
 #pragma unroll
             for (int i = 0; i < 2 * kBlocks; ++i) {
                 halves[i / 2][i % 2] = reinterpret_cast<const uint2*>(head + i * (kChunk / 2))[threadIdx.x % 4];
@@ -177,37 +195,44 @@ struct NarrowBounds {
             const unsigned bits = __float_as_uint(fmaxf(to_float(largest.x), to_float(largest.y)));
             return max(int(__reduce_max_sync(kWholeWarp, bits) >> 23), kFractionBits + 1);
         }
+
+        // Of a half of a chunk, in all bits of each channel's byte.
+        __device__ unsigned find_signs(int idx) const {
+            const uint2 half = halves[idx / 2][idx % 2];
+            return spread_signs(half.x, half.y);
+        }
     };
 
     struct Query {  // of 8 heads, what a lane needs
+        static constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose sum with a float has its integer below
         uint2 digits[kNumChunks][kDigits];
         float step;
 
         // By registers alone: stores to shared memory would wait until memory has taken the pages that are on their
         // way.
-        __device__ explicit Query(const Head& head) {
-            constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23, whose sum with a float has its integer in low bits
-            constexpr unsigned kBias = 0x808080 - 0x400000;  // so that the lowest bytes are digits above -128
+        __device__ Query(const Head& head, float width) {
             const int exponent = head.find_exponent();
-            step = __uint_as_float((exponent - kFractionBits) << 23);
-            const float inverse_step = __uint_as_float((254 + kFractionBits - exponent) << 23);
+            const float half_inverse = __uint_as_float((253 + kFractionBits - exponent) << 23);
+            if (width == 1.0f) {
+                step = __uint_as_float((exponent - kFractionBits) << 23);
+                take_signs(head, 2.0f * half_inverse);
+            } else {
+                step = __uint_as_float((exponent - kFractionBits + 1) << 23);
+                take_weights(head, (0.5f + 0.5f * width) * half_inverse, (0.5f - 0.5f * width) * half_inverse);
+            }
+        }
+
+        // A channel counts whole with one extreme, by its sign.
+        __device__ void take_signs(const Head& head, float inverse_step) {
+            constexpr unsigned kBias = 0x808080 - 0x400000;  // so that the lowest bytes are digits above -128
 #pragma unroll
             for (int i = 0; i < 2 * kBlocks; ++i) {
-                const uint2 half = head.halves[i / 2][i % 2];
-                const Pair<T> low = as_pair<T>(half.x), high = as_pair<T>(half.y);
-                const float channels[4] = {to_float(low.x), to_float(low.y), to_float(high.x), to_float(high.y)};
-                unsigned biased[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    biased[j] = __float_as_uint(fmaf(channels[j], inverse_step, kToInteger)) + kBias;
-                }
-                const unsigned low_pair = __byte_perm(biased[0], biased[1], 0x5140);
-                const unsigned high_pair = __byte_perm(biased[2], biased[3], 0x5140);
-                const unsigned words[kDigits] = {__byte_perm(__byte_perm(biased[0], biased[1], 0x0062),
-                                                             __byte_perm(biased[2], biased[3], 0x0062), 0x5410),
-                                                 __byte_perm(low_pair, high_pair, 0x7632),
-                                                 __byte_perm(low_pair, high_pair, 0x5410)};
-                const unsigned are_negative = spread_signs(half.x, half.y);
+                unsigned biased[4], words[kDigits];
+                for_each_channel(head.halves[i / 2][i % 2], [&](int j, float channel) {
+                    biased[j] = __float_as_uint(fmaf(channel, inverse_step, kToInteger)) + kBias;
+                });
+                gather_digits(words, biased);
+                const unsigned are_negative = head.find_signs(i);
 #pragma unroll
                 for (int j = 0; j < kDigits; ++j) {
                     const unsigned word = words[j] ^ 0x80808080u;
@@ -215,6 +240,51 @@ struct NarrowBounds {
                     (&digits[kBlocks + i / 2][j].x)[i % 2] = word & ~are_negative;
                 }
             }
+        }
+
+        // A channel counts `outer` with one extreme, by its sign, and `inner` with the other. In steps twice as large
+        // there is room for the lower digits' bias in the same sum.
+        __device__ void take_weights(const Head& head, float outer, float inner) {
+            constexpr float kBiasedToInteger = kToInteger + 0x8080;
+#pragma unroll
+            for (int i = 0; i < 2 * kBlocks; ++i) {
+                unsigned biased[2][4], words[2][kDigits];
+                for_each_channel(head.halves[i / 2][i % 2], [&](int j, float channel) {
+                    biased[0][j] = __float_as_uint(fmaf(channel, outer, kBiasedToInteger));
+                    biased[1][j] = __float_as_uint(fmaf(channel, inner, kBiasedToInteger));
+                });
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    gather_digits(words[k], biased[k]);
+                    words[k][0] += 0x40404040u;  // the highest digits, -33 to 33, are 64 above what they are
+                }
+                const unsigned are_negative = head.find_signs(i);
+#pragma unroll
+                for (int j = 0; j < kDigits; ++j) {
+                    const unsigned of_outer = words[0][j] ^ 0x80808080u, of_inner = words[1][j] ^ 0x80808080u;
+                    (&digits[i / 2][j].x)[i % 2] = (of_outer & are_negative) | (of_inner & ~are_negative);
+                    (&digits[kBlocks + i / 2][j].x)[i % 2] = (of_outer & ~are_negative) | (of_inner & are_negative);
+                }
+            }
+        }
+
+        template <typename Visit>
+        static __device__ void for_each_channel(uint2 half, Visit visit) {
+            const Pair<T> low = as_pair<T>(half.x), high = as_pair<T>(half.y);
+            visit(0, to_float(low.x));
+            visit(1, to_float(low.y));
+            visit(2, to_float(high.x));
+            visit(3, to_float(high.y));
+        }
+
+        // The three lowest bytes of four numbers, the highest first.
+        static __device__ void gather_digits(unsigned (&words)[kDigits], const unsigned (&biased)[4]) {
+            const unsigned low_pair = __byte_perm(biased[0], biased[1], 0x5140);
+            const unsigned high_pair = __byte_perm(biased[2], biased[3], 0x5140);
+            words[0] = __byte_perm(__byte_perm(biased[0], biased[1], 0x0062), __byte_perm(biased[2], biased[3], 0x0062),
+                                   0x5410);
+            words[1] = __byte_perm(low_pair, high_pair, 0x7632);
+            words[2] = __byte_perm(low_pair, high_pair, 0x5410);
         }
     };
 
@@ -224,7 +294,9 @@ struct NarrowBounds {
     static __device__ void store_queries(const ScoreInput<T>& input) {
         const int lane_idx = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
         for (int head_tile = threadIdx.x / kWarpSize; head_tile < input.num_head_tiles; head_tile += num_warps) {
-            const Query query{Head(input.own_head(head_tile))};
+            Head head;
+            head.load(input.own_head(head_tile));
+            const Query query(head, input.width);
             uint2* words = reinterpret_cast<uint2*>(input.queries) + head_tile * kQueryWords + lane_idx;
 #pragma unroll
             for (int i = 0; i < kQueryDigits; ++i) words[i * kWarpSize] = query.digits[i / kDigits][i % kDigits];
@@ -254,8 +326,8 @@ struct NarrowBounds {
         }
     };
 
-    // The scores of pages group_idx and group_idx + 8 of a tile for two query heads.
-    static __device__ float2 score(const Tile& tile, const Query& query) {
+    // The scores of two query heads for page group_idx of a tile, and for page group_idx + 8.
+    static __device__ float4 score(const Tile& tile, const Query& query) {
         float sums[4] = {};
 #pragma unroll
         for (int block_idx = 0; block_idx < kBlocks; ++block_idx) {
@@ -272,25 +344,42 @@ struct NarrowBounds {
                 sums[i] = fmaf(fmaf(upper, 256.0f, lower), scale, sums[i]);
             }
         }
-        return {fmaxf(sums[0], sums[1]) * query.step, fmaxf(sums[2], sums[3]) * query.step};
+        return {sums[0] * query.step, sums[1] * query.step, sums[2] * query.step, sums[3] * query.step};
     }
 };
 
-__device__ inline float2 larger(float2 a, float2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
+// How query heads agree on pages: of() says what two heads make of two pages' scores, and join() what two such are.
+// This one takes the largest score.
+struct LargestScore {
+    __device__ float2 of(float4 scores, int, int) const {
+        return {fmaxf(scores.x, scores.y), fmaxf(scores.z, scores.w)};
+    }
+    __device__ float join(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <typename Agree>
+__device__ float2 join(const Agree& agree, float2 a, float2 b) {
+    return {agree.join(a.x, b.x), agree.join(a.y, b.y)};
+}
 
 __device__ inline float2 exchange(float2 scores, int distance) {
     return {__shfl_xor_sync(kWholeWarp, scores.x, distance), __shfl_xor_sync(kWholeWarp, scores.y, distance)};
 }
 
-// The lanes of a quad share the query heads, and have the scores of a low and a high page of each tile. Gives one
-// page's largest score over all heads to each: in turn of the first tile's low and high page, and of the second's.
-template <int kTiles>
-__device__ float deal_largest(const float2 (&scores)[kTiles]) {
+// The lanes of a quad share the query heads, and have what theirs make of a low and a high page of each tile. Gives
+// what all heads make of one page to each: in turn of the first tile's low and high page, and of the second's.
+template <typename Agree, int kTiles>
+__device__ float deal(const Agree& agree, const float2 (&scores)[kTiles]) {
     const bool is_second = threadIdx.x % 4 > 1, is_high = threadIdx.x % 2 == 1;
     const float2 kept = is_second ? scores[kTiles - 1] : scores[0], other = is_second ? scores[0] : scores[kTiles - 1];
-    const float2 both = larger(kept, exchange(other, 2));
-    return fmaxf(is_high ? both.y : both.x, __shfl_xor_sync(kWholeWarp, is_high ? both.x : both.y, 1));
+    const float2 both = join(agree, kept, exchange(other, 2));
+    return agree.join(is_high ? both.y : both.x, __shfl_xor_sync(kWholeWarp, is_high ? both.x : both.y, 1));
 }
+
+// For a query that can be read from the start, which then is read ahead of pages.
+struct QueryIsThere {
+    __device__ void operator()() const {}
+};
 
 // The page that a lane gets the score of, in tiles from `first_page` on in steps of `step`, or kNoPage.
 __device__ inline int find_own_page(int first_page, int num_tiles, int step, int end_page) {
@@ -301,12 +390,12 @@ __device__ inline int find_own_page(int first_page, int num_tiles, int step, int
 }
 
 // Scores tiles of 16 pages, from `first_page` on in steps of `step` up to `end_page`, `kTiles` at a time (1 or 2), and
-// calls store(first_page, num_tiles, own_page, score) in all lanes: each has the score of a page of these tiles, which
-// may lie past the last page, or kNoPage. There is a page. All threads call it. The next tiles are on their way, in
-// registers, while these are scored.
-template <int kTiles, typename T, int kHeadDim, typename Wait, typename Store>
+// calls store(first_page, num_tiles, own_page, score) in all lanes: each has the score of a page of these tiles, on
+// which heads have agreed, which may lie past the last page, or kNoPage. There is a page. All threads call it. The next
+// tiles are on their way, in registers, while these are scored.
+template <int kTiles, typename T, int kHeadDim, typename Wait, typename Agree, typename Store>
 __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, Wait wait_for_query,
-                            int first_page, int step, int end_page, Store store) {
+                            int first_page, int step, int end_page, Agree& agree, Store store) {
     using Page = typename WideBounds<T, kHeadDim>::Page;
     const int group_idx = threadIdx.x % kWarpSize / 4;
     Page low[kTiles], high[kTiles];  // pages group_idx and group_idx + 8
@@ -325,13 +414,15 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile, first_page += step) {
             if (tile > 0 && first_page >= end_page) break;
-            float2 scores[1] = {{-INFINITY, -INFINITY}};
+            float2 scores[1];
             for (int head_tile = 0; head_tile < input.num_head_tiles; ++head_tile) {
-                scores[0] = larger(scores[0], bounds.score(low[tile], high[tile], input.queries, head_tile));
+                const float4 of_heads = bounds.score(low[tile], high[tile], input.queries, head_tile, input.width);
+                const float2 of_tile = agree.of(of_heads, head_tile, first_page + group_idx);
+                scores[0] = head_tile == 0 ? of_tile : join(agree, scores[0], of_tile);
             }
             const int next_page = first_page + kTiles * step;
             if (next_page < end_page) load(tile, next_page);
-            const float score = deal_largest(scores);
+            const float score = deal(agree, scores);
             store(first_page, 1, find_own_page(first_page, 1, step, end_page), score);
         }
     }
@@ -340,9 +431,9 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
 // The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a quad's
 // own channels would be 32 bytes of each of eight lines. The first pages are on their way before the query is waited
 // for, which may take as long as they do.
-template <int kTiles, typename T, int kHeadDim, typename Wait, typename Store>
+template <int kTiles, typename T, int kHeadDim, typename Wait, typename Agree, typename Store>
 __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, Wait wait_for_query,
-                            int first_page, int step, int end_page, Store store) {
+                            int first_page, int step, int end_page, Agree& agree, Store store) {
     using Narrow = NarrowBounds<T, kHeadDim>;
     constexpr int kTileBytes = count_tile_bytes(kHeadDim);
     const int lane_idx = threadIdx.x % kWarpSize;
@@ -359,10 +450,14 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
         }
         commit_copies();
     };
+    typename Narrow::Head head;
+    constexpr bool kIsThere = std::is_same_v<Wait, QueryIsThere>;
+    if constexpr (kIsThere) head.load(input.own_head(0));
     auto scales = load_scales();
     copy();
     wait_for_query();
-    typename Narrow::Query query{typename Narrow::Head(input.own_head(0))};
+    if constexpr (!kIsThere) head.load(input.own_head(0));
+    typename Narrow::Query query(head, input.width);
     const bool is_stored = is_query_stored(input.num_head_tiles, kHeadDim);
     if (is_stored) {
         bounds.store_queries(input);
@@ -385,11 +480,12 @@ __device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T
             if (is_stored) bounds.load_query(query, input, head_tile);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
-                const float2 of_tile = bounds.score(tiles[i], query);
-                scores[i] = head_tile == 0 ? of_tile : larger(scores[i], of_tile);
+                const float4 of_heads = bounds.score(tiles[i], query);
+                const float2 of_tile = agree.of(of_heads, head_tile, page_idx + i * step + lane_idx / 4);
+                scores[i] = head_tile == 0 ? of_tile : join(agree, scores[i], of_tile);
             }
         }
-        store(page_idx, kTiles, find_own_page(page_idx, kTiles, step, end_page), deal_largest(scores));
+        store(page_idx, kTiles, find_own_page(page_idx, kTiles, step, end_page), deal(agree, scores));
     }
 }
 

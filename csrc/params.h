@@ -20,6 +20,17 @@ struct Launch {
     bool overlaps;  // may begin before the previous kernel ends (programmatic dependent launch, sm_90 and later)
 };
 
+// How the query heads of a KV head agree on pages: by their largest score, or by shares, each head's softmax over the
+// pages before the newest, of which a page gets the sum or the largest.
+enum class Agreement { kMax, kSum, kShare };
+
+// hf_quest/reference.py says what each is.
+struct Score {
+    float width;
+    bool keeps_first;
+    Agreement agreement;
+};
+
 // The storage of one layer: given here, or found on the device. A captured graph must not know where storage lies,
 // which may be other storage by the time it runs.
 struct Storage {
@@ -50,16 +61,19 @@ struct EstimateParams {
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size;
     float scaling;
+    Score score;
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
     Storage storage;
+    float2* head_sums;         // [B, Hkv, blocks, head tiles, 8], see count_head_sums(); scratch
 };
 
 struct SelectParams {
     Launch launch;
     int num_rows, num_kv_heads, page_size, num_selected;
+    bool keeps_first;
     const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
     Storage storage;
@@ -71,6 +85,7 @@ struct AttendParams {
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size, num_selected, num_splits;
     float scaling, softcap;    // softcap 0 for none
+    Score score;               // of launch_chain
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
@@ -128,6 +143,7 @@ constexpr int padded_group(int group_size) {
 
 cudaError_t launch_append(const AppendParams& params);
 cudaError_t launch_estimate(const EstimateParams& params);
+int64_t count_head_sums(const EstimateParams& params);  // 0 where heads don't agree by shares
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
 

@@ -1,4 +1,5 @@
-// select: the newest page and the highest-scoring earlier ones of one row and KV head, ascending, by one block.
+// select: the newest page, the first one where it is kept, and the highest-scoring others of one row and KV head,
+// ascending, by one block.
 //
 // Scores become unsigned keys of the same order, in shared memory if they fit there, and select.cuh does the rest. The
 // highest keys of groups of pages tell how high a page must be to be taken at all; the few that are so high go into a
@@ -33,19 +34,20 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams 
     const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
     const int page_shift = __ffs(params.page_size) - 1;
     const int newest_page = num_tokens > 0 ? int((num_tokens - 1) >> page_shift) : -1;
-    const int num_wanted = params.num_selected - 1;  // of the pages before the newest
-    if (newest_page <= num_wanted) {
+    if (newest_page < params.num_selected) {
         for (int idx = threadIdx.x; idx < params.num_selected; idx += kThreads) {
             page_ids[idx] = idx <= newest_page ? idx : -1;
         }
         return;
     }
 
+    const int num_kept = params.keeps_first && params.num_selected > 1 ? 1 : 0;  // of the first pages
     const auto key_of = [&](int page_idx) { return order_of(__ldcg(scores + page_idx)); };
     const auto select = [&](auto keys) {
         __syncthreads();
         const auto when_listed = [](int) {};
-        const auto tell = [&](int page_idx, int place) { page_ids[place] = page_idx; };
+        const auto tell = [&](int page_idx, int place) { page_ids[num_kept + place] = page_idx; };
+        const int num_wanted = params.num_selected - 1 - num_kept;
         select_pages(shared.selection, shared.listed, newest_page, num_wanted, keys, when_listed, tell);
     };
     if (newest_page <= kMaxKeys) {
@@ -60,14 +62,16 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectParams 
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int idx = first + i * kThreads;
-                if (idx < num_keys) shared.keys[idx] = idx < newest_page ? keys[i] : 0;
+                if (idx < num_keys) shared.keys[idx] = idx >= num_kept && idx < newest_page ? keys[i] : 0;
             }
         }
         select(SharedKeys{shared.keys});
     } else {
-        select(DistantKeys(key_of, newest_page));
+        select(DistantKeys([&](int idx) { return idx < num_kept ? 0 : key_of(idx); }, newest_page));
     }
-    if (threadIdx.x == 0) page_ids[num_wanted] = newest_page;
+    if (threadIdx.x > 0) return;
+    if (num_kept > 0) page_ids[0] = 0;
+    page_ids[params.num_selected - 1] = newest_page;
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ struct Selector {
         }
         __syncthreads();
         const unsigned lowest = shared.lowest_less_one + 1, highest = shared.highest;
-        if (num_wanted > num_keys / num_each) return {1, highest};
+        if (num_wanted > (num_keys - 1) / num_each) return {1, highest};
         const int shift = max(32 - __clz(highest - lowest) - kDigitBits, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -264,8 +264,9 @@ struct Selector {
 
 // Finds the `num_wanted` pages with the highest keys, of equal ones the first, and calls tell(page, place) for each in
 // one thread, places in ascending order of pages. keys.quad(i) are those of pages 4 i to 4 i + 3, or 0 for those past
-// the last. Every thread of the block calls it. On the way, once `listed` holds the n pages that may still be taken,
-// every thread calls when_listed(n), unless they are too many for a list.
+// the last. The first page's may be 0, too: then it is not taken. Every thread of the block calls it. On the way, once
+// `listed` holds the n pages that may still be taken, every thread calls when_listed(n), unless they are too many for a
+// list.
 template <int kThreads, int kMaxListed, typename Keys, typename WhenListed, typename Tell>
 __device__ void select_pages(SharedSelection<kThreads>& shared, uint64_t (&listed)[kMaxListed], int num_keys,
                              int num_wanted, Keys keys, WhenListed when_listed, Tell tell) {

@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import generation
+from . import generation, reference
 from .errors import QuestError
 from .layers import QuestLayer
 from .local import LocalLayer, reaches_of
@@ -29,9 +29,9 @@ class QuestCache(Cache):
     `past_key_values`.
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
-    for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
-    more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. While
-    `generate` is in assisted decoding every drafted token selects for itself, as if fed alone.
+    for each KV head, the newest page, the first and those that may matter most to the query, `budget` tokens in all.
+    Where no more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`.
+    While `generate` is in assisted decoding every drafted token selects for itself, as if fed alone.
 
     Layers with a window or chunks keep what their next token can reach and a little more. Any attention mask is obeyed;
     a layer whose mask of one new token hides more than left padding attends everything that it shows. Gradients flow in
@@ -49,6 +49,9 @@ class QuestCache(Cache):
         bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
             bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
             the paper.
+        score: how pages are scored. "default": the middle of q·k within a page's bounds and half of its half width, the
+            row's first page kept, which loses several times less on pretrained models than "published", the paper's
+            upper bound. Or a `hf_quest.reference.Score`.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -66,6 +69,7 @@ class QuestCache(Cache):
         compile=True,
         prefill=None,
         bounds_dtype=torch.int8,
+        score="default",
     ):
         if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
             raise ValueError(
@@ -87,7 +91,8 @@ class QuestCache(Cache):
         if bounds_dtype not in (torch.int8, None):
             raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
         budget = _checked_budget(budget, page_size)
-        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
+        score = _checked_score(score)
+        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill, score=score)
         self.config = None  # of the model, as its mask function knows it
         self.compile = compile
         super().__init__(layers=[])
@@ -436,6 +441,17 @@ def _checked_budget(budget, page_size):
     if not _is_int(budget) or budget < 2 * page_size:
         raise ValueError(
             f"budget is a number of tokens and at least two pages, {2 * page_size} tokens with page_size={page_size}: "
-            f"the newest page and one to choose. It is {budget!r}."
+            f"the newest page and one more. It is {budget!r}."
         )
     return budget
+
+
+def _checked_score(score):
+    """The `reference.Score` that `score` names or is."""
+    found = reference.SCORES.get(score) if isinstance(score, str) else score
+    if not isinstance(found, reference.Score):
+        names = ", ".join(map(repr, reference.SCORES))
+        raise ValueError(f"score is one of {names} or a hf_quest.reference.Score, not {score!r}.")
+    if not 0 <= found.width <= 1 or found.group not in reference.GROUPS:
+        raise ValueError(f"A Score has a width from 0 to 1 and a group of {reference.GROUPS}, unlike {found!r}.")
+    return found

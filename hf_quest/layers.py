@@ -389,10 +389,12 @@ class QuestLayer(Layer):
 
     def select(self, query, length, scaling):
         """The pages of the newest T tokens' queries, [B, Hq, T, D]: `reference.estimate` and `reference.select`."""
-        num_pages = None if self.settings.is_captured else self._num_pages(length)
+        settings = self.settings
+        num_pages = None if settings.is_captured else self._num_pages(length)
         bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
-        scores = reference.estimate(query, *bounds, scaling)
-        return reference.select(scores, length, self.padding, self.settings.num_selected, self.settings.page_size)
+        where = (length, self.padding)
+        scores = reference.estimate(query, *bounds, *where, settings.page_size, scaling, settings.score)
+        return reference.select(scores, *where, settings.num_selected, settings.page_size, settings.score.keeps_first)
 
     def _record(self, query, page_ids, scaling, softcap, sinks):
         if self.settings.recorder is not None:
@@ -450,7 +452,8 @@ class QuestLayer(Layer):
             page_ids = None  # which nobody asks for
             if settings.recorder is not None:
                 page_ids = self.padding.new_empty(*self.keys.shape[:2], 1, settings.num_selected)
-            output = by_kernel.chain(query, *stored, *where, settings.num_selected, *options, page_ids)
+            where += (settings.num_selected,)
+            output = by_kernel.chain(query, *stored, *where, *options, page_ids, *settings.score)
             if page_ids is not None:
                 self._record(query, page_ids, scaling, softcap, sinks)
             return output
@@ -474,6 +477,7 @@ class QuestLayer(Layer):
             scaling,
             softcap,
             sinks,
+            settings.score,
         )
 
     def find_addresses(self):

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from . import _build
+from .reference import GROUPS, PUBLISHED
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -31,9 +32,12 @@ library.define(
 )
 library.define(
     "estimate(Tensor query, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, int page_size, "
-    "float scaling) -> Tensor"
+    "float scaling, float width=1.0, str group='max') -> Tensor"
 )
-library.define("select(Tensor scores, Tensor length, Tensor padding, int num_selected, int page_size) -> Tensor")
+library.define(
+    "select(Tensor scores, Tensor length, Tensor padding, int num_selected, int page_size, "
+    "bool keeps_first=False) -> Tensor"
+)
 library.define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor? page_ids, Tensor length, Tensor padding, "
     "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
@@ -41,12 +45,12 @@ library.define(
 library.define(
     "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, "
     "int num_selected, int page_size, float scaling, float? softcap=None, Tensor? sinks=None, "
-    "Tensor(a!)? page_ids=None) -> Tensor"
+    "Tensor(a!)? page_ids=None, float width=1.0, bool keeps_first=False, str group='max') -> Tensor"
 )
 library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
-    "Tensor? sinks=None) -> Tensor"
+    "Tensor? sinks=None, float width=1.0, bool keeps_first=False, str group='max') -> Tensor"
 )
 
 library.define(
@@ -102,15 +106,16 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
     torch.ops.hf_quest.append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size)
 
 
-def estimate(query, bounds, scales, length, padding, page_size, scaling):
-    """Page scores [B, Hkv, 1, P] float32; those of pages without a token are undefined.
+def estimate(query, bounds, scales, length, padding, page_size, scaling, score=PUBLISHED):
+    """Page scores [B, Hkv, 1, P] float32; those of the newest page and later ones are undefined.
 
-    With bounds in 8 bits the query is rounded too, in each head by 2^-22 of its largest channel at most.
+    With bounds in 8 bits their weights are rounded, in each head by 2^-21 of its largest channel at most.
 
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
         length: [1] int64. padding: [B] int64.
+        score: a `reference.Score`.
     """
     batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
     _check_page_size(page_size)
@@ -118,15 +123,19 @@ def estimate(query, bounds, scales, length, padding, page_size, scaling):
     _check_bounds(bounds, scales, query, (query.shape[0], num_kv_heads, num_pages))
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
-    return torch.ops.hf_quest.estimate(query, bounds, scales, length, padding, page_size, scaling)
+    _check_score(score)
+    return torch.ops.hf_quest.estimate(
+        query, bounds, scales, length, padding, page_size, scaling, score.width, score.group
+    )
 
 
-def select(scores, length, padding, num_selected, page_size):
+def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     """Page ids [B, Hkv, 1, K] int64, ascending, then -1. Scores of the newest page and later ones are not read.
 
     Args:
         scores: [B, Hkv, 1, P] float32.
         length: [1] int64. padding: [B] int64.
+        keeps_first: as in `reference.Score`.
     """
     batch_size, num_kv_heads, _, num_pages = scores.shape
     _check_page_size(page_size)
@@ -134,7 +143,7 @@ def select(scores, length, padding, num_selected, page_size):
     _check("length", length, scores.device, (torch.int64,), (1,))
     _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
     _check_num_selected(num_selected)
-    return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size)
+    return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size, keeps_first)
 
 
 def attend(query, keys, values, page_ids, length, padding, page_size, scaling, softcap=None, sinks=None, counters=None):
@@ -183,11 +192,13 @@ def chain(
     softcap=None,
     sinks=None,
     page_ids=None,
+    score=PUBLISHED,
 ):
     """`estimate`, `select` and `attend`, in one kernel where the GPU has thread block clusters (sm_90 and later).
 
     Args:
-        num_selected: K. `page_ids`: [B, Hkv, 1, K] int64, mutated to what was selected, or None. The others as there.
+        num_selected: K. `page_ids`: [B, Hkv, 1, K] int64, mutated to what was selected, or None. `score`: a
+            `reference.Score`. The others as there.
 
     Returns:
         [B, Hq, 1, D].
@@ -205,9 +216,9 @@ def chain(
         _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
     if page_ids is not None:
         _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, num_selected))
-    return torch.ops.hf_quest.chain(
-        query, keys, values, bounds, scales, length, padding, num_selected, page_size, scaling, softcap, sinks, page_ids
-    )
+    _check_score(score)
+    where = (length, padding, num_selected, page_size, scaling)
+    return torch.ops.hf_quest.chain(query, keys, values, bounds, scales, *where, softcap, sinks, page_ids, *score)
 
 
 def decode(
@@ -224,6 +235,7 @@ def decode(
     scaling,
     softcap=None,
     sinks=None,
+    score=PUBLISHED,
 ):
     """A decode step of one layer, all four stages: append, estimate and select unless it is dense, attend.
 
@@ -238,6 +250,7 @@ def decode(
             scores ([B, Hkv, 1, P] float32, to work in), each 0 where there are none, and its capacity in slots.
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
+        score: a `reference.Score`.
 
     Returns:
         [B, Hq, 1, D].
@@ -251,6 +264,7 @@ def decode(
     _check("addresses", addresses, query.device, (torch.int64,), (len(addresses), NUM_ADDRESSES))
     _check("length", length, query.device, (torch.int64,), (1,))
     _check("padding", padding, query.device, (torch.int64,), (batch_size,))
+    _check_score(score)
     return torch.ops.hf_quest.decode(
         query,
         new_keys,
@@ -265,6 +279,7 @@ def decode(
         scaling,
         softcap,
         sinks,
+        *score,
     )
 
 
@@ -371,6 +386,11 @@ def _check_num_selected(num_selected):
         raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
 
 
+def _check_score(score):
+    if not 0 <= score.width <= 1 or score.group not in GROUPS:
+        raise ValueError(f"score must have a width from 0 to 1 and a group of {GROUPS}; it is {score}.")
+
+
 def _check_bounds(bounds, scales, keys, pages):
     """Raise unless these are bounds in the dtype of `keys` and on its device, or in 8 bits, of `pages`, (B, Hkv, P)."""
     head_dim = keys.shape[-1]
@@ -430,13 +450,13 @@ def _(keys, values, bounds, scales, new_keys, new_values, length, padding, page_
 
 
 @torch.library.register_fake("hf_quest::estimate", lib=library)
-def _(query, bounds, scales, length, padding, page_size, scaling):
+def _(query, bounds, *settings, **options):
     batch_size, num_kv_heads, num_pages = bounds.shape[:3]
     return query.new_empty((batch_size, num_kv_heads, 1, num_pages), dtype=torch.float32)
 
 
 @torch.library.register_fake("hf_quest::select", lib=library)
-def _(scores, length, padding, num_selected, page_size):
+def _(scores, length, padding, num_selected, *settings, **options):
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
@@ -451,7 +471,7 @@ def _(query, keys, *rest, **options):
 
 
 @torch.library.register_fake("hf_quest::decode", lib=library)
-def _(query, new_keys, new_values, addresses, length, padding, layer_idx, num_kv_heads, *settings):
+def _(query, new_keys, new_values, addresses, *settings, **options):
     return query.new_empty(query.shape)
 
 

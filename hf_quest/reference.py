@@ -13,11 +13,30 @@ left-padded row has the pages that it would have alone. Query `t` of `T` is the 
 `length` counts the filled slots; it sees itself and what is before it.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 INT64 = torch.iinfo(torch.int64)
 SCALE_BLOCK = 32  # neighbouring channels that share a scale in bounds of 8 bits
+LARGEST_SCORE = 1e30  # what infinite scores, and those that are not numbers, count as in a softmax
+
+
+class Score(NamedTuple):
+    """How pages are scored, and whether a row's first page is one of those that need no score."""
+
+    width: float  # share of the half width of a page's bounds that counts, 0 to 1: with 1 the score is an upper bound
+    keeps_first: bool  # the first page, where attention sinks are, is selected as the newest is
+    group: str  # how the query heads of a KV head agree, see reduce_group: "max", "sum" or "share"
+
+
+PUBLISHED = Score(width=1.0, keeps_first=False, group="max")  # Quest, section 3.3
+GROUPS = ("max", "sum", "share")
+DEFAULT = Score(
+    width=0.5, keeps_first=True, group="max"
+)  # what loses least on pretrained models and costs no step more
+SCORES = {"default": DEFAULT, "published": PUBLISHED}  # by the names that a QuestCache knows
 
 
 def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
@@ -100,41 +119,60 @@ def from_8_bits(bounds, scales):
     return bounds.float().mul_(by_channel[..., None, : bounds.shape[-1]])
 
 
-def estimate(query, bounds, scales, scaling):
-    """Score every page by an upper bound of the attention logit of any key in it (Quest, section 3.3, algorithm 1).
+def estimate(query, bounds, scales, length, padding, page_size, scaling, score=PUBLISHED):
+    """Score every page by its bounds: an upper bound of the attention logit of any key in it (Quest, section 3.3,
+    algorithm 1), or something below that, which says more about the keys.
 
     The bound of q·k over a page is Σ_d max(q_d·min_d, q_d·max_d): the minimum counts where q_d is negative, the
-    maximum where it is positive, which makes it one product of [min(q, 0), max(q, 0)] with [min, max].
+    maximum where it is positive, which makes it one product of [min(q, 0), max(q, 0)] with [min, max]. That is
+    q·middle + Σ_d |q_d|·half width, of which `score.width` says how much of the second term counts. A part w of it
+    makes (1 + w) / 2 of what was the whole weight of an extreme, and gives the other extreme (1 - w) / 2 of it.
 
     Args:
         query: [B, Hq, T, D].
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
+        length, padding: as in `select`.
         scaling: float, what the model multiplies q·k with.
 
     Returns:
-        [B, Hkv, T, P] float32, one score per KV head: the largest among the query heads that share it.
+        [B, Hkv, T, P] float32, one score per KV head, on which the query heads that share it agree. Those of a query's
+        newest page and later ones mean nothing.
     """
     batch_size, _, num_queries, head_dim = query.shape
     num_kv_heads, num_pages = bounds.shape[1:3]
     query = query.float()
-    signed = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1).view(
-        batch_size, num_kv_heads, -1, 2 * head_dim
-    )
+    negative, positive = query.clamp(max=0), query.clamp(min=0)
+    if score.width != 1:
+        outer, inner = (1 + score.width) / 2, (1 - score.width) / 2
+        negative, positive = outer * negative + inner * positive, outer * positive + inner * negative
+    weights = torch.cat([negative, positive], dim=-1).view(batch_size, num_kv_heads, -1, 2 * head_dim)
     bounds = bounds.float() if scales is None else from_8_bits(bounds, scales)
-    scores = signed @ bounds.flatten(3).transpose(-1, -2)
-    return reduce_group(scores.view(batch_size, num_kv_heads, -1, num_queries, num_pages)) * scaling
+    scores = weights @ bounds.flatten(3).transpose(-1, -2)
+    scores = scores.view(batch_size, num_kv_heads, -1, num_queries, num_pages)
+    if score.group == "max" or scores.shape[2] == 1:
+        return reduce_group(scores, score.group) * scaling
+    page_idx = torch.arange(num_pages, device=scores.device)
+    is_later = page_idx >= newest_page(num_queries, length, padding, page_size)[:, None, None, :, None]
+    return reduce_group(scores * scaling, score.group, is_later)
 
 
-def reduce_group(scores):
+def reduce_group(scores, group, is_later=None):
     """[B, Hkv, G, T, P] to [B, Hkv, T, P]: how the query heads that share a KV head agree on its pages.
 
-    By max a page that one head needs is read for all. Measured against mean and voting it alone loses no recall, even
-    at four pages.
+    By their largest score (`max`), so that a page that one head needs is read for all; or by shares, each head's
+    softmax over the pages that are not `is_later`, of which a page gets the sum (`sum`), about the attention that it
+    would be paid by all, or the largest (`share`). A single head's softmax has the order of its scores, which are left
+    as they are.
     """
-    return scores.amax(dim=2)
+    if group == "max" or scores.shape[2] == 1:
+        return scores.amax(dim=2)
+    # What is not finite is chosen first, and takes nothing from the others' order among themselves but the weight.
+    scores = scores.nan_to_num(torch.inf).clamp(-LARGEST_SCORE, LARGEST_SCORE)
+    shares = scores.masked_fill(is_later, -torch.inf).softmax(dim=-1)
+    return shares.sum(dim=2) if group == "sum" else shares.amax(dim=2)
 
 
-def select(scores, length, padding, num_selected, page_size):
+def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     """Choose, for every query, its newest page and the highest-scoring earlier ones (Quest, section 3.3).
 
     Args:
@@ -142,16 +180,19 @@ def select(scores, length, padding, num_selected, page_size):
         length: slots filled, the queries' own included, as in `append`.
         padding: [B] int64.
         num_selected: K, pages to choose, the newest one included. Equal scores resolve to the lower page index.
+        keeps_first: whether the row's first page is chosen whatever its score, if K is 2 or more.
 
     Returns:
         [B, Hkv, T, K] int64 page ids, ascending; -1 fills up where a query has fewer than K pages.
     """
     page_idx = torch.arange(scores.shape[-1], device=scores.device)
-    newest_page = ((visible_tokens(scores.shape[2], length, padding) - 1) // page_size)[:, None, :, None]
+    newest = newest_page(scores.shape[2], length, padding, page_size)[:, None, :, None]
     rank = order_of(scores) - page_idx
-    rank = rank.masked_fill(page_idx == newest_page, INT64.max).masked_fill(page_idx > newest_page, INT64.min)
+    if keeps_first:
+        rank[..., 0] = INT64.max - 1
+    rank = rank.masked_fill(page_idx == newest, INT64.max).masked_fill(page_idx > newest, INT64.min)
     page_ids = rank.topk(min(num_selected, len(page_idx)), dim=-1).indices
-    page_ids = page_ids.masked_fill(page_ids > newest_page, INT64.max).sort(dim=-1).values
+    page_ids = page_ids.masked_fill(page_ids > newest, INT64.max).sort(dim=-1).values
     page_ids = page_ids.masked_fill(page_ids == INT64.max, -1)
     return F.pad(page_ids, (0, num_selected - page_ids.shape[-1]), value=-1)
 
@@ -211,3 +252,8 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
 def visible_tokens(num_queries, length, padding):
     """[B, T]: how many tokens of its row each query sees, itself included and padding left out."""
     return torch.arange(1 - num_queries, 1, device=padding.device) + length - padding[:, None]
+
+
+def newest_page(num_queries, length, padding, page_size):
+    """[B, T]: the page of each query's own token."""
+    return (visible_tokens(num_queries, length, padding) - 1) // page_size

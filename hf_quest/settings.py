@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import reference
 from .masks import Masks
 from .prefill import BlockScores, CritiPrefill
 
@@ -49,6 +50,7 @@ class Settings:
     masks: Masks = field(default_factory=Masks)
     saw_autocast: bool = False  # so that keys and values of several dtypes come from one model
     common: list = field(default_factory=list)  # [B][B] slots from the first on that two rows are known to share
+    score: reference.Score = reference.DEFAULT
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
     @property

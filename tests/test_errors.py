@@ -45,6 +45,16 @@ def assert_usable(model, cache):
         ({"max_cache_len": 0}, "max_cache_len is a number of tokens, or None for a cache that grows, not 0"),
         ({"bounds_dtype": torch.bfloat16}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not torch"),
         ({"bounds_dtype": "int8"}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not 'int8'"),
+        ({"score": "best"}, "score is one of 'default', 'published' or a hf_quest.reference.Score, not 'best'"),
+        ({"score": 0.5}, "score is one of 'default', 'published' or a hf_quest.reference.Score, not 0.5"),
+        (
+            {"score": reference.Score(1.5, True, "max")},
+            "A Score has a width from 0 to 1 and a group of .*, unlike Score.width=1.5",
+        ),
+        (
+            {"score": reference.Score(0.5, True, "mean")},
+            "A Score has .* a group of .'max', 'sum', 'share'., unlike .*'mean'",
+        ),
         ({"bounds_dtype": 8}, "bounds_dtype is torch.int8, or None for the dtype of the keys, not 8"),
     ],
     ids=str,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_select_on_cpu import LOWEST, scores_of_every_size
 
 from hf_quest import ops, reference
+from hf_quest.reference import DEFAULT, PUBLISHED, Score
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -31,6 +32,13 @@ SHAPES = {  # Hkv, G, D, S
     "gqa32-96-page16": (1, 32, 96, 16),
     "gqa2-256-page32": (2, 2, 256, 32),
     "gqa16-256-page16": (1, 16, 256, 16),
+}
+
+OTHER_SCORES = {
+    "default": DEFAULT,
+    "middle": Score(0.0, False, "max"),
+    "sum": Score(0.5, True, "sum"),
+    "share": Score(0.25, False, "share"),
 }
 
 
@@ -62,14 +70,15 @@ class Stored:
     def buffers(self):
         return self.keys, self.values, self.bounds, self.scales
 
-    def estimate(self):
-        return ops.estimate(self.query, self.bounds, self.scales, *self.where, self.page_size, self.scaling)
+    def estimate(self, score=PUBLISHED):
+        return ops.estimate(self.query, self.bounds, self.scales, *self.where, self.page_size, self.scaling, score)
 
-    def reference_estimate(self):
-        return reference.estimate(self.query, self.bounds, self.scales, self.scaling)
+    def reference_estimate(self, score=PUBLISHED):
+        where = (self.num_tokens, self.padding, self.page_size)
+        return reference.estimate(self.query, self.bounds, self.scales, *where, self.scaling, score)
 
-    def select(self, scores, num_selected):
-        return ops.select(scores, *self.where, num_selected, self.page_size)
+    def select(self, scores, num_selected, keeps_first=False):
+        return ops.select(scores, *self.where, num_selected, self.page_size, keeps_first)
 
     def attend(self, page_ids, **options):
         where = (*self.where, self.page_size, self.scaling)
@@ -325,6 +334,52 @@ class TestEstimate:
             assert_within_twice(*row_of)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("score", OTHER_SCORES.values(), ids=OTHER_SCORES)
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_other_scores_are_those_of_their_definition(self, shape, score, dtype, bounds_dtype):
+        self.check_definition(store(shape, 700, paddings(700), dtype, bounds_dtype=bounds_dtype), score)
+
+    @pytest.mark.parametrize("score", OTHER_SCORES.values(), ids=OTHER_SCORES)
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    def test_other_scores_at_every_length(self, num_tokens, score, bounds_dtype):
+        stored = store((2, 4, 128, 16), num_tokens, paddings(num_tokens)[:2], bounds_dtype=bounds_dtype)
+        self.check_definition(stored, score)
+
+    @staticmethod
+    def check_definition(stored, score):
+        """Against float64, for the pages before the newest."""
+        low, high = stored.bounds.double().unbind(dim=3)
+        if stored.scales is not None:
+            low, high = reference.from_8_bits(stored.bounds, stored.scales).double().unbind(dim=3)
+        query = stored.query.double().unflatten(1, (stored.keys.shape[1], -1))[..., 0, :]  # [B, Hkv, G, D]
+        middles = query @ ((high + low) / 2).mT
+        logits = stored.scaling * (middles + score.width * query.abs() @ ((high - low) / 2).mT)  # [B, Hkv, G, P]
+        # Weights in 8 bits are rounded by 2^-21 of a group's largest channel at most, and up to 32 sums are float32.
+        largest = query.abs().amax(dim=(2, 3))[..., None]
+        slack = 2**-20 * stored.scaling * largest * (low.abs() + high.abs()).sum(dim=-1)  # [B, Hkv, P]
+        actual = stored.estimate(score)[:, :, 0].double()
+        for row, padding in enumerate(stored.padding.tolist()):
+            earlier = (row, ..., slice((stored.num_tokens - padding - 1) // stored.page_size))
+            of_heads = logits[earlier]
+            if score.group == "max" or of_heads.shape[1] == 1:
+                assert ((actual[earlier] - of_heads.amax(dim=1)).abs() <= slack[earlier]).all()
+                continue
+            shares = of_heads.softmax(dim=-1)
+            shares = shares.sum(dim=1) if score.group == "sum" else shares.amax(dim=1)
+            # A softmax's logit and its normaliser may both be off, and 2^x by some units in the last place.
+            rtol = 2 * slack[earlier].max().item() + 1e-5 if shares.numel() else 0
+            torch.testing.assert_close(actual[earlier], shares, rtol=rtol, atol=1e-36)
+
+    @pytest.mark.parametrize("scale", [1e-3, 1e3, 1e30])
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_the_shares_of_a_head_add_up_to_one(self, shape, scale, bounds_dtype):
+        stored = store(shape, 1000, scale=scale, bounds_dtype=bounds_dtype)
+        shares = stored.estimate(OTHER_SCORES["sum"])[..., : 999 // stored.page_size]
+        if shape[1] > 1:  # one head's are scores
+            # Float32 sums of up to 124 pages, and 2^x by some units in the last place.
+            torch.testing.assert_close(shares.sum(dim=-1), torch.full_like(shares[..., 0], shape[1]), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_a_score_is_an_upper_bound_of_every_logit_in_its_page(self, dtype, bounds_dtype):
         stored = store((2, 4, 128, 16), 1600, dtype=dtype, bounds_dtype=bounds_dtype)
         keys = stored.new_keys.float().unflatten(2, (-1, 16))
@@ -360,6 +415,17 @@ class TestSelect:
     def test_more_pages_than_shared_memory_holds(self, num_selected, make):
         self.check(300_007, num_selected, make)
 
+    @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
+    @pytest.mark.parametrize("num_tokens", [17, 1000, 4097, 131072])
+    @pytest.mark.parametrize("num_selected", [2, 3, 64])
+    def test_the_first_page_kept(self, num_tokens, num_selected, make):
+        self.check(num_tokens, num_selected, make, keeps_first=True)
+
+    @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
+    @pytest.mark.parametrize("num_selected", [2, 300, 8193])
+    def test_the_first_page_kept_of_more_than_shared_memory_holds(self, num_selected, make):
+        self.check(300_007, num_selected, make, keeps_first=True)
+
     @pytest.mark.parametrize("lowest", [LOWEST, -2.5])
     @pytest.mark.parametrize("highest", [torch.inf, torch.nan])
     def test_scores_of_every_size(self, lowest, highest):
@@ -379,7 +445,7 @@ class TestSelect:
             self.check(num_tokens, num_selected % 300 + 1, self.SCORES["normal" if seed % 2 else "ties"], seed)
 
     @staticmethod
-    def check(num_tokens, num_selected, make, seed=0):
+    def check(num_tokens, num_selected, make, seed=0, keeps_first=False):
         page_size = 16
         padding = torch.tensor(paddings(num_tokens), device=DEVICE)
         num_pages = -(-num_tokens // page_size) + 3
@@ -387,8 +453,9 @@ class TestSelect:
         newest = (num_tokens - padding - 1).div(page_size, rounding_mode="floor")
         is_read = torch.arange(num_pages, device=DEVICE) < newest[:, None, None, None]
         scores = scores.masked_fill(~is_read, torch.nan).contiguous()
-        page_ids = ops.select(scores, torch.tensor([num_tokens], device=DEVICE), padding, num_selected, page_size)
-        assert torch.equal(page_ids, reference.select(scores, num_tokens, padding, num_selected, page_size))
+        settings = (padding, num_selected, page_size, keeps_first)
+        page_ids = ops.select(scores, torch.tensor([num_tokens], device=DEVICE), *settings)
+        assert torch.equal(page_ids, reference.select(scores, num_tokens, *settings))
 
 
 class TestAttend:
@@ -545,15 +612,15 @@ class TestChain:
 class TestFusedChain:
     """`ops.chain` selects the pages that `estimate` and `select` select, bit for bit, and attends them."""
 
-    def check(self, stored, num_selected, softcap=None, sinks=None):
+    def check(self, stored, num_selected, softcap=None, sinks=None, score=PUBLISHED):
         page_ids = torch.full((*stored.keys.shape[:2], 1, num_selected), -7, device=DEVICE)
 
         def chain(keys, values, **options):
             where = (*stored.where, num_selected, stored.page_size, stored.scaling, softcap, sinks)
-            return ops.chain(stored.query, keys, values, stored.bounds, stored.scales, *where, **options)
+            return ops.chain(stored.query, keys, values, stored.bounds, stored.scales, *where, **options, score=score)
 
         output = chain(stored.keys, stored.values, page_ids=page_ids)
-        assert torch.equal(page_ids, stored.select(stored.estimate(), num_selected))
+        assert torch.equal(page_ids, stored.select(stored.estimate(score), num_selected, score.keeps_first))
         truth = stored.reference_attend(page_ids, softcap, sinks)
         assert_within_twice(output, truth, stored.attend(page_ids, softcap=softcap, sinks=sinks))
         assert torch.equal(chain(*poison_unselected(stored, page_ids)), output)
@@ -574,6 +641,18 @@ class TestFusedChain:
     def test_clusters_of_every_size_and_none(self, shape, num_tokens, bounds_dtype):
         self.check(store(shape, num_tokens, bounds_dtype=bounds_dtype), 128)
 
+    @pytest.mark.parametrize("score", OTHER_SCORES.values(), ids=OTHER_SCORES)
+    @pytest.mark.parametrize("num_selected", [3, 20])
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_other_scores(self, shape, num_selected, score, bounds_dtype):
+        self.check(store(shape, 1000, paddings(1000), bounds_dtype=bounds_dtype), num_selected, score=score)
+
+    @pytest.mark.parametrize("num_selected", [1, 2, 64])
+    @pytest.mark.parametrize("num_tokens", LENGTHS)
+    def test_the_first_page_kept_at_every_length(self, num_tokens, num_selected, bounds_dtype):
+        stored = store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype)
+        self.check(stored, num_selected, score=DEFAULT)
+
     @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sinks": True}], ids=str)
     def test_softcap_and_sinks(self, options, bounds_dtype):
         stored = store((2, 4, 128, 16), 1000, (0, 100), bounds_dtype=bounds_dtype)
@@ -583,22 +662,24 @@ class TestFusedChain:
     @pytest.mark.parametrize("num_values", [1, 2, 3, 100])
     @pytest.mark.parametrize("num_selected", [2, 30, 200, 400])
     @pytest.mark.parametrize(("page_size", "num_tokens"), [(16, 10_000), (8, 130_001)], ids=["shared", "global"])
-    def test_equal_scores(self, page_size, num_tokens, num_selected, num_values, bounds_dtype):
+    @pytest.mark.parametrize("score", [PUBLISHED, DEFAULT], ids=["paper", "default"])
+    def test_equal_scores(self, page_size, num_tokens, num_selected, num_values, score, bounds_dtype):
         """As many as shared memory holds, and more."""
         stored = store((2, 4, 128, page_size), num_tokens, (0, 333), bounds_dtype=bounds_dtype)
         value = torch.randint(num_values, stored.bounds.shape[:3], device=DEVICE) - num_values // 2
         stored.bounds[:] = value[..., None, None]
         if stored.scales is not None:
             stored.scales[:] = 127
-        self.check(stored, num_selected)
+        self.check(stored, num_selected, score=score)
 
     @pytest.mark.parametrize("scale", [1e-6, 1e4])
     def test_huge_and_tiny_keys(self, scale, bounds_dtype):
         self.check(store((2, 4, 128, 16), 5000, (0, 333), scale=scale, bounds_dtype=bounds_dtype), 40)
 
-    def test_more_scores_than_shared_memory_holds(self, bounds_dtype):
+    @pytest.mark.parametrize("score", [PUBLISHED, DEFAULT], ids=["paper", "default"])
+    def test_more_scores_than_shared_memory_holds(self, score, bounds_dtype):
         stored = store((64, 1, 64, 8), 8 * 2 * 25_000, bounds_dtype=bounds_dtype)
-        self.check(stored, 64)
+        self.check(stored, 64, score=score)
 
 
 class TestDecode:
@@ -623,8 +704,12 @@ class TestDecode:
         return moved, scores, torch.tensor([*row, capacity], device=DEVICE)
 
     @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
-    @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
-    def test_a_captured_graph_follows_the_storage(self, is_dense, bounds_dtype):
+    @pytest.mark.parametrize(
+        ("is_dense", "score"),
+        [(False, PUBLISHED), (False, DEFAULT), (False, OTHER_SCORES["sum"]), (True, PUBLISHED)],
+        ids=["paper", "default", "sum", "dense"],
+    )
+    def test_a_captured_graph_follows_the_storage(self, is_dense, score, bounds_dtype):
         num_prompt, num_steps = 100, 60
         stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
         buffers = poisoned_like(stored.buffers)
@@ -640,7 +725,7 @@ class TestDecode:
         def decode(key, value):
             num_selected = 0 if is_dense else self.NUM_SELECTED
             layer = (self.LAYER_IDX, 2, num_selected, 16, stored.scaling)
-            return ops.decode(query, key, value, addresses, *stored.where, *layer)
+            return ops.decode(query, key, value, addresses, *stored.where, *layer, score=score)
 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -659,8 +744,8 @@ class TestDecode:
             ops.append(*eager_buffers, key, value, *stored.where, 16)
             page_ids = None
             if not is_dense:
-                expected_scores = ops.estimate(query, *bounds, *stored.where, 16, stored.scaling)
-                page_ids = ops.select(expected_scores, *stored.where, self.NUM_SELECTED, 16)
+                expected_scores = ops.estimate(query, *bounds, *stored.where, 16, stored.scaling, score)
+                page_ids = ops.select(expected_scores, *stored.where, self.NUM_SELECTED, 16, score.keeps_first)
             expected = ops.attend(query, keys, values, page_ids, *stored.where, 16, stored.scaling)
             assert (output - expected).norm() <= 2**-8 * expected.norm()  # sums in another order, rounded to bfloat16
             assert torch.equal(decode(None, None), output)
@@ -685,6 +770,13 @@ def test_the_operators_are_what_their_schemas_say(op, bounds_dtype):
         ),
         "chain": (stored.query, *stored.buffers, *stored.where, 4, 16, 0.1),
     }
+    torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
+    if op == "estimate":
+        arguments[op] += (0.5, "sum")
+    elif op == "select":
+        arguments[op] += (True,)
+    elif op == "chain":
+        arguments[op] += (None, None, None, *DEFAULT)
     torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from hf_quest import _build, ops
+from hf_quest.reference import GROUPS, Score
 
 B, Hkv, G, D, S, P, K = 2, 3, 4, 128, 16, 10, 4
 
@@ -97,6 +98,22 @@ def test_schemas_declare_what_is_mutated():
 def mutated(op):
     arguments = getattr(torch.ops.hf_quest, op).default._schema.arguments
     return [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+
+
+@pytest.mark.parametrize("op", ["estimate", "chain"])
+@pytest.mark.parametrize(
+    "score", [Score(-0.1, True, "max"), Score(1.1, True, "max"), Score(0.5, True, "mean")], ids=str
+)
+def test_scores_are_checked(fake, op, score):
+    with pytest.raises(ValueError, match="score must have a width from 0 to 1 and a group of"):
+        call(op, fake, score=score)
+
+
+@pytest.mark.parametrize(("op", "shape"), [("estimate", (B, Hkv, 1, P)), ("chain", (B, Hkv * G, 1, D))])
+def test_scores_of_every_kind_are_taken(fake, op, shape):
+    for group in GROUPS:
+        assert call(op, fake, score=Score(0.5, True, group)).shape == shape
+    assert call("select", fake, keeps_first=True).shape == (B, Hkv, 1, K)
 
 
 WRONG = {

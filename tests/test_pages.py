@@ -19,10 +19,20 @@ def model():
     return make_model()
 
 
-@pytest.fixture(params=[torch.int8, None], ids=["8 bits", "wide"])
+SUMS_OF_SHARES = reference.Score(width=0.25, keeps_first=True, group="sum")
+KINDS = {
+    "8 bits": (torch.int8, "published", reference.PUBLISHED),
+    "wide": (None, "published", reference.PUBLISHED),
+    "default score": (torch.int8, "default", reference.DEFAULT),
+    "score of one's own": (torch.int8, SUMS_OF_SHARES, SUMS_OF_SHARES),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def read(request, model, monkeypatch):
     """(reads, cache, the selections that the reference makes from the same queries and cache)."""
-    cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1, bounds_dtype=request.param)
+    bounds_dtype, named, score = request.param
+    cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1, bounds_dtype=bounds_dtype, score=named)
     cache.recorder = reads = PageReads()
     expected = []
     attend = QuestLayer.attend
@@ -31,8 +41,9 @@ def read(request, model, monkeypatch):
         if layer.is_sparse:
             num_pages = -(-layer.length // PAGE_SIZE)
             bounds = [None if each is None else each[:, :, :num_pages] for each in (layer.bounds, layer.scales)]
-            scores = reference.estimate(query, *bounds, scaling)
-            page_ids = reference.select(scores, layer.length, layer.padding, BUDGET // PAGE_SIZE, PAGE_SIZE)
+            where = (layer.length, layer.padding)
+            scores = reference.estimate(query, *bounds, *where, PAGE_SIZE, scaling, score)
+            page_ids = reference.select(scores, *where, BUDGET // PAGE_SIZE, PAGE_SIZE, score.keeps_first)
             expected.append((layer.layer_idx, layer.length, page_ids))
         return attend(layer, query, scaling, softcap, sinks)
 

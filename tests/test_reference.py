@@ -52,13 +52,13 @@ class Stored:
         where = (self.length, self.padding, self.page_size)
         reference.refresh_bounds(self.keys, self.bounds, self.scales, num_new, *where)
 
-    def estimate(self, scaling=1.0):
+    def estimate(self, scaling=1.0, score=reference.PUBLISHED):
         bounds = [None if tensor is None else tensor[:, :, : self.num_pages] for tensor in (self.bounds, self.scales)]
-        return reference.estimate(self.query, *bounds, scaling)
+        return reference.estimate(self.query, *bounds, self.length, self.padding, self.page_size, scaling, score)
 
-    def select(self, num_selected, scores=None):
+    def select(self, num_selected, scores=None, keeps_first=False):
         scores = self.estimate() if scores is None else scores
-        return reference.select(scores, self.length, self.padding, num_selected, self.page_size)
+        return reference.select(scores, self.length, self.padding, num_selected, self.page_size, keeps_first)
 
     def attend(self, page_ids, **options):
         scaling = options.pop("scaling", self.query.shape[-1] ** -0.5)
@@ -358,6 +358,115 @@ class TestEightBits:
 def steps(scales, head_dim):
     """[D] float64, the scale of every channel."""
     return (2.0 ** (scales.double() - 127)).repeat_interleave(32)[:head_dim]
+
+
+WIDTHS = [0.0, 0.25, 0.5, 1.0]
+
+
+def scores_of_heads(stored, row, kv_head, query_idx, width, scaling):
+    """[G, n] float64: q·middle + width · Σ|q|·half width, of each head, for the pages before the query's newest one."""
+    group = stored.query.shape[1] // stored.keys.shape[1]
+    newest = (num_visible(stored, row, query_idx) - 1) // stored.page_size
+    low, high = stored.read_bounds()[row, kv_head, :newest].double().unbind(dim=1)  # [n, D] each
+    queries = stored.query[row, kv_head * group : (kv_head + 1) * group, query_idx].double()
+    middles = queries @ ((high + low) / 2).T
+    return scaling * (middles + width * (queries.abs() @ ((high - low) / 2).T))
+
+
+class TestScore:
+    """Scores other than the published one, and the first page kept."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(any_stored(), st.sampled_from(WIDTHS))
+    def test_largest_score_is_the_middle_and_a_share_of_the_half_width(self, stored, width):
+        scores = stored.estimate(0.25, reference.Score(width, False, "max"))
+        for row, kv_head, query_idx in all_queries(stored):
+            expected = scores_of_heads(stored, row, kv_head, query_idx, width, 0.25).amax(dim=0)
+            actual = scores[row, kv_head, query_idx, : len(expected)].double()
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+
+    @settings(max_examples=60, deadline=None)
+    @given(any_stored(), st.sampled_from(WIDTHS), st.sampled_from(["sum", "share"]))
+    def test_shares_are_each_head_s_softmax_over_the_pages_before_the_newest(self, stored, width, group):
+        scores = stored.estimate(0.25, reference.Score(width, False, group))
+        for row, kv_head, query_idx in all_queries(stored):
+            of_heads = scores_of_heads(stored, row, kv_head, query_idx, width, 0.25)
+            if len(of_heads) > 1:  # one head's scores have the order of its shares, and are left
+                of_heads = of_heads.softmax(dim=-1)
+            expected = of_heads.sum(dim=0) if group == "sum" else of_heads.amax(dim=0)
+            actual = scores[row, kv_head, query_idx, : len(expected)].double()
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32 against float64
+
+    @settings(max_examples=60, deadline=None)
+    @given(any_stored(), st.integers(1, 6))
+    def test_published_score_is_bit_for_bit_the_product_with_the_signed_query(self, stored, num_selected):
+        query = stored.query.float()
+        signed = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1)
+        signed = signed.view(len(stored.padding), stored.keys.shape[1], -1, signed.shape[-1])
+        bounds = stored.read_bounds().float()
+        products = (signed @ bounds.flatten(3).transpose(-1, -2)).unflatten(2, (-1, query.shape[2]))
+        expected = products.amax(dim=2) * 0.25
+        scores = stored.estimate(0.25, reference.PUBLISHED)
+        assert torch.equal(scores.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(stored.select(num_selected, scores), stored.select(num_selected, expected))
+
+    @pytest.mark.parametrize("group", ["sum", "share"])
+    def test_one_head_s_scores_are_left_as_they_are(self, group):
+        stored = store([0, 7], 100, heads=(2, 1))
+        largest, shares = (stored.estimate(score=reference.Score(0.5, True, name))[..., :6] for name in ("max", group))
+        assert torch.equal(largest, shares)
+
+    @pytest.mark.parametrize("group", ["sum", "share"])
+    def test_later_pages_have_no_part_in_shares(self, group):
+        stored = store([0, 5], 100, num_queries=4)
+        score = reference.Score(0.5, True, group)
+        expected = stored.estimate(score=score)
+        for row, padding in enumerate(stored.padding.tolist()):
+            stored.bounds[row, :, (100 - padding - 1) // 16 :] = 1e3
+        assert torch.equal(stored.estimate(score=score)[..., :5], expected[..., :5])
+
+    @pytest.mark.parametrize("group", ["sum", "share"])
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_a_page_whose_score_is_not_finite_is_selected(self, group, bad):
+        """So that attention is no less wrong than without pages, and as loudly."""
+        stored = store([0], 100)
+        stored.bounds[:, :, 3] = bad
+        scores = stored.estimate(score=reference.Score(0.5, False, group))
+        assert scores[..., :6].isfinite().all()
+        assert (stored.select(2, scores) == torch.tensor([3, 6])).all()
+
+    @pytest.mark.parametrize("scale", [1e-20, 1e30])
+    @pytest.mark.parametrize("group", ["sum", "share"])
+    def test_shares_of_huge_and_tiny_scores_are_numbers(self, group, scale):
+        stored = store([0], 100)
+        stored.bounds *= scale
+        scores = stored.estimate(score=reference.Score(0.5, True, group))[..., :6]
+        assert ((scores >= 0) & (scores <= 3)).all()
+
+    @settings(max_examples=100, deadline=None)
+    @given(any_stored(), st.integers(1, 6))
+    def test_the_first_page_is_kept_beside_the_newest_and_the_highest_scores(self, stored, num_selected):
+        scores = stored.estimate()
+        page_ids = stored.select(num_selected, scores, keeps_first=True)
+        assert page_ids.shape == (*scores.shape[:3], num_selected)
+        for row, kv_head, query_idx in all_queries(stored):
+            newest = (num_visible(stored, row, query_idx) - 1) // stored.page_size
+            earlier = scores[row, kv_head, query_idx, :newest].tolist()
+            kept = {newest, 0} if num_selected > 1 else {newest}
+            others = sorted(set(range(newest)) - kept, key=lambda page: (-earlier[page], page))
+            expected = sorted([*kept, *others[: num_selected - len(kept)]])
+            expected += [-1] * (num_selected - len(expected))
+            assert page_ids[row, kv_head, query_idx].tolist() == expected
+
+    @pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
+    def test_the_first_page_is_kept_whatever_its_score_and_others_have(self, score):
+        stored = store([0], 65)
+        for first, others in ((score, 7.0), (7.0, score)):
+            scores = torch.full((1, 2, 1, 5), others)
+            scores[..., 0] = first
+            assert (stored.select(3, scores, keeps_first=True) == torch.tensor([0, 1, 4])).all()
+            assert (stored.select(2, scores, keeps_first=True) == torch.tensor([0, 4])).all()
+            assert (stored.select(1, scores, keeps_first=True) == torch.tensor([4])).all()
 
 
 class TestEstimate:

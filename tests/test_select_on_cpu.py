@@ -53,14 +53,17 @@ def program(tmp_path_factory):
 
 @pytest.mark.parametrize(("num_threads", "num_pages", "num_wanted"), CASES)
 @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
-def test_pages_are_those_of_the_reference(program, make, num_threads, num_pages, num_wanted):
+@pytest.mark.parametrize("keeps_first", [False, True], ids=["published", "first page kept"])
+def test_pages_are_those_of_the_reference(program, make, num_threads, num_pages, num_wanted, keeps_first):
     torch.manual_seed(0)
     scores = make(num_pages)
-    command = [program, str(num_threads), str(num_wanted)]
+    num_wanted -= keeps_first
+    command = [program, str(num_threads), str(num_wanted), str(int(keeps_first))]
     result = subprocess.run(command, input=scores.numpy().tobytes(), capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
     page_size = 16
     with_newest = torch.cat([scores, torch.zeros(1)]).view(1, 1, 1, -1)
     num_tokens = (num_pages + 1) * page_size
-    expected = reference.select(with_newest, num_tokens, torch.zeros(1, dtype=torch.int64), num_wanted + 1, page_size)
-    assert np.frombuffer(result.stdout, dtype=np.int32).tolist() == expected[0, 0, 0, :-1].tolist()
+    where = (num_tokens, torch.zeros(1, dtype=torch.int64), num_wanted + 1 + keeps_first, page_size)
+    expected = reference.select(with_newest, *where, keeps_first)[0, 0, 0, int(keeps_first) : -1]
+    assert np.frombuffer(result.stdout, dtype=np.int32).tolist() == expected.tolist()
