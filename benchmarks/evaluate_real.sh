@@ -19,7 +19,7 @@ mkdir -p "$folder"
 methods=(
   published published,keeps_first=1 published,keeps_first=1,group=sum published,keeps_first=1,group=share
   published,page_size=8 published,page_size=32
-  half half,keeps_first=0 half,group=max half,group=share half,width=0.25 half,page_size=8 half,page_size=32
+  default default,keeps_first=0 half half,group=share default,width=0.25 default,page_size=8 default,page_size=32
   codes-pages,candidates=4 codes-tokens,candidates=4 codes-tokens codes-tokens,candidates=16 codes-tokens,candidates=0
   best-pages best-tokens
 )
@@ -30,7 +30,7 @@ ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samp
 ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512)
 budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
 if [ -n "${QUICK:-}" ]; then
-  names=(smollm2) methods=(published half codes-tokens best-pages best-tokens)
+  names=(smollm2) methods=(published default codes-tokens best-pages best-tokens)
   smollm2=(--length 384 --windows 2 --steps 16 --batch-size 2) budgets=(--budget 128)
   ruler_smollm2=(--length 512 --samples 2 --task niah_single_1 --max-new-tokens 12 --budget 128)
 fi

@@ -17,8 +17,8 @@ from hf_quest.evaluation.choices import CHOICES, Choice, attended_tokens, groupe
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.forced import Forced, chosen_attention, is_causal
 from hf_quest.evaluation.methods import load
-from hf_quest.evaluation.scores import PUBLISHED, Score
 from hf_quest.evaluation.selection import means, selection_table
+from hf_quest.reference import PUBLISHED, Score
 
 TEXT = heldout_text()[:40_000]
 FLOAT32 = {"rtol": 1e-3, "atol": 1e-3}  # logits of about 10, other orders of sums
@@ -29,7 +29,7 @@ LOCAL = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_wi
 def decoded(model, ids, num_steps, **settings):
     """[B, num_steps, V] log-probabilities of the next token in decode steps of a QuestCache."""
     model.set_attn_implementation("quest")
-    cache = QuestCache(**settings)
+    cache = QuestCache(score="published", **settings)
     model(ids[:, : -num_steps - 1], **{CACHE_NAME: cache})
     steps = [model(token, **{CACHE_NAME: cache}).logits for token in ids[:, -num_steps - 1 : -1].split(1, dim=1)]
     return torch.cat(steps, dim=1).log_softmax(dim=-1)
@@ -186,7 +186,7 @@ class TestChoices:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("snapkv", "There is no method 'snapkv'. The methods are published, half,"),
+            ("snapkv", "There is no method 'snapkv'. The methods are published, default, half,"),
             ("half,depth=2", "There is no setting 'depth' of a method. The settings are width,"),
             ("half,width=2", "width=2 is out of range"),
             ("half,page_size=1.5", "page_size=1.5 is out of range"),

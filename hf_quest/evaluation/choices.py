@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference import DEFAULT, GROUPS, PUBLISHED, Score
 from .scores import (
-    GROUPS,
-    PUBLISHED,
-    Score,
     agreed,
     bounds_of,
     by_bounds,
@@ -27,7 +25,7 @@ from .scores import (
 class Choice:
     """One way to choose, whatever the budget.
 
-    `width`, `keeps_first` and `group` say how pages are scored by their bounds of 8 or 16 bits, as `scores.Score` does.
+    `width`, `keeps_first` and `group` say how pages are scored by their bounds of 8 or 16 bits, as in reference.Score.
     With `by` bounds that chooses. With codes, keys in `bits` per channel on their page's own grid, it only finds the
     candidates, `candidates` times as many pages as the budget has (0: all pages, unscored), and the codes choose among
     them. With keys the true weights choose, which no estimate can better. `unit` is what is chosen, pages or tokens;
@@ -67,6 +65,7 @@ CODES = dataclasses.replace(HALF, by="codes", candidates=8)
 BEST = Choice(by="keys", group="sum")
 CHOICES = {
     "published": Choice(),
+    "default": Choice(*DEFAULT),
     "half": HALF,
     "codes-pages": CODES,
     "codes-tokens": dataclasses.replace(CODES, unit="tokens"),

@@ -5,6 +5,7 @@ token, since a question in one forward would be a prompt, and no method's work (
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -25,7 +26,13 @@ from ..baselines import H2OCache, StreamingLLMCache, TOVACache
 from ..cache import CACHE_NAME
 
 DENSE = "dense"
-CACHES = {"quest": QuestCache, "h2o": H2OCache, "tova": TOVACache, "streamingllm": StreamingLLMCache}
+CACHES = {
+    "quest": QuestCache,
+    "h2o": H2OCache,
+    "tova": TOVACache,
+    "streamingllm": StreamingLLMCache,
+    "quest-published": functools.partial(QuestCache, score="published"),
+}
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document
 # In one forward of a prefill, of all rows together, so that activations and masks stay bounded:

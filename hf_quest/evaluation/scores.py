@@ -1,34 +1,13 @@
 """What pages and tokens are scored by, in plain PyTorch. Letters in shapes are those of `reference.py`.
 
-The published bound is `reference.estimate`'s own, and pages are chosen by `reference.select`, so that what is measured
-is what a QuestCache does. The rest is what it could do.
+Bounds are scored by `reference.estimate` and pages chosen by `reference.select`, so that what is measured is what a
+QuestCache does. The rest is what it could do.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-
-GROUPS = ("max", "sum", "share")
-
-
-class Score(NamedTuple):
-    """How pages are scored by their bounds.
-
-    `width` is the share of the half width of a page's box that counts: with 1 the score is an upper bound.
-    `keeps_first` selects a row's first page whatever its score. `group` is how the query heads of a KV head agree: by
-    their largest score (`max`), or each by its softmax over the pages, of which a page gets the `sum` or the largest
-    `share`.
-    """
-
-    width: float
-    keeps_first: bool
-    group: str
-
-
-PUBLISHED = Score(width=1.0, keeps_first=False, group="max")
 
 
 def is_earlier(num_queries: int, length: int, page_size: int, device: torch.device) -> Tensor:
@@ -49,16 +28,12 @@ def no_padding(keys: Tensor) -> Tensor:
     return torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
 
 
-def by_bounds(query: Tensor, bounds: Tensor, length: int, page_size: int, scaling: float, score: Score) -> Tensor:
+def by_bounds(
+    query: Tensor, bounds: Tensor, length: int, page_size: int, scaling: float, score: reference.Score
+) -> Tensor:
     """[B, Hkv, T, P] scores of pages for [B, Hq, T, D] queries, the newest of `length` tokens."""
-    if score.width == 1 and score.group == "max":
-        return reference.estimate(query, bounds, None, scaling)
-    grouped = query.float().unflatten(1, (bounds.shape[1], -1))  # [B, Hkv, G, T, D]
-    lowest, highest = bounds.unbind(dim=3)
-    middle, half_width = (highest + lowest) / 2, (highest - lowest) / 2
-    scores = grouped @ middle[:, :, None].transpose(-1, -2)
-    scores += score.width * (grouped.abs() @ half_width[:, :, None].transpose(-1, -2))
-    return agreed(scores * scaling, score.group, is_earlier(query.shape[2], length, page_size, query.device))
+    where = (length, no_padding(query), page_size)
+    return reference.estimate(query, bounds, None, *where, scaling, score)
 
 
 def agreed(scores: Tensor, group: str, is_open: Tensor) -> Tensor:
@@ -71,9 +46,7 @@ def agreed(scores: Tensor, group: str, is_open: Tensor) -> Tensor:
 
 def select_pages(scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool) -> Tensor:
     """[B, Hkv, T, P] bool: the newest page and the best earlier ones, `num_selected` in all, by `reference.select`."""
-    if keeps_first:
-        scores = scores.index_fill(-1, torch.zeros(1, dtype=torch.int64, device=scores.device), torch.inf)
-    page_ids = reference.select(scores, length, no_padding(scores), num_selected, page_size)
+    page_ids = reference.select(scores, length, no_padding(scores), num_selected, page_size, keeps_first)
     is_selected = torch.zeros(*scores.shape[:3], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
     return is_selected.scatter(-1, page_ids.masked_fill(page_ids < 0, scores.shape[-1]), True)[..., :-1]
 
