@@ -1,7 +1,8 @@
 """Quest sparse attention for Hugging Face Transformers: `attn_implementation="quest"` and `QuestCache`."""
 
 from .attention import register
-from .cache import QuestCache, QuestError
+from .cache import QuestCache
+from .errors import QuestError
 from .prefill import CritiPrefill, prefill_progress
 from .recording import capture
 

@@ -1,18 +1,15 @@
-"""The registered attention and mask functions: which way a forward goes, dense or through the pages of a QuestCache."""
+"""The registered attention function: which way a forward goes, dense or through the pages of a QuestCache."""
 
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils import logging
 
-from .cache import MaskLength, QuestError, QuestLayer
-
-logger = logging.get_logger(__name__)
+from .errors import QuestError, say_once
+from .layers import Layer, QuestLayer
+from .masks import quest_mask
 
 # What a model may ask of its attention that only its own eager attention does everywhere.
 EAGER_ONLY = ("softcap", "s_aux", "sinks")
@@ -20,23 +17,12 @@ EAGER_ONLY = ("softcap", "s_aux", "sinks")
 NOT_SPARSE = ("position_bias", "indices", "block_indices")
 
 
-class Mask(torch.Tensor):
-    """An attention mask whose attributes go with it to another device, where a later layer of the model may be."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # else a plain tensor
-
-    def to(self, *args, **kwargs):
-        mask = super().to(*args, **kwargs).as_subclass(Mask)
-        mask.__dict__.update(self.__dict__)
-        return mask
-
-
 def quest_attention(module, query, key, value, attention_mask, **kwargs):
     """The attention function behind `attn_implementation="quest"`.
 
     Args:
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, N, D], with a QuestCache the views that its layer returned.
+        key, value: [B, Hkv, N, D], with a QuestCache what its layer returned.
         attention_mask: bool or float, broadcastable to [B, Hq, T, N], or None for causal attention.
 
     Returns:
@@ -47,77 +33,116 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward was given no QuestCache.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    if not isinstance(layer, QuestLayer):  # one of the baselines
+    if not isinstance(layer, Layer):  # one of the baselines
         return layer.attention(module, query, key, value, attention_mask, **kwargs)
+    check_is_causal(module, layer)
+    query = layer.autocast(query)
     if layer.settings.is_captured and not layer.pending:
         return captured_attention(layer, module, query, attention_mask, **kwargs)
     if layer.pending:
         # Further calls of this forward come from layers that share these keys and values, and may slice the mask.
         layer.pending = False
-        left_padding = getattr(attention_mask, "left_padding", None)
-        layer.is_plainly_masked = attention_mask is None or left_padding is not None
-        layer.has_foreign_mask = not layer.is_plainly_masked and not hasattr(attention_mask, "local_size")
-        if left_padding is not None:
-            layer.set_left_padding(left_padding)
+        is_plain = layer.settings.masks.is_plain(attention_mask)
+        layer.is_plainly_masked = is_plain and (attention_mask is None or layer.num_new > 1)
+    if not isinstance(layer, QuestLayer):
+        say_if_dense(layer)
+        return masked_attention(layer, module, query, key, value, attention_mask, **kwargs)
+    num_decoding = layer.num_decoding(query.shape[2])
+    if not is_by_pages(layer, query, num_decoding, kwargs):
+        return masked_attention(layer, module, query, key, value, attention_mask, num_decoding, **kwargs)
+    num_prompt = query.shape[2] - num_decoding
+    output = attend(layer, query[:, :, num_prompt:], **kwargs)
+    if num_prompt:
+        # Assisted decoding feeds the prompt and the first drafts in one forward.
+        num_tokens = key.shape[2] - num_decoding
+        prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
+        prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
+        output = torch.cat([prompt_attention(layer, module, *prompt, 0, **kwargs)[0], output], dim=1)
+    return output, None
 
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    num_decoding = layer.num_decoding(num_queries)
-    if num_decoding and layer.is_sparse and not layer.is_plainly_masked:
+
+def check_is_causal(module, layer):
+    """Raise for attention over other tokens than the text's own so far, for which the cache was asked for a mask."""
+    decided = layer.settings.masks.decided
+    if getattr(module, "is_causal", True) or layer.is_sliding or (decided is not None and decided[0] == layer.length):
+        return
+    if layer.pending:  # it holds what is not of its text
+        layer.crop(-layer.num_new)
+        layer.pending = False
+    raise QuestError(
+        f"{type(module).__name__} is cross-attention or otherwise not causal, and a QuestCache holds the tokens of a "
+        "text in their order. For an encoder-decoder model pass EncoderDecoderCache(QuestCache(...), DynamicCache()), "
+        "whose second half is for the cross-attention."
+    )
+
+
+def is_by_pages(layer, query, num_decoding, kwargs):
+    """Whether the layer attends the last `num_decoding` of its new tokens by pages, some or all of them."""
+    if not num_decoding:
+        return False
+    if any(kwargs.get(name) is not None for name in NOT_SPARSE):
+        say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
+        return False
+    if not layer.is_plainly_masked:
+        say_if_dense(layer)
+        return False
+    return layer.is_sparse or layer.kernels_attend(query)
+
+
+def say_if_dense(layer):
+    """Say of a layer that does not select why it does not, where there is more than its budget to select from."""
+    if layer.is_sparse or (layer.is_sliding and layer.length > layer.settings.budget):
         say_once(
             "Quest leaves those layers dense whose attention mask is more than causal with left padding: a sliding "
             "window, chunks, or a mask of your own."
         )
-        num_decoding = 0
-    if any(kwargs.get(name) is not None for name in NOT_SPARSE):
-        say_once(f"A model that asks its attention for one of {', '.join(NOT_SPARSE)} stays dense in these layers.")
-        num_decoding = 0
-
-    by_pages = layer.is_sparse or (layer.is_plainly_masked and layer.kernels_attend(query))
-    if not num_decoding or not by_pages:
-        if num_queries == 1:
-            if attention_mask is None:
-                attention_mask = layer.padding_mask()
-            return dense_decode(module, query, key, value, attention_mask, **kwargs)
-        return prompt_attention(layer, module, query, key, value, attention_mask, **kwargs)
-
-    num_prompt = num_queries - num_decoding
-    output = attend(layer, query[:, :, num_prompt:], **kwargs)
-    if num_prompt:
-        # Assisted decoding feeds the prompt and the first drafts in one forward.
-        num_tokens = num_keys - num_decoding
-        prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
-        prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
-        output = torch.cat([prompt_attention(layer, module, *prompt, **kwargs)[0], output], dim=1)
-    return output, None
 
 
-def prompt_attention(layer, module, query, key, value, attention_mask, scaling=None, **kwargs):
+def masked_attention(layer, module, query, key, value, attention_mask, num_decoding=0, **kwargs):
+    """`quest_attention` that is dense, as far as the mask allows and a prompt is not read by CritiPrefill."""
+    if query.shape[2] == 1:
+        if attention_mask is None:
+            attention_mask = layer.padding_mask()
+        return dense_decode(module, query, key, value, attention_mask, **kwargs)
+    num_drafts = num_decoding if layer.num_new > 1 else 0
+    return prompt_attention(layer, module, query, key, value, attention_mask, num_drafts, **kwargs)
+
+
+def prompt_attention(layer, module, query, key, value, attention_mask, num_drafts, scaling=None, **kwargs):
     """`quest_attention` of several tokens: by CritiPrefill where the layer has sparse segments, and else dense."""
     is_plain = layer.is_plainly_masked and not kwargs.get("dropout")
     is_plain = is_plain and all(kwargs.get(name) is None for name in NOT_SPARSE)
     needs_eager = any(kwargs.get(name) is not None for name in EAGER_ONLY)
-    if is_plain and layer.reads_prompt(query, key.shape[2], needs_eager):
+    if is_plain and layer.reads_prompt(query, key.shape[2], num_drafts, needs_eager):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("sinks") if kwargs.get("s_aux") is None else kwargs["s_aux"]
-        return layer.attend_prompt(query, key, value, scaling, kwargs.get("softcap"), sinks).contiguous(), None
+        options = (num_drafts, scaling, kwargs.get("softcap"), sinks)
+        with torch.autocast(query.device.type, enabled=False):
+            return layer.attend_prompt(query.to(layer.keys.dtype), key.shape[2], *options).contiguous(), None
     return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 def captured_attention(layer, module, query, attention_mask, **kwargs):
     """`quest_attention` of one new token per row in a graph, which must not depend on how many tokens are stored."""
-    if attention_mask is None and all(kwargs.get(name) is None for name in NOT_SPARSE):
+    is_plain = attention_mask is None and all(kwargs.get(name) is None for name in NOT_SPARSE)
+    if is_plain and isinstance(layer, QuestLayer):
         return attend(layer, query, **kwargs), None
-    local_size = getattr(attention_mask, "local_size", None)
-    if local_size is None:
-        raise QuestError("A compiled decode step takes no attention mask of one's own. Use QuestCache(compile=False).")
-    return dense_attention(module, query, *layer.newest(local_size), attention_mask, **kwargs)
+    if attention_mask is None:
+        raise QuestError(
+            "A compiled decode step can attend everything that is stored by its attention mask alone, and this model "
+            "has none here. Use QuestCache(compile=False)."
+        )
+    # As many of the newest slots as the mask has, which are those that a local layer reaches, or all.
+    return dense_attention(module, query, *layer.newest(attention_mask.shape[-1]), attention_mask, **kwargs)
 
 
 def attend(layer, query, scaling=None, softcap=None, s_aux=None, sinks=None, **kwargs):
     """The newest tokens' attention [B, T, Hq, D] by the layer's pages, with what models call it."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = s_aux if sinks is None else sinks
-    return layer.attend(query, scaling, softcap, sinks).transpose(1, 2).contiguous()
+    with torch.autocast(query.device.type, enabled=False):
+        output = layer.attend(query.to(layer.keys.dtype), scaling, softcap, sinks)
+    return output.transpose(1, 2).contiguous()
 
 
 def dense_attention(module, query, key, value, attention_mask, **kwargs):
@@ -142,11 +167,11 @@ def dense_attention(module, query, key, value, attention_mask, **kwargs):
 
 def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """`dense_attention` of one new token: every key and value is read once, and of a local layer only its reach."""
-    # The mask tells, not the layer's `sliding_window`: a mask of the user's own may reach further.
-    local_size = getattr(attention_mask, "local_size", None)
-    if local_size is not None:
-        key, value = key[:, :, -local_size:], value[:, :, -local_size:]
-        attention_mask = attention_mask[..., -key.shape[2] :]
+    if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+        # That of a local layer is for as many of the newest slots as it reaches, filled or not.
+        num_reached = min(attention_mask.shape[-1], key.shape[2])
+        key, value = key[:, :, -num_reached:], value[:, :, -num_reached:]
+        attention_mask = attention_mask[..., -num_reached:]
     is_per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if is_per_head or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -154,138 +179,6 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwar
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(query.shape[0], 1, -1, value.shape[-1]), None
-
-
-def quest_mask(
-    *,
-    q_length,
-    kv_length,
-    kv_offset=0,
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    local_size=None,
-    config=None,
-    allow_is_causal_skip=True,
-    use_vmap=False,
-    **kwargs,
-):
-    """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
-
-    A mask that is causal with left padding and nothing else carries `left_padding`, the slots without a token at the
-    start of each row, as a tuple of B ints. One of local attention (a window, chunks) carries `local_size`, its reach
-    in tokens, and `left_padding` only if no position of the model lies beyond that reach. How long the context is does
-    not count: a row is longer in a batch than alone, and must have the same sparse layers.
-
-    With a QuestCache the mask of one new token does not grow with the context, since a captured graph could not have
-    that: there is none where it would only repeat the left padding that the cache has seen in the prompt, and that of
-    a local layer is [B, 1, 1, local_size], for the newest slots.
-    """
-    model_class = causal_lm_class(config)
-    check_has_attention_interface(model_class, config)
-    check_heads_split(config)
-    max_positions = getattr(config, "max_position_embeddings", None) or math.inf
-    is_local = local_size is not None and local_size < max_positions
-    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
-    if cache is not None:
-        cache.settings.max_positions = max_positions
-    is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
-    if is_plain and kv_length == 0:  # in a captured step of a QuestCache
-        return None
-    num_missing = 0
-    if cache is not None and q_length == 1 and not use_vmap:
-        if is_plain and (attention_mask is None or cache.knows_mask(kv_length)):
-            return None
-        if is_local:
-            num_missing = max(0, local_size - kv_length)
-            kv_offset += max(0, kv_length - local_size)
-            kv_length = min(kv_length, local_size)
-    # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
-    # without its mask could not be told from a full one.
-    is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
-    can_skip = not is_local and (q_length == 1 or is_causal_without)
-    # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
-    is_own = cache is not None and torch.device(kwargs.get("device") or "cpu").type == "cuda"
-    is_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip and not use_vmap
-    if is_own and is_chunk and (attention_mask is None or attention_mask.all()):
-        if attention_mask is not None:
-            cache.settings.num_masked = int(kv_length)
-        return None
-    mask = sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        config=config,
-        allow_is_causal_skip=allow_is_causal_skip and can_skip,
-        use_vmap=use_vmap,
-        **kwargs,
-    )
-    if use_vmap:  # which Transformers sets where the caller brings a pattern
-        return mask
-    if mask is not None:
-        if num_missing:
-            mask = F.pad(mask, (num_missing, 0), value=False)
-        # On one device a mask goes nowhere, and what may be the input of a compiled step must be a plain tensor.
-        if not torch.compiler.is_compiling() and (q_length > 1 or (cache is not None and cache.is_on_several_devices)):
-            mask = mask.as_subclass(Mask)
-        if local_size is not None:
-            mask.local_size = local_size
-        left_padding = count_left_padding(attention_mask, mask.shape[0]) if is_plain else None
-        if left_padding is None:
-            return mask
-        mask.left_padding = left_padding
-    if cache is not None and attention_mask is not None:
-        cache.settings.num_masked = int(kv_length)
-    return mask
-
-
-def count_left_padding(attention_mask, batch_size):
-    """A tuple with the zeros at the start of each row of a [B, N] mask, or None if it has zeros elsewhere."""
-    if attention_mask is None:
-        return (0,) * batch_size
-    num_tokens = attention_mask.sum(dim=-1)
-    left_padding = attention_mask.shape[-1] - num_tokens
-    is_token = torch.arange(attention_mask.shape[-1], device=attention_mask.device) >= left_padding[:, None]
-    if not torch.equal(is_token, attention_mask.bool()):
-        return None
-    return tuple(left_padding.tolist())
-
-
-def causal_lm_class(config):
-    """The class that `AutoModelForCausalLM` makes of a config, or None."""
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
-    # Some models name several classes, by architecture.
-    return model_class[0] if isinstance(model_class, tuple) else model_class
-
-
-def check_has_attention_interface(model_class, config):
-    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
-    if model_class is not None and not model_class._can_set_attn_implementation():
-        raise QuestError(
-            f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
-            "with another attn_implementation and without QuestCache."
-        )
-
-
-def check_heads_split(config):
-    """Raise for tensor parallelism over a number of processes that the KV heads cannot be split among."""
-    num_ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    is_split = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
-    if is_split and isinstance(num_kv_heads, int) and num_kv_heads % num_ranks:
-        counts = [count for count in range(1, num_kv_heads + 1) if num_kv_heads % count == 0]
-        raise QuestError(
-            f"Tensor parallelism gives every process whole KV heads, and the {num_kv_heads} of this model do not split "
-            f"evenly over {num_ranks} processes. Start torchrun with one of {counts} as --nproc-per-node."
-        )
-
-
-def say_once(message):
-    if not torch.compiler.is_compiling():
-        logger.warning_once(message)
 
 
 def register():

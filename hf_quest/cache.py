@@ -1,589 +1,26 @@
 """QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
 
-import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import ops, reference
-from . import prefill as prompts
-from .prefill import BlockScores, CritiPrefill
+from . import generation
+from .errors import QuestError
+from .layers import QuestLayer
+from .local import LocalLayer, reaches_of
+from .masks import MaskLength
+from .prefill import CritiPrefill
+from .settings import PREPARED, TAKEN, Settings, cannot_be_written
+from .stock import tokens_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PREPARED, TAKEN = "prepared", "taken"
+__all__ = ["CACHE_NAME", "PREPARED", "TAKEN", "QuestCache", "QuestError", "QuestLayer", "cannot_be_written"]
+
 # What models and `generate` call their cache. From Transformers 5.24 on the former name is deprecated.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
 
 outside_of_graphs = torch.compiler.disable(
     reason="a graph can hold one decode step of a QuestCache, after its get_mask_sizes(1, 0) as `generate` calls it"
 )
-
-
-class QuestError(RuntimeError):
-    """A model or a call that Quest cannot serve. The message says what, why, and what to do."""
-
-
-@dataclass
-class OnDevice:
-    """What the kernels and captured graphs read of a cache, on one device, in tensors that stay the same.
-
-    It is written outside of captured graphs, so that they stay right while the sequence grows and its storage moves.
-    """
-
-    length: torch.Tensor = None  # [1] int64, slots filled, those of the forward under way included
-    padding: torch.Tensor = None  # [B] int64, slots at the start of each row that hold no token
-    addresses: torch.Tensor = None  # [layers, 6] int64, see ops.decode
-
-
-class MaskLength(int):
-    """How many keys an attention mask is asked for, and by which cache: its own way to the mask function."""
-
-    def __new__(cls, num_keys, cache):
-        length = super().__new__(cls, num_keys)
-        length.cache = cache
-        return length
-
-
-@dataclass
-class Settings:
-    """What a cache shares with its layers."""
-
-    budget: int  # tokens
-    page_size: int  # tokens
-    dense_layers: int
-    max_cache_len: int | None  # tokens
-    bounds_dtype: torch.dtype | None = None  # torch.int8, or None for that of the keys
-    prefill: CritiPrefill | None = None
-    block_scores: BlockScores = field(default_factory=BlockScores)
-    draft_start: int | None = None  # slot from which on several new tokens are drafts and select one by one
-    length: int = 0  # slots filled, those of the forward under way included
-    left_padding: tuple = ()  # slots at the start of each row that hold no token
-    addresses: list = field(default_factory=list)  # a row for each layer, see ops.decode
-    devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
-    step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
-    is_recording: bool = False  # of a step in a CUDA graph, without compilation
-    max_positions: float = math.inf  # tokens of context that the model is made for
-    reads_everything: bool = False  # in a captured decode, as far as the model's context goes
-    num_masked: int | None = None  # tokens whose attention mask is known to be the layers' left padding
-    common: list = field(default_factory=list)  # [B][B] slots from the first on that two rows are known to share
-    recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
-
-    @property
-    def num_selected(self):
-        """Pages that a decode step attends per KV head: the budget in whole pages."""
-        return -(-self.budget // self.page_size)
-
-    @property
-    def is_captured(self):
-        """Whether the forward under way goes into a graph, which must not depend on what is stored."""
-        return self.is_recording or torch.compiler.is_compiling()
-
-    def on(self, device):
-        """The OnDevice of a device: the same one every time."""
-        if device not in self.devices:
-            self.devices[device] = OnDevice()
-        on_device = self.devices[device]
-        if on_device.length is None or cannot_be_written(on_device.length):
-            with torch.inference_mode(False):
-                on_device.length = torch.tensor([self.length], dtype=torch.int64, device=device)
-                on_device.padding = torch.tensor(self.left_padding, dtype=torch.int64, device=device)
-                on_device.addresses = None
-        return on_device
-
-    def set_length(self, length):
-        if length < self.length:
-            self.common = []
-        if length != self.length:
-            self.length = length
-            for device in self.devices:
-                self.on(device).length.fill_(length)
-
-    def choose_kernel(self, num_tokens):
-        """For a captured step that makes it `num_tokens`: dense attention if the budget covers these and all to come.
-
-        Not if it covers these alone, or the graph would have to be another one in the middle of a text.
-        """
-        budget = self.num_selected * self.page_size
-        end = min(self.max_positions, self.max_cache_len or math.inf)
-        self.reads_everything = budget >= max(num_tokens, end)
-
-    def set_left_padding(self, left_padding):
-        """Take over a tuple of B ints."""
-        if left_padding != self.left_padding:
-            self.left_padding = left_padding
-            for device in self.devices:
-                on_device = self.on(device)
-                on_device.padding = written_to(on_device.padding, left_padding, device)
-
-    def take_sources(self, sources, length):
-        """Know that the rows take the `length` tokens of the rows `sources`; return the first slot that one must copy.
-
-        Beams of one prompt share all but the end, and only ends are copied.
-        """
-        rows = range(len(sources))
-        common = self.common if len(self.common) == len(rows) else [[0] * len(rows) for _ in rows]
-        self.common = [
-            [length if source == other else common[source][other] for other in sources] for source in sources
-        ]
-        return min((common[row][sources[row]] for row in rows if row != sources[row]), default=length)
-
-    def set_addresses(self, rows):
-        """Take over a list with one row for each layer, see ops.decode."""
-        if rows != self.addresses:
-            self.addresses = rows
-            for device in self.devices:
-                on_device = self.on(device)
-                on_device.addresses = written_to(on_device.addresses, rows, device)
-
-
-def written_to(tensor, numbers, device):
-    """`tensor` with `numbers` in it, or a new int64 tensor on `device` where it is None or of another shape."""
-    numbers = torch.tensor(numbers, dtype=torch.int64)
-    if tensor is None or tensor.shape != numbers.shape:
-        with torch.inference_mode(False):
-            return numbers.to(device)
-    return tensor.copy_(numbers)
-
-
-class QuestLayer(CacheLayerMixin):
-    """Keys, values and page bounds of one layer, and the attention of a decode step over them.
-
-    `keys`, `values` [B, Hkv, capacity, D] and `bounds` [B, Hkv, capacity / S, 2, D] are appended to in place; the first
-    `length` slots are filled. Bounds in 8 bits have `scales` [B, Hkv, capacity / S, D / 32]. A layer that is always
-    dense has no bounds.
-    """
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, settings, layer_idx, is_dense):
-        super().__init__()
-        self.settings = settings
-        self.layer_idx = layer_idx
-        self.is_dense = is_dense
-        self.prefill = settings.prefill  # None where every prompt is dense
-        if settings.prefill is not None and layer_idx < settings.prefill.dense_layers:
-            self.prefill = None
-        self.num_kv_heads = 0
-        self.bounds = self.scales = None
-        self.length = 0
-        self.on_device = None  # settings.on the device of this layer
-        self.has_kernels = False  # whether the CUDA kernels serve this layer; otherwise the reference does
-        self.scores = None  # [B, Hkv, 1, P] float32, which the kernels of a captured step work in
-        self.counters = None  # of the kernels, see ops.new_counters
-        self.not_stored = None  # the new key and value of a captured step, until its attention stores them
-        self.num_new = 0  # slots filled by the last update
-        self.left_padding = ()  # slots per row that the bounds leave out
-        self.pending = False  # keys and values were handed to the model and have not reached its attention
-        self.is_plainly_masked = True  # in the last forward: causally, with left padding at most
-        self.has_foreign_mask = False  # in the last forward: one that is not from this package's mask function
-
-    @property
-    def capacity(self):
-        return self.keys.shape[2] if self.is_initialized else 0
-
-    @property
-    def is_sparse(self):
-        """Whether a decode step on the tokens stored now reads less than all of them."""
-        # A captured step does not know the length, and serves all that the storage may come to hold.
-        num_tokens = self.capacity if self.settings.is_captured else self.length
-        return not self.is_dense and num_tokens > self.settings.num_selected * self.settings.page_size
-
-    @property
-    def padding(self):
-        """[B] int64, slots at the start of each row that hold no token."""
-        return self.on_device.padding
-
-    @property
-    def selects_pages(self):
-        """Whether the next decode step does, as far as the last forward's attention mask tells."""
-        return self.is_sparse and self.is_plainly_masked
-
-    @property
-    def bounds_in_tokens(self):
-        """The bytes of the bounds, in those of one token's key and value."""
-        of_tokens, of_pages = (
-            sum(tensor[0, 0, 0].nbytes for tensor in tensors if tensor is not None)
-            for tensors in ((self.keys, self.values), (self.bounds, self.scales))
-        )
-        return self.length / self.settings.page_size * of_pages / of_tokens
-
-    def lazy_initialization(self, key_states, value_states):
-        self._allocate(key_states, value_states, key_states.shape[0], self._with_headroom(key_states.shape[2]))
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append [B, Hkv, T, D] keys and values; return views of everything stored, which carry this layer."""
-        key_states, value_states = key_states.detach(), value_states.detach()
-        self.check(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if self.length == 0 and not self._fits(key_states, value_states):
-            self.lazy_initialization(key_states, value_states)
-        if self.length == 0:  # earlier layers may have seen the padding of this prompt
-            known = self.settings.left_padding
-            self._set_padding(known if len(known) == key_states.shape[0] else (0,) * key_states.shape[0])
-        self.make_room(end)
-        self.settings.set_length(end)
-        self._append(key_states, value_states, end)
-        self.length = end
-        self.num_new = key_states.shape[2]
-        self.pending = True
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
-        keys.quest_layer = values.quest_layer = self
-        return keys, values
-
-    def update_captured(self, key_states, value_states):
-        """`update` of one token per row in a graph, after `make_room`.
-
-        What is returned carries this layer and stands for the stored tokens: all slots, filled or not, or with the
-        kernels the new token alone, which `attend` or `newest` stores.
-        """
-        keys, values = key_states.detach(), value_states.detach()
-        if self.has_kernels:
-            self.not_stored = (keys, values)
-        else:
-            self._append(keys, values, self.on_device.length)
-            keys, values = self.keys, self.values
-        keys, values = keys.view_as(keys), values.view_as(values)
-        keys.quest_layer = values.quest_layer = self
-        return keys, values
-
-    def _store_captured(self):
-        if self.not_stored is not None:
-            self._append(*self.not_stored, self.on_device.length)
-            self.not_stored = None
-
-    def _append(self, key_states, value_states, end):
-        stored, new = (self.keys, self.values, self.bounds, self.scales), (key_states, value_states)
-        if self.has_kernels:
-            where = (self.on_device.length, self.padding, self.settings.page_size)
-            torch.ops.hf_quest.append(*stored, *new, *where)
-        else:
-            reference.append(*stored, *new, end, self.padding, self.settings.page_size)
-
-    def make_room(self, num_tokens):
-        """Have storage for `num_tokens` that can be written."""
-        if num_tokens > self.capacity:
-            self._reallocate(slice(None), self._with_headroom(num_tokens))
-        elif cannot_be_written(self.keys):
-            self._reallocate(slice(None), self.capacity)
-
-    def check(self, key_states, value_states):
-        """Raise for keys and values that cannot be appended. Nothing is changed."""
-        if key_states.shape[1] == 1 and key_states.shape[-1] != value_states.shape[-1]:
-            raise QuestError(
-                "This model caches latents (MLA), not keys and values, so pages have no bounds to select by. Load it "
-                "with another attn_implementation and without QuestCache."
-            )
-        if key_states.dtype not in DTYPES:
-            raise ValueError(
-                f"QuestCache stores float32, float16 or bfloat16 keys, and this model's are {key_states.dtype}. Load "
-                "the model with one of these dtypes."
-            )
-        self.check_room(key_states.shape[2])
-        if self.length == 0:
-            return
-        for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if stored.shape[0] != new.shape[0]:
-                raise ValueError(
-                    f"The cache holds {stored.shape[0]} rows and this batch has {new.shape[0]}. Call cache.reset() or "
-                    "use a new QuestCache for another batch. The content of the cache is unchanged."
-                )
-            if (stored.shape[1], stored.shape[3], stored.dtype) != (new.shape[1], new.shape[3], new.dtype):
-                raise ValueError(
-                    f"The cache holds {stored.shape[1]} heads of dim {stored.shape[3]} in {stored.dtype}, and this "
-                    f"model brings {new.shape[1]} of dim {new.shape[3]} in {new.dtype}: it is another model's cache. "
-                    "Use a new QuestCache. The content of this one is unchanged."
-                )
-
-    def check_room(self, num_new):
-        """Raise if `num_new` more tokens are more than max_cache_len."""
-        max_cache_len = self.settings.max_cache_len
-        if max_cache_len is not None and self.length + num_new > max_cache_len:
-            raise ValueError(
-                f"max_cache_len={max_cache_len} tokens are not enough: {self.length} are stored and {num_new} more "
-                "arrive. Make the cache with a larger max_cache_len, or without one to let it grow. Its content is "
-                "unchanged."
-            )
-
-    def set_left_padding(self, left_padding):
-        """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
-        if left_padding == self.left_padding:
-            return
-        self.settings.common = []
-        self._set_padding(left_padding)
-        self._refresh_bounds(self.length)
-
-    def num_decoding(self, num_queries):
-        """How many of the last `num_queries` queries are decode steps, each of which selects for itself."""
-        # A prompt of several tokens may come with one query: KV-shared layers compute only what the next token needs.
-        if self.num_new == 1:
-            return 1
-        if self.settings.draft_start is None:
-            return 0
-        return min(num_queries, max(0, self.length - self.settings.draft_start))
-
-    def kernels_attend(self, query):
-        """Whether the kernels do the attention of these queries, [B, Hq, T, D]."""
-        # They take one query at a time, which is too slow where each of several would read everything.
-        is_one_by_one = query.shape[2] == 1 or self.is_sparse
-        return self.has_kernels and is_one_by_one and query.shape[1] <= ops.MAX_GROUP * self.num_kv_heads
-
-    def attend(self, query, scaling, softcap=None, sinks=None):
-        """Attention of the newest T tokens, [B, Hq, T, D], each over the pages that it selects (Quest, algorithm 1)."""
-        page_size = self.settings.page_size
-        is_captured = self.settings.is_captured
-        if self.kernels_attend(query):
-            query, sinks = query.detach(), None if sinks is None else sinks.detach().to(query.dtype)
-            if is_captured:
-                return self._attend_captured(query, scaling, softcap, sinks)
-            outputs = [
-                self._attend_by_kernels(query[:, :, idx : idx + 1], idx + 1 - query.shape[2], scaling, softcap, sinks)
-                for idx in range(query.shape[2])
-            ]
-            return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        self._store_captured()
-        length = self.on_device.length if is_captured else self.length
-        page_ids = None  # which is all of them
-        if self.is_sparse:
-            page_ids = self.select(query, length, scaling)
-            self._record(query, page_ids, scaling, softcap, sinks)
-        return reference.attend(
-            query, self.keys, self.values, page_ids, length, self.padding, page_size, scaling, softcap, sinks
-        )
-
-    def select(self, query, length, scaling):
-        """The pages of the newest T tokens' queries, [B, Hq, T, D]: `reference.estimate` and `reference.select`."""
-        num_pages = None if self.settings.is_captured else self._num_pages(length)
-        bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
-        scores = reference.estimate(query, *bounds, scaling)
-        return reference.select(scores, length, self.padding, self.settings.num_selected, self.settings.page_size)
-
-    def _record(self, query, page_ids, scaling, softcap, sinks):
-        if self.settings.recorder is not None:
-            self.settings.recorder(self, query.detach(), page_ids, scaling, softcap, sinks)
-
-    def reads_prompt(self, query, num_keys, needs_eager):
-        """Whether `attend_prompt` is for these queries: it has sparse segments, or is a faster way to be dense.
-
-        `needs_eager` tells that the model's own dense attention is not SDPA.
-        """
-        num_tokens = num_keys - min(self.left_padding)  # of the longest row
-        if self.prefill is not None and self.prefill.is_sparse(query.shape[2], num_tokens):
-            return True
-        is_free = not needs_eager and not query.requires_grad  # to choose, and to leave no trace for gradients
-        return is_free and prompts.is_faster(query, self.values, num_keys, any(self.left_padding))
-
-    def attend_prompt(self, query, keys, values, scaling, softcap=None, sinks=None):
-        """Attention [B, T, Hq, D] of the newest T of the tokens in `keys` and `values`, dense or by CritiPrefill."""
-        self.settings.block_scores.enter(self.layer_idx)
-        earlier = self.settings.block_scores
-        return prompts.attend(query, keys, values, self.left_padding, self.prefill, earlier, scaling, softcap, sinks)
-
-    def newest(self, num_slots):
-        """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
-
-        The one view of the stored tokens that a captured graph, which does not know the length, can have.
-        """
-        self._store_captured()
-        slot = torch.arange(-num_slots, 0, device=self.keys.device) + self.on_device.length
-        slot = slot.clamp(min=0)
-        return self.keys.index_select(2, slot), self.values.index_select(2, slot)
-
-    def padding_mask(self):
-        """[B, 1, 1, N] bool, False in left padding, or None without any."""
-        if not any(self.left_padding):
-            return None
-        slot = torch.arange(self.length, device=self.padding.device)
-        return (slot >= self.padding[:, None])[:, None, None]
-
-    def _attend_by_kernels(self, query, offset, scaling, softcap, sinks):
-        """Attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
-        # Not by `ops`, whose checks would tell of this layer's own tensors at every step.
-        by_kernel, settings = torch.ops.hf_quest, self.settings
-        length = self.on_device.length
-        where = (length + offset if offset else length, self.padding)
-        options = (settings.page_size, scaling, softcap, sinks)
-        if self.is_sparse:
-            stored = (self.keys, self.values, self.bounds, self.scales)
-            page_ids = None  # which nobody asks for
-            if settings.recorder is not None:
-                page_ids = self.padding.new_empty(*self.keys.shape[:2], 1, settings.num_selected)
-            output = by_kernel.chain(query, *stored, *where, settings.num_selected, *options, page_ids)
-            if page_ids is not None:
-                self._record(query, page_ids, scaling, softcap, sinks)
-            return output
-        return by_kernel.attend(query, self.keys, self.values, None, *where, self.counters, *options)
-
-    def _attend_captured(self, query, scaling, softcap, sinks):
-        new_keys, new_values = self.not_stored or (None, None)
-        self.not_stored = None
-        on_device, settings = self.on_device, self.settings
-        return ops.decode(
-            query,
-            new_keys,
-            new_values,
-            on_device.addresses,
-            on_device.length,
-            on_device.padding,
-            self.layer_idx,
-            self.num_kv_heads,
-            0 if self.is_dense or settings.reads_everything else settings.num_selected,
-            settings.page_size,
-            scaling,
-            softcap,
-            sinks,
-        )
-
-    def find_addresses(self):
-        """The row of this layer in `ops.decode`'s addresses."""
-        if not self.has_kernels:
-            return [0] * ops.NUM_ADDRESSES
-        tensors = [self.keys, self.values, self.bounds, self.scales, None if self.is_dense else self.scores]
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.capacity]
-
-    def get_seq_length(self):
-        return self.length
-
-    def get_max_length(self):
-        return -1 if self.settings.max_cache_len is None else self.settings.max_cache_len
-
-    def get_mask_sizes(self, query_length):
-        return self.length + query_length, 0
-
-    def reset(self):
-        """Forget every token; the storage is kept."""
-        self.length = 0
-        self.settings.set_length(0)
-        self.pending = False
-        if self.is_initialized:
-            self._set_padding((0,) * self.keys.shape[0])
-
-    def crop(self, tokens_to_remove):
-        """Drop the newest `-tokens_to_remove` tokens."""
-        if tokens_to_remove > 0 or -tokens_to_remove > self.length:
-            raise ValueError(
-                f"crop takes minus the number of tokens to remove, from 0 to -{self.length} here, not "
-                f"{tokens_to_remove}. The content of the cache is unchanged."
-            )
-        if tokens_to_remove < 0:
-            self.length += tokens_to_remove
-            self.settings.set_length(self.length)
-            self._refresh_bounds(min(self.length, 1))
-            if self.length == 0:
-                self._set_padding((0,) * self.keys.shape[0])
-
-    def reorder_cache(self, beam_idx):
-        """Rows take the tokens of the rows `beam_idx` [B], in place."""
-        self.settings.common = []
-        self.reorder(beam_idx.tolist())
-
-    def reorder(self, sources, start=0):
-        """`reorder_cache` of a list of rows, which hold what their sources hold before the slot `start`.
-
-        A row that stays is not copied, and only a cycle needs a row to spare.
-        """
-        if not self.is_initialized:
-            return
-        copies = copies_in_order(sources)
-        for tensor in self._filled(start):
-            spare = None
-            for target, source in copies:
-                if target is None:
-                    spare = tensor[source].clone()
-                else:
-                    tensor[target].copy_(spare if source is None else tensor[source])
-        if any(self.left_padding):
-            self._set_padding(tuple(self.left_padding[row] for row in sources))
-
-    def batch_repeat_interleave(self, repeats):
-        if self.is_initialized:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices):
-        """Keep the rows `indices`, a [rows] tensor of row numbers or a [B] mask, in that order."""
-        if not self.is_initialized:
-            return
-        rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
-        self.settings.common = []
-        self._reallocate(rows, self.capacity)
-        self._set_padding(tuple(self.left_padding[row] for row in rows.tolist()))
-
-    def _fits(self, key_states, value_states):
-        """Whether the storage, empty now, is one for these keys and values."""
-        return self.is_initialized and all(
-            (stored.shape[:2], stored.shape[3], stored.dtype, stored.device)
-            == (new.shape[:2], new.shape[3], new.dtype, new.device)
-            for stored, new in ((self.keys, key_states), (self.values, value_states))
-        )
-
-    def _with_headroom(self, num_tokens):
-        """What to allocate for `num_tokens`: an eighth more, so that a long generation copies its cache seldom."""
-        max_cache_len = self.settings.max_cache_len
-        return num_tokens + max(num_tokens // 8, 256) if max_cache_len is None else max_cache_len
-
-    def _reallocate(self, rows, num_slots):
-        """Move the filled slots of `rows`, a slice or row numbers, to new storage of `num_slots`."""
-        filled = [tensor[rows] for tensor in self._filled()]
-        keys, values = filled[:2]
-        self._allocate(keys, values, keys.shape[0], num_slots)
-        for tensor, content in zip(self._filled(), filled, strict=True):
-            tensor.copy_(content)
-
-    def _filled(self, start=0):
-        """Views of what is stored of the slots from `start` on: keys, values, and what bounds and scales there are."""
-        slots = slice(start, self.length)
-        # Of the most padded row, whose pages have the lowest numbers.
-        first_page = max(0, start - max(self.left_padding, default=0)) // self.settings.page_size
-        pages = slice(first_page, self._num_pages(self.length))
-        of_pages = [tensor[:, :, pages] for tensor in (self.bounds, self.scales) if tensor is not None]
-        return [self.keys[:, :, slots], self.values[:, :, slots], *of_pages]
-
-    def _allocate(self, like_keys, like_values, batch_size, num_slots):
-        """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
-        unit = self.settings.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks
-        num_pages = self._num_pages(-(-num_slots // unit) * unit)
-        num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
-        # Tensors made in inference mode could not be written outside it.
-        with torch.inference_mode(False):
-            slots = (batch_size, num_kv_heads, num_pages * self.settings.page_size)
-            self.keys = like_keys.new_empty(*slots, head_dim)
-            self.values = like_values.new_empty(*slots, like_values.shape[-1])
-            if not self.is_dense:
-                pages, bounds_dtype = (batch_size, num_kv_heads, num_pages), self.settings.bounds_dtype
-                self.bounds = like_keys.new_empty(*pages, 2, head_dim, dtype=bounds_dtype)
-                if bounds_dtype is not None:
-                    num_scales = -(-head_dim // reference.SCALE_BLOCK)
-                    self.scales = like_keys.new_empty(*pages, num_scales, dtype=torch.uint8)
-            self.has_kernels = ops.serves(self.keys, self.values, self.settings.page_size)
-            if self.has_kernels:
-                self.counters = ops.new_counters(self.keys)
-                self.scores = self.keys.new_empty(batch_size, num_kv_heads, 1, num_pages, dtype=torch.float32)
-        self.num_kv_heads = num_kv_heads
-        self.on_device = self.settings.on(self.keys.device)
-        # Without the kernels: one graph for every capacity, and one more recording of it where the storage moves.
-        for tensor in filter(torch.is_tensor, (self.keys, self.values, self.bounds, self.scales)):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-            torch._dynamo.mark_static_address(tensor)
-
-    def _set_padding(self, left_padding):
-        self.left_padding = left_padding
-        self.settings.set_left_padding(left_padding)
-
-    def _refresh_bounds(self, num_newest):
-        if self.bounds is not None:
-            where = (num_newest, self.length, self.padding, self.settings.page_size)
-            reference.refresh_bounds(self.keys, self.bounds, self.scales, *where)
-
-    def _num_pages(self, num_tokens):
-        return -(-num_tokens // self.settings.page_size)
 
 
 class QuestCache(Cache):
@@ -594,8 +31,11 @@ class QuestCache(Cache):
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
     more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. While
-    `generate` is in assisted decoding every drafted token selects for itself, as if fed alone; that ends with the next
-    `generate` or `reset`. The cache carries no gradients.
+    `generate` is in assisted decoding every drafted token selects for itself, as if fed alone.
+
+    Layers with a window or chunks keep what their next token can reach and a little more. Any attention mask is obeyed;
+    a layer whose mask of one new token hides more than left padding attends everything that it shows. Gradients flow in
+    forwards of several tokens, to the keys and values of that forward.
 
     Args:
         budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
@@ -648,8 +88,32 @@ class QuestCache(Cache):
             raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
         budget = _checked_budget(budget, page_size)
         self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
+        self.has_config = False  # whether the model's has been seen, which tells what its layers reach
         self.compile = compile
         super().__init__(layers=[])
+
+    @classmethod
+    def from_cache(cls, cache, budget=2048, **options):
+        """A QuestCache with the tokens of another cache, which is left as it is.
+
+        So a prompt may be read without Quest, come from a disk or from a compressor of keys and values. Left padding is
+        told by the next forward's mask, as ever.
+
+        Args:
+            cache: a DynamicCache, StaticCache, QuantizedCache or QuestCache, filled.
+            budget, options: as of QuestCache.
+
+        Raises:
+            TypeError: for what is no cache of Transformers.
+            QuestError: for a cache that has dropped tokens, or whose layers do not hold keys and values of one text.
+        """
+        tokens = tokens_of(cache)
+        quest_cache = cls(budget, **options)
+        quest_cache.settings.reaches = {idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None}
+        for layer_idx, layer_tokens in enumerate(tokens):
+            quest_cache._add_layer(layer_idx, layer_tokens.length)
+            quest_cache.layers[layer_idx].take(layer_tokens)
+        return quest_cache
 
     def __repr__(self):
         return (
@@ -710,16 +174,13 @@ class QuestCache(Cache):
     def tokens_attended(self):
         """Tokens that one decode step attends per KV head with what is stored now, for each layer."""
         self._settle()
-        return [
-            self.settings.num_selected * self.page_size if layer.selects_pages else layer.length
-            for layer in self.layers
-        ]
+        return [layer.num_attended for layer in self.layers]
 
     @property
     def read_share(self):
-        """Bytes of keys, values and bounds that a decode step reads now, over the bytes of all keys and values."""
+        """Bytes of keys, values and bounds that a decode step reads now, over the bytes that a dense one would."""
         self._settle()
-        stored = sum(layer.length for layer in self.layers)
+        stored = sum(layer.num_stored for layer in self.layers)
         if stored == 0:
             return 1.0
         bounds = sum(layer.bounds_in_tokens for layer in self.layers if layer.selects_pages)
@@ -737,6 +198,9 @@ class QuestCache(Cache):
         self.settings.step = None
         if layer_idx == 0:
             self._check_last_forward_was_whole()
+            self.masks.begin()
+            if self.settings.draft_start is not None and not generation.is_assisted():
+                self.settings.draft_start = None
         elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
             before = self.layers[layer_idx - 1]
             self._crop_to(before.length - before.num_new)
@@ -778,7 +242,11 @@ class QuestCache(Cache):
                 f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
                 "or its first forward was interrupted. Use a new QuestCache. The content of this one is unchanged."
             )
-        self.layers.append(QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
+        reach = self.settings.reaches.get(layer_idx)
+        if reach is not None:
+            self.layers.append(LocalLayer(self.settings, layer_idx, reach))
+        else:
+            self.layers.append(QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
 
     def _crop_to(self, length):
         for layer in self.layers:
@@ -807,43 +275,52 @@ class QuestCache(Cache):
         """Count the token of the captured step that has run since it was prepared."""
         if self.settings.step == TAKEN:
             self.settings.step = None
+            self.masks.begin()
             for layer in self.layers:
-                layer.length += 1
-                layer.num_new = 1
+                layer.took_step()
 
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
         if not self.compile or self.recorder is not None or self.settings.is_captured:
             return False
-        # `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that
-        # cannot know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled,
-        # and the masks that Transformers 5.17 would make for that fail.
-        caller = inspect.currentframe().f_back
-        model = caller.f_locals.get("self")
-        is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
-        is_llama4 = "llama4" in getattr(getattr(model, "config", None), "model_type", "")
-        return caller.f_back.f_code.co_name != "_prefill" and is_one_graph and not is_llama4
+        return generation.may_compile_for_caller()
 
     @property
-    def is_on_several_devices(self):
-        return len(self.settings.devices) > 1
+    def masks(self):
+        return self.settings.masks
 
-    def knows_mask(self, num_keys):
-        """Whether a mask [B, num_keys] of one new token need not be looked at: it continues one that was."""
-        known = self.settings.num_masked
-        if known is None or not known <= num_keys <= known + 1:
-            return False
-        if any(layer.has_foreign_mask for layer in self.layers):  # made by the model, of the mask that it is given
-            return False
-        self.settings.num_masked = int(num_keys)
-        return True
+    @property
+    def left_padding(self):
+        """Slots at the start of each row that hold no token: a tuple of B ints, empty before the first prompt."""
+        return self.settings.left_padding
+
+    def set_left_padding(self, left_padding):
+        """Take over how many slots at the start of each row hold no token, for the tokens that are stored."""
+        for layer in self.layers:
+            if left_padding != layer.left_padding and layer.length:
+                layer.set_left_padding(left_padding)
+
+    def take_config(self, config, max_positions):
+        """Learn from a model's config what its layers reach, before the first of them is filled."""
+        self.settings.max_positions = max_positions
+        if self.has_config or config is None:
+            return
+        if cross_layers := getattr(config, "cross_attention_layers", None):
+            raise QuestError(
+                f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
+                "QuestCache does not serve it. Use the model without QuestCache."
+            )
+        self.has_config = True
+        if not self.layers:
+            self.settings.reaches = reaches_of(config, max_positions)
 
     def get_seq_length(self, layer_idx=0):
         if self.settings.is_captured and self.settings.step == PREPARED:
             return self.layers[layer_idx].on_device.length - 1
         self._settle()
-        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+        length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+        return length if torch.compiler.is_compiling() else generation.length_or_read_again(self, length)
 
     def get_mask_sizes(self, query_length, layer_idx):
         if self.settings.is_captured and self.settings.step == PREPARED and query_length == 1:
@@ -857,10 +334,13 @@ class QuestCache(Cache):
                 f"The cache already holds {self.get_seq_length()} tokens, the whole input, so there is no new token to "
                 "continue from. Pass a longer input, cache.crop(-1), or cache.reset() for a new one."
             )
-        num_keys = self.get_seq_length(layer_idx) + query_length
+        self._settle()
+        num_keys, offset = query_length, 0
+        if layer_idx < len(self.layers):
+            num_keys, offset = self.layers[layer_idx].get_mask_sizes(query_length)
         if query_length == 1 and self.layers:
             self._prepare_step()
-        return MaskLength(num_keys, self), 0
+        return MaskLength(num_keys, self), offset
 
     def get_max_length(self, layer_idx=None):
         return -1 if self.max_cache_len is None else self.max_cache_len
@@ -869,13 +349,21 @@ class QuestCache(Cache):
         """Forget every token; storage is kept for the next prompt, of whatever batch size."""
         self._settle()
         super().reset()
-        self.settings.draft_start = self.settings.num_masked = None
+        self.settings.draft_start = None
+        self.masks.forget()
 
     def crop(self, tokens_to_remove):
-        """Drop the newest `-tokens_to_remove` tokens."""
+        """Drop the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: for more than are stored.
+            QuestError: for more than layers with a window can take back. Either way the cache is as it was.
+        """
         self._settle()
+        for layer in self.layers:
+            layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.settings.num_masked = None
+        self.masks.forget()
 
     def reorder_cache(self, beam_idx):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
@@ -888,21 +376,16 @@ class QuestCache(Cache):
     def batch_repeat_interleave(self, repeats):
         self._settle()
         super().batch_repeat_interleave(repeats)
-        self.settings.num_masked = None
+        self.masks.forget()
 
     def batch_select_indices(self, indices):
         self._settle()
         super().batch_select_indices(indices)
-        self.settings.num_masked = None
+        self.masks.forget()
 
     def activate_past_recording(self):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
-        # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells
-        # where the prompt ends. The caller's inputs do: its ids, or the embeddings that were given instead.
-        caller = inspect.currentframe().f_back.f_locals
-        inputs = [caller.get("input_ids"), caller.get("inputs_tensor")]
-        prompt_length = max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
-        self.settings.draft_start = prompt_length or self.get_seq_length() or None
+        self.settings.draft_start = generation.prompt_length_of_caller() or self.get_seq_length() or None
 
     @property
     def _is_user_defined(self):
@@ -910,8 +393,8 @@ class QuestCache(Cache):
 
     @_is_user_defined.setter
     def _is_user_defined(self, value):
-        # Every call of `generate` sets this first, which is the only sign that an earlier assisted one has ended.
-        self.settings.draft_start = None
+        # Every call of `generate` sets this first, and may bring another mask than the last one.
+        self.masks.forget()
 
     def _no_state(self, *args, **kwargs):
         raise QuestError(
@@ -923,30 +406,6 @@ class QuestCache(Cache):
     get_conv_state = update_conv_state = _no_state
     get_recurrent_state = update_recurrent_state = _no_state
     update_indexer = _no_state
-
-
-def copies_in_order(sources):
-    """(target, source) rows to copy one after the other, after which row i holds what row `sources[i]` held.
-
-    None is a row to spare, by which the first row of a cycle goes.
-    """
-    left = {target: source for target, source in enumerate(sources) if target != source}
-    copies = []
-    while left:
-        free = [target for target in left if target not in left.values()]
-        if not free:  # cycles are all that is left
-            first = next(iter(left))
-            copies.append((None, first))
-            left = {target: None if source == first else source for target, source in left.items()}
-            continue
-        for target in free:
-            copies.append((target, left.pop(target)))
-    return copies
-
-
-def cannot_be_written(tensor):
-    """Whether it was made, copied or loaded in inference mode and is used outside."""
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _is_int(value):

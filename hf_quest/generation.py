@@ -1,9 +1,21 @@
 """What `generate` and models do not tell a cache, and their stack frames do; each function names what it leans on."""
 
+import inspect
 import sys
 
 import torch
+from transformers import GenerationMixin
 
+from .errors import say_once
+
+ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
+PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})
+# Where the mask of the next token is the last one's and a column of ones: the loops of `generate`, and the method by
+# which a loop of one's own prepares a step as they do.
+STEPS = frozenset(
+    inspect.unwrap(getattr(GenerationMixin, name)).__code__
+    for name in ("_sample", "_beam_search", "_assisted_decoding", "prepare_inputs_for_generation")
+)
 MODULE_CALL = frozenset({torch.nn.Module._call_impl.__code__})
 
 
@@ -19,6 +31,83 @@ def called_from(codes, stop_at=frozenset()):
     return False
 
 
+def continues_its_masks():
+    """Whether `generate` runs the forward, past its prompt: it only ever appends ones to the mask that it was given.
+
+    In `_prefill` a prompt may come in chunks of one token, each with its own part of the caller's mask.
+    """
+    return called_from(STEPS, stop_at=PREFILL)
+
+
+def is_assisted():
+    """Whether `generate` is in assisted decoding, in which several new tokens may be drafts."""
+    return called_from(ASSISTED)
+
+
 def called_by_module():
     """Whether a model calls, and not somebody who fills a cache by hand."""
     return called_from(MODULE_CALL)
+
+
+def prompt_length_of_caller():
+    """Tokens in the inputs of the function that called ours, `_assisted_decoding`: its `input_ids`, or the embeddings
+    that were given instead, `inputs_tensor`. 0 if it has none.
+    """
+    # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells where
+    # the prompt ends.
+    caller = sys._getframe(2).f_locals
+    inputs = [caller.get("input_ids"), caller.get("inputs_tensor")]
+    return max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
+
+
+def may_compile_for_caller():
+    """Whether the function that asks our caller, a method of a model, would do well to compile.
+
+    `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that cannot
+    know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled, and the masks
+    that Transformers 5.17 would make for that fail.
+    """
+    caller = sys._getframe(2)
+    if called_from(PREFILL, stop_at=MODULE_CALL):
+        return False
+    model = caller.f_locals.get("self")
+    is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
+    return is_one_graph and "llama4" not in getattr(getattr(model, "config", None), "model_type", "")
+
+
+def limit_to_read_again(length):
+    """The number of tokens up to which the model that asks a cache for its length would drop it, if `length` is not
+    more and the input is; or None.
+
+    Phi-3 and its like have one set of rotary factors for texts of up to `original_max_position_embeddings` tokens and
+    another for longer ones. At the crossing their `prepare_inputs_for_generation` lets the cache go (`cache = None`,
+    later steps attend a cache of Transformers' own), if `get_seq_length` tells of no more than that many tokens. Where
+    the input is longer, its slicing to the new tokens is undone here, in the dict of its arguments, so that a cache
+    that is too short can be emptied and keep its place, and the model reads all of the input into it.
+    """
+    caller = sys._getframe(3)  # of length_or_read_again and get_seq_length
+    names = caller.f_code.co_names
+    if caller.f_code.co_name != "prepare_inputs_for_generation" or "original_max_position_embeddings" not in names:
+        return None
+    model, ids = caller.f_locals["self"], caller.f_locals.get("input_ids")
+    limit = model.config.original_max_position_embeddings
+    if not isinstance(ids, torch.Tensor) or not length <= limit < ids.shape[1]:
+        return None
+    caller.f_locals["kwargs"]["next_sequence_length"] = None
+    return limit
+
+
+def length_or_read_again(cache, length):
+    """`length`, that of `cache`, for who asks; or what makes a model keep the cache, which is emptied, and fill it
+    again with all of its text, where it would drop it.
+    """
+    limit = limit_to_read_again(length)
+    if limit is None:
+        return length
+    if length:
+        say_once(
+            f"The text has grown beyond {limit} tokens, from which on this model has other rotary factors for all "
+            "of its tokens. The cache was emptied and is filled again with the whole text."
+        )
+    cache.reset()
+    return limit + 1

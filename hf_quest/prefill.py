@@ -134,7 +134,7 @@ class BlockScores:
         self.layer_idx = layer_idx
 
 
-def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap=None, sinks=None):
+def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap=None, sinks=None, num_drafts=0):
     """Attention of the newest T tokens of every row, of whole segments by their blocks and of all others dense.
 
     Args:
@@ -144,6 +144,7 @@ def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap
         prefill: a CritiPrefill, or None for dense attention.
         earlier: BlockScores, mutated.
         scaling, softcap, sinks: as in `reference.attend`.
+        num_drafts: how many of the T tokens, the last ones, are no part of the prompt and fill no segment of it.
 
     Returns:
         [B, T, Hq, D] in the dtype of `query`; 0 in left padding.
@@ -152,7 +153,8 @@ def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap
     sinks = None if sinks is None else sinks.detach().to(query.dtype)
     batch_size, num_heads, num_queries, _ = query.shape
     options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    if not any(left_padding) and (prefill is None or not prefill.is_sparse(num_queries, keys.shape[2])):
+    num_prompt, end = num_queries - num_drafts, keys.shape[2] - num_drafts
+    if not any(left_padding) and (prefill is None or not prefill.is_sparse(num_prompt, end)):
         return causal_attention(query, keys, values, **options).transpose(1, 2)
     output = query.new_empty(batch_size, num_queries, num_heads, values.shape[-1])
     for row, padding in enumerate(left_padding):
@@ -160,15 +162,15 @@ def attend(query, keys, values, left_padding, prefill, earlier, scaling, softcap
         skipped = max(0, -first)
         output[row, :skipped] = 0
         tokens = (query[row, :, skipped:], keys[row, :, padding:], values[row, :, padding:])
-        attend_row(output[row, skipped:], *tokens, prefill, earlier, row, options)
+        attend_row(output[row, skipped:], *tokens, prefill, earlier, row, num_drafts, options)
     return output
 
 
-def attend_row(output, query, keys, values, prefill, earlier, row, options):
+def attend_row(output, query, keys, values, prefill, earlier, row, num_drafts, options):
     """`attend` of one row without padding: query [Hq, T, D], keys and values [Hkv, N, D], into `output` [T, Hq, D]."""
     end = keys.shape[1]
     first = end - query.shape[1]
-    start, stop = (end, end) if prefill is None else prefill.segments(first, end)
+    start, stop = (end, end) if prefill is None else prefill.segments(first, end - num_drafts)
     if start == stop:
         attend_dense(output, query, keys, values, options)
         return

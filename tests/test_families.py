@@ -252,13 +252,13 @@ def assert_same(result, expected):
 @pytest.fixture
 def selections(monkeypatch):
     """The length at which each selection of pages was made."""
-    select, lengths = hf_quest.cache.reference.select, []
+    select, lengths = hf_quest.reference.select, []
 
     def counting_select(scores, length, *args):
         lengths.append(length)
         return select(scores, length, *args)
 
-    monkeypatch.setattr(hf_quest.cache.reference, "select", counting_select)
+    monkeypatch.setattr(hf_quest.reference, "select", counting_select)
     return lengths
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_quest import QuestCache, reference
-from hf_quest.cache import copies_in_order
+from hf_quest.layers import copies_in_order
 
 
 @pytest.fixture(scope="module")

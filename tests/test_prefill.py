@@ -431,7 +431,7 @@ class TestGenerate:
         chunk = {"batch_size": 1, "q_length": 50, "q_offset": 100, "kv_length": num_keys, "config": model.config}
         assert attention.quest_mask(**chunk, device="cuda") is None
         assert attention.quest_mask(**chunk, attention_mask=torch.ones(1, 150, dtype=torch.bool), device="cuda") is None
-        assert cache.settings.num_masked == 150
+        assert cache.masks.num_known == 150
         assert attention.quest_mask(**chunk, device="cpu").shape == (1, 1, 50, 150)
 
     def test_progress(self, model, capsys):

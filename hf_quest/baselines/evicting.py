@@ -6,8 +6,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import dense_attention, dense_decode
-from ..cache import QuestError
-from ..generation import called_by_module
+from ..errors import QuestError
+from ..generation import called_by_module, length_or_read_again
 from .weights import as_bool, is_of_token
 
 BESIDE_TOKENS = ("keys", "values", "positions", "scores", "is_visible")  # [B, Hkv, n, ...] of a layer
@@ -309,6 +309,9 @@ class EvictingCache(Cache):
                 f"cross-attention. {self._put_back()}"
             )
         self.layers.append(self.layer_class(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
+
+    def get_seq_length(self, layer_idx=0):
+        return length_or_read_again(self, super().get_seq_length(layer_idx))
 
     @property
     def is_compileable(self):
