@@ -6,6 +6,7 @@ of each row in a cache alone. What fails is made smaller and printed, as a line 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from fuzz_operations import Run, Skip, Wrong
 from fuzz_truth import Unsure
+
+from hf_quest import local
 
 # Local layers with and without full ones among them, softcaps, sinks, norms of queries and keys, no rotary embedding.
 LOCAL_FAMILIES = ("mistral-window", "gemma2", "gemma3", "gpt_oss", "cohere2", "olmo3")
@@ -70,6 +73,7 @@ KINDS = {
     "budget": lambda r: {"pages": r.randint(2, 8)},
     "offload": lambda r: {},
     "by_hand": lambda r: {},
+    "from_cache": lambda r: {},
     "interrupted": lambda r: {
         "tokens": r.choice((1, 1, 3)),
         "layer": r.randrange(4),
@@ -79,6 +83,7 @@ KINDS = {
 }
 # What every sequence has much of, and what is tried now and then.
 OFTEN = ("prompt", "pieces", "steps", "steps", "hide", "pause", "greedy", "greedy", "crop")
+FIRST = ("prompt", "pieces", "greedy", "sample", "chunked", "lookup", "assistant", "beams")
 # Kinds of configuration that can be left out as those of operations can.
 CONFIGS = ("local", "critiprefill", "autocast", "bfloat16", "inference", "grad", "padding", "batch", "compile")
 
@@ -89,12 +94,13 @@ def new_program(seed, kinds, families=None, caches=None):
     config = new_config(r, kinds, families, caches)
     modes = ["no_grad"] * 3 + [mode for mode in ("inference", "grad") if mode in kinds]
     possible = [kind for kind in KINDS if kind in kinds]
-    often = [kind for kind in OFTEN if kind in kinds]
+    often, first = ([kind for kind in some if kind in kinds] for some in (OFTEN, FIRST))
     operations = []
-    for index in range(r.randint(3, 9)):
-        kind = r.choice(often if r.random() < 0.5 and often else possible)
+    for _ in range(r.randint(3, 9)):
+        is_first = not operations or operations[-1]["kind"] == "reset"
+        kind = r.choice((r.random() < 0.5 and (first if is_first else often)) or possible)
         operation = {"kind": kind, "seed": r.randrange(1000), "mode": r.choice(modes), **KINDS[kind](r)}
-        if index == 0 or (operations and operations[-1]["kind"] == "reset"):  # more than budgets, windows and segments
+        if is_first:  # more than budgets, windows and segments
             operation |= {"tokens": r.randint(20, 90)} if "tokens" in operation else {}
         if "padding" in operation and "padding" not in kinds:
             operation["padding"] = [0.0]
@@ -129,26 +135,30 @@ def new_config(r, kinds, families, caches):
         "max_cache_len": r.choice((None, None, 160)),
         "compile": r.random() < 0.6 if "compile" in kinds else False,
         "prefill": prefill,
+        "room": r.choice((256, 8, 16)),  # tokens that local layers keep beyond their reach
         "precision": r.choice(precisions),
         "rows": r.choice((1, 1, 2, 3)) if "batch" in kinds else 1,
     }
 
 
-def run(program):
-    """None, or how the program failed: the index of an operation, and the error."""
+def run(program, counts=None):
+    """None, or how the program failed: the index of an operation, and the error. `counts` is a Counter."""
+    counts, room, operations = Counter() if counts is None else counts, local.ROOM, program["operations"]
+    index = -1
+    local.ROOM = program["config"]["room"]
     try:
         state = Run(program["config"])
+        while index + 1 < len(operations):
+            index += 1
+            with contextlib.suppress(Skip):
+                state.do(operations[index])
+                counts[operations[index]["kind"]] += 1
+    except Unsure:
+        counts["unsure"] += 1
     except Exception as error:
-        return -1, error
-    for index, operation in enumerate(program["operations"]):
-        try:
-            state.do(operation)
-        except Skip:
-            continue
-        except Unsure:
-            return None
-        except Exception as error:
-            return index, error
+        return index, error
+    finally:
+        local.ROOM = room
     return None
 
 
@@ -170,7 +180,7 @@ def shrink(program, failure, num_runs=80):
         for index in range(len(operations) - 1):
             yield {**program, "operations": operations[:index] + operations[index + 1 :]}
         plain = {"family": "llama", "prefill": None, "precision": "float32", "rows": 1, "compile": False}
-        plain |= {"max_cache_len": None, "int8": False, "budget": None, "dense_layers": 1, "page_size": 4}
+        plain |= {"max_cache_len": None, "int8": False, "budget": None, "dense_layers": 1, "page_size": 4, "room": 256}
         for option, value in plain.items():
             if config[option] != value:
                 yield {**program, "config": {**config, option: value}}
@@ -232,10 +242,10 @@ def main(arguments=None):
         if failure:
             report("replayed", program, failure, True)
         return int(failure is not None)
-    begin, seed, failures = time.monotonic(), options.seed, Counter()
+    begin, seed, failures, counts = time.monotonic(), options.seed, Counter(), Counter()
     while seed < options.seed + options.count if options.count else time.monotonic() < begin + options.seconds:
         program = new_program(seed, options.kinds, options.family, options.cache)
-        failure = run(program)
+        failure = run(program, counts)
         if failure is not None:
             name = signature(program, failure)
             failures[name] += 1
@@ -249,6 +259,7 @@ def main(arguments=None):
     print(f"\n{seed - options.seed} sequences in {time.monotonic() - begin:.0f} s, {failures.total()} failed")
     for name, count in failures.most_common():
         print(f"{count:5} {name}")
+    print("done:", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     return int(bool(failures))
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 
 import torch
 from fuzz_truth import Truth, TruthAlone, build_in, positions_of
@@ -42,7 +44,7 @@ class Run:
 
     config: dict  # JSON, see `fuzz.new_config`
     checks: int = 0
-    refusals: list = field(default_factory=list)
+    longest: int = 0  # slots that were filled at a time
 
     def __post_init__(self):
         self.family, self.is_quest = self.config["family"], self.config["cache"] == "quest"
@@ -65,13 +67,13 @@ class Run:
         truth = TruthAlone(self.settings, rows, self.new_cache) if self.is_alone else Truth(self.settings, rows)
         self.truth = truth
 
-    def new_cache(self):
+    def new_cache(self, make=None):
         budget = BEYOND if self.config["budget"] is None else self.config["budget"]
         options = {"budget": budget, "dense_layers": self.config["dense_layers"]}
         if self.is_quest:
             options |= {name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill")}
             options |= {name: self.config[name] for name in ("max_cache_len", "compile")}
-        return CACHES[self.config["cache"]](**options)
+        return (make or CACHES[self.config["cache"]])(**options)
 
     @property
     def num_rows(self):
@@ -92,8 +94,9 @@ class Run:
         arguments = {name: value for name, value in operation.items() if name not in ("kind", "seed", "mode")}
         with self.mode(operation["mode"]):
             act(**arguments)
+        self.longest = max(self.longest, self.num_slots)
         found, expected = self.cache.get_seq_length(), self.num_slots
-        if found != expected:
+        if type(found) is not int or found != expected:
             raise Wrong(f"the cache says that it holds {found} tokens, and was fed {expected}")
 
     @contextlib.contextmanager
@@ -125,12 +128,13 @@ class Run:
         self.check_room(ids.shape[1])
         positions = positions_of(mask)[:, -ids.shape[1] :] if positions is None else positions
         pieces, first, logits = pieces or [ids.shape[1]], self.num_slots, []
+        dtype = (torch.long, torch.bool, torch.float32)[int(torch.randint(3, ()))]
         for num_new in pieces:
             done = sum(piece.shape[1] for piece in logits)
             new = slice(done, done + num_new)
             options = {"position_ids": positions[:, new], CACHE_NAME: self.cache}
             if not leave_out:
-                options["attention_mask"] = mask[:, : first + done + num_new]
+                options["attention_mask"] = mask[:, : first + done + num_new].to(dtype)
             logits.append((call or self.model)(ids[:, new], **options).logits)
         self.check(torch.cat(logits, dim=1), self.truth.extend(ids, mask, positions, pieces), first)
 
@@ -345,11 +349,16 @@ class Run:
             raise Skip
         try:
             self.cache.crop(removed)
-        except (QuestError, ValueError) as error:
-            if not self.is_local or "window" not in str(error):
+        except QuestError as error:
+            most = re.search(r"crop cannot take back.* Take back (\d+) at most", str(error))
+            if not self.is_local or most is None:
                 raise
-            self.refusals.append(f"crop({removed}) of {self.num_slots}: {error}")
-            return
+            if -removed <= int(most[1]) or self.longest - length <= self.config["room"]:
+                raise Wrong(f"crop({removed}) was refused: {error}") from error
+            length = self.num_slots - int(most[1])
+            if not self.truth.can_crop(length):
+                raise Skip from error
+            self.cache.crop(length - self.num_slots)
         self.truth.crop(length)
 
     def do_reorder(self, rows):
@@ -367,8 +376,6 @@ class Run:
         rows = torch.tensor([row % self.num_rows for row in rows][:MAX_ROWS])
         if by_mask:
             rows = torch.arange(self.num_rows)[:, None].eq(rows).any(dim=1)
-        if self.is_first:
-            raise Skip
         self.cache.batch_select_indices(rows)
         self.truth.rows(rows)
 
@@ -391,6 +398,7 @@ class Run:
     def do_reset(self, rows):
         self.cache.reset()
         self.truth.reset(rows)
+        self.longest = 0
 
     def do_budget(self, pages):
         if self.config["budget"] is None and not self.is_quest:
@@ -415,6 +423,12 @@ class Run:
             if self.num_slots:
                 cache.update(keys.clone(), values.clone(), layer_idx)
         self.cache = cache
+
+    def do_from_cache(self):
+        """A QuestCache that takes over what this one holds."""
+        if not self.is_quest or self.is_first:
+            raise Skip
+        self.cache = self.new_cache(functools.partial(QuestCache.from_cache, self.cache))
 
     def do_interrupted(self, tokens, layer, place):
         """A forward that does not come through; the next one says so, if it must, and can be repeated."""
