@@ -26,6 +26,7 @@ from tables import RESULTS, generate_table, markdown
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_quest import QuestCache, capture
+from hf_quest.cache import CACHE_NAME
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -141,7 +142,7 @@ def answer(model, cache, input_ids, num_tokens, options):
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=num_tokens,
         do_sample=False,
         pad_token_id=0,
@@ -161,7 +162,7 @@ def verify_ms(model, cache, num_rounds):
     for _ in range(2 + 3 * num_rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model(drafts, past_key_values=cache)
+        model(drafts, **{CACHE_NAME: cache})
         cache.crop(-NUM_DRAFTS)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e3)
@@ -194,7 +195,7 @@ def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }
     if name in CAPTURED:
-        del model._compiled_call
+        del model._compiled_call, model.get_compiled_call
         if compiled is not None:
             model._compiled_call = compiled
     if name in VERIFYING:

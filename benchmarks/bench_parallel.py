@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_quest import QuestCache
+from hf_quest.cache import CACHE_NAME
 
 SHAPES["llama-3.1-70b"] = {
     "vocab_size": 128256,
@@ -101,9 +102,9 @@ def read_and_answer(model, budget):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (1, PROMPT + ANSWER), generator=generator).to(model.device)
     cache = QuestCache(budget=budget)
-    model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :PROMPT], **{CACHE_NAME: cache}, logits_to_keep=1)
     steps = (ids[:, idx : idx + 1] for idx in range(PROMPT, PROMPT + ANSWER))
-    return torch.cat([model(step, past_key_values=cache).logits[0].float().cpu() for step in steps])
+    return torch.cat([model(step, **{CACHE_NAME: cache}).logits[0].float().cpu() for step in steps])
 
 
 def compared(logits, expected):

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from hf_quest import CritiPrefill, QuestCache
+from hf_quest.cache import CACHE_NAME
 
 CASES = ["llama-3.1-8b:32768", "llama-3.1-8b:131072", "yi-9b:131072", "llama-3.1-8b:262144:32768"]
 TITLES = {
@@ -64,7 +65,7 @@ def first_token(model, input_ids, cache, chunk):
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=1,
         do_sample=False,
         pad_token_id=0,

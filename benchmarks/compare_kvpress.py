@@ -16,7 +16,10 @@ from pathlib import Path
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# As hf_quest.cache has it, which is not installed beside kvpress.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 NUM_PROMPTS, NUM_TOKENS = 20, 200
 BUDGETS = (20, 50, 100)
 PROTECTED = "TOVA, last token protected"
@@ -31,7 +34,7 @@ def outcome(model, cache, ids):
     """The keys that each layer keeps of all but the last token, and the logits after that one."""
     keys = [layer.keys for layer in cache.layers]
     position = torch.tensor([[NUM_TOKENS]])
-    logits = model(ids[:, -1:], past_key_values=cache, position_ids=position, cache_position=position[0]).logits
+    logits = model(ids[:, -1:], **{CACHE_NAME: cache}, position_ids=position, cache_position=position[0]).logits
     return {"keys": keys, "logits": logits[0, -1]}
 
 
@@ -47,7 +50,7 @@ def theirs(folder):
         for seed in range(NUM_PROMPTS):
             cache = DynamicCache()
             with press(model):
-                model(prompt(seed)[:, :-1], past_key_values=cache)
+                model(prompt(seed)[:, :-1], **{CACHE_NAME: cache})
             outcomes[method, budget, seed] = outcome(model, cache, prompt(seed))
     torch.save({"versions": versions("kvpress"), "outcomes": outcomes}, folder / "theirs.pt")
 
@@ -61,7 +64,7 @@ def ours(folder):
     for method, budget in CASES:
         for seed in range(NUM_PROMPTS):
             cache = caches[method](budget=NUM_TOKENS, dense_layers=0)
-            model(prompt(seed)[:, :-1], past_key_values=cache)
+            model(prompt(seed)[:, :-1], **{CACHE_NAME: cache})
             if method == PROTECTED:
                 for layer in cache.layers:
                     layer.scores = layer.scores.clone().index_fill_(2, torch.tensor([NUM_TOKENS - 1]), torch.inf)

@@ -2,15 +2,13 @@
 
 import os
 import platform
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import transformers
 
 import hf_quest
-from hf_quest.evaluation.report import processor
+from hf_quest.evaluation.report import commit, processor
 
 
 def describe(device):
@@ -25,18 +23,6 @@ def describe(device):
         "commit": commit(),
         "command": command(),
     }
-
-
-def commit():
-    """The commit of this checkout, with `-dirty` where its code differs from it, or None outside of git.
-
-    HF_QUEST_COMMIT tells it where the files are without their repository.
-    """
-    if "HF_QUEST_COMMIT" in os.environ:
-        return os.environ["HF_QUEST_COMMIT"]
-    root = Path(__file__).parent.parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return result.stdout.strip() or None
 
 
 def command():

@@ -7,6 +7,7 @@ from task import parse_arguments, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quest import QuestCache
+from hf_quest.cache import CACHE_NAME
 
 
 def main():
@@ -17,7 +18,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = tokenizer(prompt_of(arguments, tokenizer), return_tensors="pt").to(model.device)
     cache = QuestCache(budget=arguments.budget)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens)
+    output = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=arguments.max_new_tokens)
     print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 
 

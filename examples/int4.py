@@ -11,6 +11,7 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from hf_quest import QuestCache, capture
+from hf_quest.cache import CACHE_NAME
 
 
 def weights():
@@ -33,7 +34,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = tokenizer(prompt_of(arguments, tokenizer), return_tensors="pt").to(model.device)
     cache = QuestCache(budget=arguments.budget)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens)
+    output = model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=arguments.max_new_tokens)
     print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 
 

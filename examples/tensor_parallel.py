@@ -10,6 +10,7 @@ from task import parse_arguments, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quest import QuestCache, capture
+from hf_quest.cache import CACHE_NAME
 
 
 def main():
@@ -20,8 +21,9 @@ def main():
     capture(model)  # on GPUs each step is a replay, communication included
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = tokenizer(prompt_of(arguments, tokenizer), return_tensors="pt").to(model.device)
+    # The cache ends with the call, and with it what is recorded, for which the process group would wait.
     output = model.generate(
-        **inputs, past_key_values=QuestCache(budget=arguments.budget), max_new_tokens=arguments.max_new_tokens
+        **inputs, **{CACHE_NAME: QuestCache(budget=arguments.budget)}, max_new_tokens=arguments.max_new_tokens
     )
     if dist.get_rank() == 0:
         print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))

@@ -8,10 +8,10 @@ from . import generation
 from .errors import QuestError
 from .layers import QuestLayer
 from .local import LocalLayer, reaches_of
-from .masks import MaskLength
+from .masks import MaskLength, Masks
 from .prefill import CritiPrefill
 from .settings import PREPARED, TAKEN, Settings, cannot_be_written
-from .stock import tokens_of
+from .stock import tokens_of, tokens_of_layer
 
 __all__ = ["CACHE_NAME", "PREPARED", "TAKEN", "QuestCache", "QuestError", "QuestLayer", "cannot_be_written"]
 
@@ -24,9 +24,9 @@ outside_of_graphs = torch.compiler.disable(
 
 
 class QuestCache(Cache):
-    """A key/value cache for `model.generate(past_key_values=QuestCache(budget=2048))` of a model that was loaded with
-    `attn_implementation="quest"` (Quest, arXiv 2406.10774). From Transformers 5.24 on the argument is called `cache`,
-    and the former name works until 6.0.
+    """A key/value cache for `model.generate(cache=QuestCache(budget=2048))` of a model that was loaded with
+    `attn_implementation="quest"` (Quest, arXiv 2406.10774). Before Transformers 5.24 the argument is called
+    `past_key_values`.
 
     Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
     for each KV head, the newest page and the pages that may matter most to the query, `budget` tokens in all. Where no
@@ -88,9 +88,12 @@ class QuestCache(Cache):
             raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
         budget = _checked_budget(budget, page_size)
         self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill)
-        self.has_config = False  # whether the model's has been seen, which tells what its layers reach
+        self.config = None  # of the model, as its mask function knows it
         self.compile = compile
         super().__init__(layers=[])
+
+    def __getstate__(self):
+        return {**self.__dict__, "config": None}  # a copy is for whatever model has the same
 
     @classmethod
     def from_cache(cls, cache, budget=2048, **options):
@@ -257,11 +260,13 @@ class QuestCache(Cache):
         """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
         num_tokens = self.get_seq_length() + 1
         self.layers[0].check_room(1)
-        for layer in self.layers:
-            layer.make_room(num_tokens)
+        if num_tokens > self.settings.room or cannot_be_written(self.layers[0].keys):
+            for layer in self.layers:
+                layer.make_room(num_tokens)
+            self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
+            self.settings.room = min(layer.room for layer in self.layers)
         self.settings.set_length(num_tokens)
         self.settings.choose_kernel(num_tokens)
-        self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
         self.settings.step = PREPARED
 
     def _takes_step(self, layer_idx, num_new):
@@ -304,17 +309,32 @@ class QuestCache(Cache):
 
     def take_config(self, config, max_positions):
         """Learn from a model's config what its layers reach, before the first of them is filled."""
-        self.settings.max_positions = max_positions
-        if self.has_config or config is None:
+        if self.config is config:
             return
+        self.settings.max_positions = max_positions
         if cross_layers := getattr(config, "cross_attention_layers", None):
             raise QuestError(
                 f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
                 "QuestCache does not serve it. Use the model without QuestCache."
             )
-        self.has_config = True
+        self.config = config
+        reaches = reaches_of(config, max_positions)
         if not self.layers:
-            self.settings.reaches = reaches_of(config, max_positions)
+            self.settings.reaches = reaches
+        for layer_idx, layer in enumerate(self.layers):
+            if layer.is_sliding and layer_idx not in reaches:
+                self._widen(layer_idx, layer)
+
+    def _widen(self, layer_idx, layer):
+        """Make a layer that reaches everything of one that came with a window, of another cache."""
+        tokens = tokens_of_layer(layer_idx, layer)
+        if tokens.keys.shape[2] < layer.length:
+            raise QuestError(
+                f"Layer {layer_idx} of this cache keeps the newest tokens only, and this model attends all of them "
+                "there: it is another model's cache. Use a new QuestCache."
+            )
+        self.layers[layer_idx] = QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers)
+        self.layers[layer_idx].take(tokens)
 
     def get_seq_length(self, layer_idx=0):
         if self.settings.is_captured and self.settings.step == PREPARED:
@@ -351,7 +371,7 @@ class QuestCache(Cache):
         self._settle()
         super().reset()
         self.settings.draft_start = None
-        self.masks.forget()
+        self.settings.masks = Masks()
 
     def crop(self, tokens_to_remove):
         """Drop the newest `-tokens_to_remove` tokens.

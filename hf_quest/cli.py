@@ -166,7 +166,9 @@ def compare(file, question, budget, model_name, max_new_tokens, device, critical
         demo.answer_dense(model, dense_cache, document_ids, question_ids, dense, max_new_tokens)
         demo.answer_quest(model, cache, document_ids, question_ids, quest, max_new_tokens)
     console.print(panels(dense, quest))
-    console.print(table(num_tokens, cache, dense, quest, points if question == demo.QUESTION else [], seconds))
+    console.print(
+        table(model.config, num_tokens, cache, dense, quest, points if question == demo.QUESTION else [], seconds)
+    )
 
 
 def read(model, cache, document_ids, description):
@@ -195,7 +197,7 @@ def panel(title, answer, height):
     return Panel(Text("\n").join(lines[-height:] if height else lines), title=title, subtitle=footer)
 
 
-def table(num_tokens, cache, dense, quest, points, seconds):
+def table(config, num_tokens, cache, dense, quest, points, seconds):
     """What the two answers cost, and whether they agree."""
     rows = Table("", "Dense", f"Quest, budget {cache.budget:,}")
     if cache.prefill is not None:
@@ -204,8 +206,9 @@ def table(num_tokens, cache, dense, quest, points, seconds):
         rows.add_row("s to read the document", *(f"{each:.1f}" for each in seconds))
     num_stored = cache.get_seq_length()
     rows.add_row("tokens in the document", f"{num_tokens:,}", f"{num_tokens:,}")
-    for layers, tokens in layer_kinds(cache.tokens_attended):
-        rows.add_row(f"tokens attended per step, {layers}", f"{num_stored:,}", f"{tokens:,}")
+    attended = [demo.tokens_attended(tokens, config) for tokens in ([num_stored] * len(cache), cache.tokens_attended)]
+    for layers, (in_dense, in_quest) in layer_kinds(zip(*attended, strict=True)):
+        rows.add_row(f"tokens attended per step, {layers}", f"{in_dense:,}", f"{in_quest:,}")
     rows.add_row("share of the KV cache read", "100 %", f"{100 * cache.read_share:.1f} %")
     rows.add_row("ms per token, median", f"{dense.milliseconds:.1f}", f"{quest.milliseconds:.1f}")
     rows.add_row("speedup", "1.0×", f"{dense.milliseconds / quest.milliseconds:.1f}×")

@@ -181,6 +181,13 @@ def stock_copy(cache, config):
     return stock
 
 
+def tokens_attended(tokens, config):
+    """`tokens` per layer, no more than a local layer's window reaches."""
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    windows += [None] * (len(tokens) - len(windows))
+    return [min(number, window or number) for number, window in zip(tokens, windows, strict=True)]
+
+
 def answer_dense(model, cache, document_ids, question_ids, answer, max_new_tokens):
     """Stream a greedy answer into `answer` the way Transformers does it by default."""
     try:

@@ -48,17 +48,17 @@ def describe_container(value, seen):
 
 def describe(value, seen):
     if isinstance(value, torch.Tensor):
-        return describe_tensor(value)
+        return describe_tensor(value, seen)
     if isinstance(value, PreTrainedConfig) and id(value) not in seen:
         seen.add(id(value))
         return describe_items(vars(value), seen)
     return id(value)  # a module, too, which has its own place in the list
 
 
-def describe_tensor(tensor):
-    if is_traceable_wrapper_subclass(tensor):  # quantised or distributed: made of other tensors
+def describe_tensor(tensor, seen):
+    if is_traceable_wrapper_subclass(tensor):  # quantised or distributed: made of other tensors and what places them
         names, _ = tensor.__tensor_flatten__()
-        return [describe_tensor(getattr(tensor, name)) for name in names]
+        return [describe(getattr(tensor, name), seen) for name in names]
     if tensor.layout != torch.strided:
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -10,12 +10,12 @@ from .errors import say_once
 
 ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
 PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})
-# Where the mask of the next token is the last one's and a column of ones: the loops of `generate`, and the method by
-# which a loop of one's own prepares a step as they do.
-STEPS = frozenset(
+# Where the mask of the next token is the last one's and a column of ones: the loops of `generate`.
+LOOPS = frozenset(
     inspect.unwrap(getattr(GenerationMixin, name)).__code__
-    for name in ("_sample", "_beam_search", "_assisted_decoding", "prepare_inputs_for_generation")
+    for name in ("_sample", "_beam_search", "_assisted_decoding")
 )
+PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
 MODULE_CALL = frozenset({torch.nn.Module._call_impl.__code__})
 
 
@@ -32,11 +32,22 @@ def called_from(codes, stop_at=frozenset()):
 
 
 def continues_its_masks():
-    """Whether `generate` runs the forward, past its prompt: it only ever appends ones to the mask that it was given.
+    """Whether `generate` runs the forward, past its prompt, with the mask of its own, to which it only appends ones.
 
-    In `_prefill` a prompt may come in chunks of one token, each with its own part of the caller's mask.
+    In `_prefill` a prompt may come in chunks of one token, each with its own part of the caller's mask. A model, a hook
+    or a processor of logits may give another mask than the loop's `model_kwargs` hold.
     """
-    return called_from(STEPS, stop_at=PREFILL)
+    given, frame = [], sys._getframe(1)
+    while frame is not None and frame.f_code not in PREFILL:
+        if frame.f_code in LOOPS:
+            own = [frame.f_locals.get(name, {}).get("attention_mask") for name in ("model_kwargs", "candidate_kwargs")]
+            return all(any(mask is each for each in own) for mask in given)
+        if frame.f_code is PREPARE:
+            given.append(frame.f_locals["attention_mask"])
+        elif frame.f_code in MODULE_CALL and "attention_mask" in frame.f_locals["kwargs"]:
+            given.append(frame.f_locals["kwargs"]["attention_mask"])
+        frame = frame.f_back
+    return False
 
 
 def is_assisted():

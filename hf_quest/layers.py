@@ -31,12 +31,18 @@ class Layer(CacheLayerMixin):
         self.num_new = 0  # slots filled by the last update
         self.left_padding = ()  # slots at the start of each row that hold no token
         self.on_device = None  # settings.on the device of this layer
+        self.is_away = False  # what is stored, on the CPU, see `offload`
         self.pending = False  # keys and values were handed to the model and have not reached its attention
         self.is_plainly_masked = True  # in the last forward: causally, with left padding at most
 
     @property
     def capacity(self):
         return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def room(self):
+        """Tokens that the storage has room for."""
+        return self.capacity
 
     @property
     def padding(self):
@@ -159,8 +165,13 @@ class Layer(CacheLayerMixin):
             for stored, new in ((self.keys, keys), (self.values, values))
         )
 
-    def mark_for_graphs(self):
-        """Without the kernels: one graph for every capacity, and one more recording of it where the storage moves."""
+    def has_moved(self):
+        """Tell the cache and graphs of new storage.
+
+        Without the kernels: one graph for every capacity, and one more recording of it where the storage moves.
+        """
+        self.device, self.is_away = self.keys.device, False
+        self.settings.room = 0
         for tensor in self.storage().values():
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
             torch._dynamo.mark_static_address(tensor)
@@ -171,14 +182,16 @@ class Layer(CacheLayerMixin):
 
     def offload(self):
         """Move what is stored to the CPU, until `prefetch` or the next token."""
+        self.is_away, self.settings.room = self.is_initialized, 0
         for name, tensor in self.storage().items():
             setattr(self, name, tensor.to("cpu", non_blocking=True))
 
     def prefetch(self):
         """Move what is stored back to where the model computes."""
-        for name, tensor in self.storage().items():
-            if tensor.device != self.device:
+        if self.is_away:
+            for name, tensor in self.storage().items():
                 setattr(self, name, tensor.to(self.device, non_blocking=True))
+            self.has_moved()
 
     def get_seq_length(self):
         return self.length
@@ -550,8 +563,7 @@ class QuestLayer(Layer):
                 self.scores = self.keys.new_empty(batch_size, num_kv_heads, 1, num_pages, dtype=torch.float32)
         self.num_kv_heads = num_kv_heads
         self.on_device = self.settings.on(self.keys.device)
-        self.device = self.keys.device
-        self.mark_for_graphs()
+        self.has_moved()
 
     def _refresh_bounds(self, num_newest):
         if self.bounds is not None:

@@ -1,5 +1,7 @@
 """LocalLayer: the newest keys and values of a layer whose attention does not reach further."""
 
+import math
+
 import torch
 from transformers import DynamicCache
 
@@ -43,6 +45,10 @@ class LocalLayer(Layer):
         return min(self.length, self.reach)
 
     num_stored = num_attended
+
+    @property
+    def room(self):
+        return math.inf if self.capacity == self.reach + ROOM else self.capacity
 
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[2], key_states.dtype)
@@ -130,8 +136,7 @@ class LocalLayer(Layer):
                 for like in (like_keys, like_values)
             )
         self.on_device = self.settings.on(self.keys.device)
-        self.device = self.keys.device
-        self.mark_for_graphs()
+        self.has_moved()
 
     def set_left_padding(self, left_padding):
         """Take over how many slots at the start of each row hold no token, which this layer's masks say too."""
@@ -143,6 +148,9 @@ class LocalLayer(Layer):
 
     def num_decoding(self, num_queries):
         return 0
+
+    def reads_prompt(self, *args):
+        return False
 
     def get_mask_sizes(self, query_length):
         num_reached = min(self.length, self.reach - 1)

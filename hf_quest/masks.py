@@ -136,9 +136,9 @@ def quest_mask(
     that: there is none where it is causal with left padding and nothing else, and that of a local layer is [B, 1, 1,
     local_size], for the newest slots.
     """
-    model_class = causal_lm_class(config)
-    check_has_attention_interface(model_class, config)
-    check_heads_split(config)
+    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
+    if cache is None or cache.config is not config:
+        check_model(config)
     max_positions = getattr(config, "max_position_embeddings", None) or math.inf
     is_local = local_size is not None and local_size < max_positions
     is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
@@ -146,7 +146,7 @@ def quest_mask(
         return None
     # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
     # without its mask could not be told from a full one.
-    is_causal_without = q_length == kv_length and (model_class is None or model_class._supports_sdpa)
+    is_causal_without = q_length == kv_length and supports_sdpa(config)
     can_skip = not is_local and (q_length == 1 or is_causal_without)
     arguments = {
         "q_length": q_length,
@@ -160,7 +160,7 @@ def quest_mask(
         "use_vmap": use_vmap,
         **kwargs,
     }
-    if use_vmap or not isinstance(kv_length, MaskLength):  # Transformers sets use_vmap for a pattern of the caller's
+    if use_vmap or cache is None:  # Transformers sets use_vmap for a pattern of the caller's
         return sdpa_mask(**arguments)
     is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
     return mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk)
@@ -247,6 +247,17 @@ def causal_lm_class(config):
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
     # Some models name several classes, by architecture.
     return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
+def supports_sdpa(config):
+    model_class = causal_lm_class(config)
+    return model_class is None or model_class._supports_sdpa
+
+
+def check_model(config):
+    """Raise for a model that cannot be served, whatever its cache."""
+    check_has_attention_interface(causal_lm_class(config), config)
+    check_heads_split(config)
 
 
 def check_has_attention_interface(model_class, config):

@@ -27,7 +27,7 @@ class PageReads:
     ```python
     cache = QuestCache(budget=256)
     cache.recorder = reads = PageReads()
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
     reads.share(num_pages=100)  # for each page, the share of reads that it was part of
     reads.weigh(cache)
     reads.attention(num_pages=100)  # for each page, the attention that was paid to it

@@ -39,15 +39,17 @@ def is_misfit(operator, args, devices):
     if operator in COPIES:
         return len(devices) > 1
     if operator == aten.index.Tensor:
-        return has_mask(args[1])
+        return not are_places(args[1], args[0].device)
     if operator in WRITES_BY_INDEX:
-        return has_mask(args[1]) and args[2].numel() > 1
+        is_number = args[2].numel() == 1 and args[2].device.type == "cpu"  # which is filled in where a mask says
+        return not are_places(args[1], args[0].device) and not is_number
     if torch.Tag.nondeterministic_seeded in operator.tags:
         return "attention" not in str(operator)  # has dropout, which is none
     is_known_late = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
     return bool(is_known_late) or operator in FROM_PYTHON
 
 
-def has_mask(indices):
-    """Whether one of them is a mask, whose elements have to be counted."""
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+def are_places(indices, device):
+    """Whether they are numbers on the device: a mask's elements would be counted, numbers of the host copied."""
+    given = [index for index in indices if index is not None]
+    return all(index.device == device and index.dtype not in (torch.bool, torch.uint8) for index in given)

@@ -39,6 +39,7 @@ class Settings:
     length: int = 0  # slots filled, those of the forward under way included
     left_padding: tuple = ()  # slots at the start of each row that hold no token
     addresses: list = field(default_factory=list)  # a row for each layer, see ops.decode
+    room: float = 0  # tokens for which all layers are known to have storage, at these addresses
     devices: dict = field(default_factory=dict)  # of every device of a layer, the OnDevice
     step: str | None = None  # of a captured decode: None, PREPARED or TAKEN
     is_recording: bool = False  # of a step in a CUDA graph, without compilation

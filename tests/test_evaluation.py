@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_quest import QuestCache, tiny
 from hf_quest.baselines import TOVACache
+from hf_quest.cache import CACHE_NAME
 from hf_quest.cli import app
 from hf_quest.evaluation import (
     calibrate,
@@ -25,7 +26,15 @@ from hf_quest.evaluation import (
     longbench,
     passkey,
 )
-from hf_quest.evaluation.calibration import line_of_code, recommended, write_html
+from hf_quest.evaluation.calibration import (
+    calibration_table,
+    default_budgets,
+    limit_of,
+    line_of_code,
+    of_method,
+    recommended,
+    write_html,
+)
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, load, make_ways, new_cache, prefill, read
 from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
@@ -302,7 +311,7 @@ class TestCalibration:
         assert calibrated[2] < 1500 * 1500
 
     def test_more_budget_changes_less(self, calibrated):
-        dense, *by_budget = calibrated[0]["records"]
+        dense, *by_budget = of_method(calibrated[0], "dense") + of_method(calibrated[0], "quest")
         assert (dense["kl"], dense["top1_agreement"], dense["read_share"]) == (0, 1, 1)
         assert by_budget[0]["kl"] > by_budget[1]["kl"] > by_budget[2]["kl"] >= 0
         assert by_budget[0]["read_share"] < by_budget[1]["read_share"]
@@ -311,6 +320,18 @@ class TestCalibration:
             for heads in zip(*(layer["mass"] for layer in layers), strict=True):
                 assert 0 < heads[0] <= heads[1] + 0.05  # the queries are those of each run
                 assert heads[1] < heads[2] <= 1
+
+    def test_the_best_stand_beside_each_budget_and_lose_less(self, calibrated):
+        report = calibrated[0]
+        quest, pages, tokens = (of_method(report, name) for name in ("quest", "best-pages", "best-tokens"))
+        assert [record["budget"] for record in pages] == [record["budget"] for record in quest] == [32, 64, 1408]
+        for records in zip(quest, pages, tokens, strict=True):
+            masses = [sum(sum(layer["mass"]) for layer in record["layers"]) for record in records]
+            assert masses == sorted(masses)
+        assert pages[0]["kl"] < quest[0]["kl"]
+        assert [len(record["layers"]) for record in (*quest, *pages)] == [4] * 6
+        assert "best tokens" in limit_of(report)
+        assert calibration_table(report).row_count == 1 + len(quest)
 
     def test_perplexity_is_that_of_the_evaluation(self, loaded, calibrated):
         model, tokenizer = loaded
@@ -324,8 +345,8 @@ class TestCalibration:
 
     def test_recommends_the_smallest_budget_above_which_all_are_within_the_tolerance(self):
         def report(*divergences):
-            records = [{"budget": None, "kl": 0.0}]
-            records += [{"budget": 64 * 2**index, "kl": kl} for index, kl in enumerate(divergences)]
+            records = [{"method": "dense", "budget": None, "kl": 0.0}]
+            records += [{"method": "quest", "budget": 64 * 2**index, "kl": kl} for index, kl in enumerate(divergences)]
             return {"configuration": {"tolerance": 0.01}, "records": records}
 
         assert recommended(report(0.5, 0.005, 0.001)) == 128
@@ -334,6 +355,23 @@ class TestCalibration:
         assert recommended(report(0.5, 0.5, 0.5)) is None
         assert recommended(report(math.log(1.0101))) is None
 
+    @pytest.mark.parametrize(
+        ("num_context", "budgets"),
+        [
+            (33, [32]),
+            (128, [32, 64]),
+            (129, [128]),
+            (1025, [128, 256, 512, 1024]),
+            (9999, [2**i for i in range(7, 13)]),
+        ],
+    )
+    def test_the_budgets_fit_the_document(self, num_context, budgets):
+        assert default_budgets(num_context) == budgets
+
+    def test_the_line_of_code_covers_a_document_of_which_nothing_can_be_left_out(self):
+        report = {"configuration": {"num_tokens": 2049}, "recommended_budget": None}
+        assert line_of_code(report) == f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget=3072))"
+
     def test_page_names_the_budget_and_shows_both_plots(self, calibrated, tmp_path):
         pytest.importorskip("matplotlib")
         report, output, _ = calibrated
@@ -341,7 +379,7 @@ class TestCalibration:
         write_html(report, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert page.count("<svg") == 2
-        assert page.count("<tr") == 1 + len(report["records"])
+        assert page.count("<tr") == 1 + 1 + len(of_method(report, "quest"))
         assert line_of_code(report) in page
         assert "http-equiv" not in page
         assert "src=" not in page  # one page, nothing fetched
@@ -453,7 +491,7 @@ class TestCommands:
         ]
         result = run("calibrate", "--text", text, *options)
         assert result.exit_code == 0, result.output
-        assert "model.generate(**inputs, past_key_values=QuestCache(budget=64))" in result.output
+        assert f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget=64))" in result.output
         assert (tmp_path / "page.html").exists()
 
     @pytest.mark.parametrize(
@@ -495,7 +533,8 @@ class TestCommands:
         ("options", "message"),
         [
             (["--text", "nowhere.txt"], r"nowhere\.txt cannot be read: No such file or directory\."),
-            (["--text", "TEXT"], r"A budget of 4,096 tokens covers all \d+ tokens of the context, .*"),
+            (["--text", "TEXT", "--budget", 4096], r"A budget of 4,096 tokens covers all \d+ tokens of .*"),
+            (["--text", "TEXT", "--max-tokens", 40, "--scored", 8], r"The context has 31 tokens, which the .*"),
             (["--text", "TEXT", "--tolerance", 0], r"tolerance is a share above 0, such as 0\.01, not 0\.0\."),
             (["--text", "TEXT", "--scored", 2000], r"The document has \d+ tokens, too few to score 2000 of them\."),
         ],

@@ -4,6 +4,7 @@ A compilation takes longer than all else here, so only one class compiles.
 """
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -233,21 +234,40 @@ class TestCapturedDecode:
         assert counters["stats"]["unique_graphs"] == num_graphs
         assert counters["inductor"]["cudagraph_skips"] == 0
 
-    def test_a_step_waits_for_nothing(self, models, library):
+    def test_a_step_waits_for_nothing(self, models, library, monkeypatch):
         model, ids = models[torch.bfloat16], digest_of(library, 1000)
-        cache = prefilled(model, ids)
-        config = CompileConfig(fullgraph=True)
-        write(model, ids, cache, 4, compile_config=config)
-        ids = torch.zeros(1, cache.get_seq_length() + 1, dtype=torch.int64, device="cuda")
-        inputs = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
-        compiled = model.get_compiled_call(config)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.no_grad():
-                inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **inputs)
-                compiled(**inputs, return_dict=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        cache, config = prefilled(model, ids), CompileConfig(fullgraph=True)
+        write(model, ids, copy.deepcopy(cache), 4, compile_config=config)
+        steps = []
+
+        def without_waiting(call):
+            @functools.wraps(call)
+            def run(*args, **kwargs):
+                steps.append(call)
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    return call(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            return run
+
+        compiled = without_waiting(model.get_compiled_call(config))
+        write(model, ids, cache, 2, compile_config=config)  # its first step asks for the mask
+        sequence = torch.zeros(1, cache.get_seq_length() + 1, dtype=torch.int64, device="cuda")
+        prepare = model.prepare_inputs_for_generation
+        is_first = [True]
+
+        @functools.wraps(prepare)
+        def prepare_step(*args, **kwargs):  # the prompt, of one token, has its mask looked at
+            call = prepare if is_first.pop() else without_waiting(prepare)
+            is_first.append(False)
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(model, "prepare_inputs_for_generation", prepare_step)
+        monkeypatch.setattr(model, "get_compiled_call", lambda config: compiled)
+        write(model, sequence, cache, 4, compile_config=config)
+        assert len(steps) >= 6
 
     def test_a_padded_batch_has_one_graph(self, models, library):
         model = models[torch.bfloat16]

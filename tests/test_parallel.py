@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def padded_batch():
 def run_example(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.syspath_prepend(EXAMPLES)
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*past_key_values", FutureWarning)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 class TestTensorParallel:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import types
 
 import pytest
 import torch
@@ -473,13 +472,13 @@ class TestEvaluation:
         assert found[1] < 0.99
 
     def test_perplexity_with_all_blocks_is_dense(self, model, monkeypatch):
-        library = types.SimpleNamespace(ids=tokens(600)[0].numpy())
-        dense = prompts.perplexity(model, library, window=LONG)
+        rows = tokens(2 * LONG).view(2, LONG)
+        dense = prompts.perplexity(model, rows)
         everything = CritiPrefill(budget=272, segment_size=16, block_size=16, threshold=272)
         monkeypatch.setattr(prompts, "new_cache", lambda budget: QuestCache(prefill=everything))
-        assert prompts.perplexity(model, library, LONG, 272) == pytest.approx(dense, rel=1e-5)
+        assert prompts.perplexity(model, rows, 272) == pytest.approx(dense, rel=1e-5)
         monkeypatch.setattr(prompts, "new_cache", lambda budget: QuestCache(prefill=CONFIG))
-        assert prompts.perplexity(model, library, LONG, 32) != pytest.approx(dense, rel=1e-3)
+        assert prompts.perplexity(model, rows, 32) != pytest.approx(dense, rel=1e-3)
 
     def test_read_share_counts_products(self):
         for num_tokens in (64, 100, 300):

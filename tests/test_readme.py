@@ -12,6 +12,7 @@ from test_families import FAMILIES
 from typer.testing import CliRunner
 
 from hf_quest import tiny
+from hf_quest.cache import CACHE_NAME
 from hf_quest.cli import app
 from hf_quest.evaluation.passkey import passkey_prompts
 
@@ -24,14 +25,27 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+def shown_code():
+    """The README, and every script and notebook beside the package, whose outputs show what was printed too."""
+    files = [file for folder in ("benchmarks", "examples", "notebooks") for file in (ROOT / folder).rglob("*")]
+    return [ROOT / "README.md", *(file for file in files if file.suffix in (".py", ".ipynb"))]
+
+
+@pytest.mark.parametrize("path", shown_code(), ids=lambda path: path.name)
+def test_the_cache_has_the_name_that_it_keeps(path):
+    """`past_key_values`, which Transformers warns of from 5.24 on and some day no longer knows, has another name."""
+    assert not re.search(r"past_key_values(=|[\"']: )", path.read_text())
+
+
 def numbers(text):
     return re.findall(r"\d{5,}", text)
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")
 def test_snippets_print_what_their_comments_say(capsys):
     namespace = {}
     for snippet in blocks("python"):
-        exec(snippet, namespace)
+        exec(re.sub(r"\bcache=", f"{CACHE_NAME}=", snippet), namespace)
         comments = re.findall(r"print\(.*# (.*)", snippet)
         assert comments
         assert numbers(capsys.readouterr().out) == numbers("\n".join(comments))

@@ -5,6 +5,8 @@ from .longbench import evaluate_longbench
 from .passkey import evaluate_passkey
 from .perplexity import evaluate_perplexity
 from .recall import evaluate_recall
+from .ruler import evaluate_ruler
+from .selection import evaluate_selection
 from .top10 import evaluate_top10
 
 __all__ = [
@@ -13,5 +15,7 @@ __all__ = [
     "evaluate_passkey",
     "evaluate_perplexity",
     "evaluate_recall",
+    "evaluate_ruler",
+    "evaluate_selection",
     "evaluate_top10",
 ]

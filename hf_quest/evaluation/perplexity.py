@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .documents import first_tokens
 from .methods import DENSE, EVERYTHING, METHODS, Way, check_length, make_ways, new_cache, read, step
 from .plots import add_legend, draw_methods, figure
 from .report import Results, comparison, mean, merged, spread
@@ -46,18 +47,12 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: i
         ValueError: if the text is shorter than `length`.
     """
     ids = np.array(tokenizer.encode(text, add_special_tokens=False))
-    first = [tokenizer.bos_token_id] if has_first_token(tokenizer) else []
+    first = first_tokens(tokenizer)
     num_text = length - len(first)
     if len(ids) < num_text:
         raise ValueError(f"The text has {len(ids) + len(first):,} tokens, fewer than the length of {length:,}.")
     ends = np.linspace(num_text, len(ids), min(count, len(ids) // num_text)).astype(int)
     return np.stack([np.concatenate([first, ids[end - num_text : end]]).astype(int) for end in ends])
-
-
-def has_first_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins a text with its beginning-of-sequence token."""
-    ids = tokenizer.encode("a")
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def losses(model: PreTrainedModel, cache: Cache, ids: Tensor, num_scored: int) -> Tensor:
@@ -141,7 +136,7 @@ def evaluate_perplexity(
     results = Results(model, configuration, output)
     # The rows of the longest, so that every length is scored on the same tokens.
     rows = np.array(spread(windows(tokenizer, text, lengths[-1], num_rows), fraction))
-    num_first = int(has_first_token(tokenizer))
+    num_first = len(first_tokens(tokenizer))
     units = {}
     for length in by_length:
         for first in range(0, len(rows), batch_size):

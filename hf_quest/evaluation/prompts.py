@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import CritiPrefill, QuestCache, prefill
 from ..cache import CACHE_NAME
 from .documents import JOBS, Document, Library, documents, heldout_text
-from .methods import EVERYTHING, answer
+from .methods import EVERYTHING, answer, check_length
 from .recall import score
-from .report import Results, mean
+from .report import Results, mean, spread
 
 PUBLISHED = {"segment_size": 512, "block_size": 32, "layer_fusion": 0.25}  # what the paper's score is used with
 
@@ -27,20 +27,33 @@ def new_cache(prefill_budget: int | None, budget: int = 2048, compile: bool = Tr
     return QuestCache(budget=budget, prefill=critical, compile=compile)
 
 
+def windows(library: Library, length: int, count: int) -> Tensor:
+    """[count, length] token ids at equal steps through the library's text, each behind what a text begins with.
+
+    There are fewer, but never none, where the text holds fewer that do not overlap.
+
+    Raises:
+        ValueError: if the text is shorter than `length`.
+    """
+    num_text = length - len(library.first)
+    rows = torch.from_numpy(library.ids.astype("int64")).split(num_text)
+    rows = [row for row in rows if len(row) == num_text]
+    if not rows:
+        raise ValueError(f"The held-out text has {len(library.ids):,} tokens, fewer than the length of {length:,}.")
+    first = torch.tensor(library.first, dtype=torch.int64)
+    return torch.stack([torch.cat([first, row]) for row in spread(rows, min(1, count / len(rows)))])
+
+
 @torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, library: Library, window: int = 4096, prefill_budget: int | None = None
-) -> float:
-    """exp of the mean loss per token of the library's text, read in windows of `window` tokens, dense by default."""
-    ids = torch.from_numpy(library.ids.astype("int64")).to(model.device)
+def perplexity(model: PreTrainedModel, rows: Tensor, prefill_budget: int | None = None) -> float:
+    """exp of the mean loss per token of [count, N] token ids, each row read in one forward, dense by default."""
     total, count = 0.0, 0
-    for chunk in ids.split(window):
-        if len(chunk) > 1:
-            cache = {} if prefill_budget is None else {CACHE_NAME: new_cache(prefill_budget)}
-            logits = model(chunk[None], use_cache=bool(cache), **cache).logits[0, :-1]
-            for part, targets in zip(logits.split(4096), chunk[1:].split(4096), strict=True):
-                total += cross_entropy(part.float(), targets, reduction="sum").item()
-            count += len(chunk) - 1
+    for row in rows.to(model.device):
+        cache = {} if prefill_budget is None else {CACHE_NAME: new_cache(prefill_budget)}
+        logits = model(row[None], use_cache=bool(cache), **cache).logits[0, :-1]
+        for part, targets in zip(logits.split(4096), row[1:].split(4096), strict=True):
+            total += cross_entropy(part.float(), targets, reduction="sum").item()
+        count += len(row) - 1
     return math.exp(total / count)
 
 
@@ -89,7 +102,8 @@ def evaluate_prefill(
 
     Args:
         model, tokenizer: as in `recall.evaluate_recall`, the model with `attn_implementation="quest"`.
-        jobs, lengths, num_documents, seed, batch_size, output: as there.
+        jobs, lengths, num_documents, seed, batch_size, output: as there. The held-out perplexity is of at most as many
+            windows.
         prefill_budgets: tokens that a segment reads before itself.
 
     Returns:
@@ -113,9 +127,11 @@ def evaluate_prefill(
         "seed": seed,
         "batch_size": batch_size,
     }
+    for length in lengths:
+        check_length(model, length, [])
     results = Results(model, configuration, output)
     library = Library(tokenizer, heldout_text())
-    ids = torch.from_numpy(library.ids.astype("int64")).to(model.device)
+    rows = {length: windows(library, length, num_documents) for length in lengths}
     kinds = [None, *prefill_budgets]
     units: dict[str, tuple] = {}
     for length in lengths:
@@ -134,10 +150,10 @@ def evaluate_prefill(
                 yield {"job": what, "length": length, "prefill_budget": kind, "scores": scores}
             return
         record = {"job": "perplexity", "length": length, "prefill_budget": what}
-        record["perplexity"] = perplexity(model, library, length, what)
+        record["perplexity"] = perplexity(model, rows[length], what)
         if what is not None:
             record["attention_mass"] = {
-                name: attention_mass(model, ids[None, :length], new_cache(what, score=name, **settings))
+                name: attention_mass(model, rows[length][:1].to(model.device), new_cache(what, score=name, **settings))
                 for name, settings in (("mass", {}), ("published", PUBLISHED))
             }
         yield record

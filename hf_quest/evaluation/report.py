@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -105,14 +106,29 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str | None]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "processor": processor(device),
         **versions,
         "transformers": transformers.__version__,
         "hf_quest": __version__,
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` where its code differs from it, or None outside of git.
+
+    HF_QUEST_COMMIT tells it where the files are without their repository.
+    """
+    if "HF_QUEST_COMMIT" in os.environ:
+        return os.environ["HF_QUEST_COMMIT"]
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed, perhaps below another repository
+        return None
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return result.stdout.strip() or None
 
 
 def processor(device: torch.device) -> str:
@@ -196,8 +212,9 @@ def markdown(table: Table) -> str:
 def write_table(path: Path, report: dict[str, Any], table: Table) -> None:
     """Markdown beside the results file: the command, where it ran, and the table."""
     where = report["environment"]
+    commit = f", commit {where['commit']}" if where.get("commit") else ""
     path.with_suffix(".md").write_text(
         f"`{report['command']}`\n\n{where['processor']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}, hf_quest {where['hf_quest']}, {report['configuration']['dtype']}\n\n"
+        f"{where['transformers']}, hf_quest {where['hf_quest']}{commit}, {report['configuration']['dtype']}\n\n"
         f"{markdown(table)}"
     )

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Writes what choosing pages and tokens costs two pretrained models: KL, perplexity, attention mass and RULER's tasks, by
+# method and budget, each as JSON, a Markdown table and, where matplotlib is installed, plots (elsewhere later, by
+# `hf-quest eval report FILE`). The models come from PyPI, see `hf-quest eval models`. The evaluations run side by side.
+# What was interrupted goes on, what was finished begins anew.
+#
+#   benchmarks/evaluate_real.sh [FOLDER]         results go to FOLDER, benchmarks/results by default
+#   QUICK=1 benchmarks/evaluate_real.sh FOLDER   small sizes and one model, for a CPU
+#
+# HF_QUEST_MODELS is where the models are kept (build/models), HF_QUEST_WHEELS a folder with their packages' wheels, for a
+# machine without network, HF_QUEST_COMMIT what is measured, where the files are without their repository.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-benchmarks/results}
+models=${HF_QUEST_MODELS:-build/models}
+mkdir -p "$folder"
+
+# Every part of the estimate by itself, page sizes, a second look at candidates, and the best there is.
+methods=(
+  published published,keeps_first=1 published,keeps_first=1,group=sum published,keeps_first=1,group=share
+  published,page_size=8 published,page_size=32
+  half half,keeps_first=0 half,group=max half,group=share half,width=0.25 half,page_size=8 half,page_size=32
+  codes-pages,candidates=4 codes-tokens,candidates=4 codes-tokens codes-tokens,candidates=16 codes-tokens,candidates=0
+  best-pages best-tokens
+)
+names=(smollm2 gemma3)
+smollm2=(--length 2048 --length 4096 --length 8192 --windows 20 --steps 128 --batch-size 10)
+gemma3=(--length 2048 --length 4096 --length 8192 --length 16384 --length 30720 --windows 10 --steps 64 --batch-size 5)
+ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samples 20 --batch-size 20 --budget 128 --budget 512)
+ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512)
+budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
+if [ -n "${QUICK:-}" ]; then
+  names=(smollm2) methods=(published half codes-tokens best-pages best-tokens)
+  smollm2=(--length 384 --windows 2 --steps 16 --batch-size 2) budgets=(--budget 128)
+  ruler_smollm2=(--length 512 --samples 2 --task niah_single_1 --max-new-tokens 12 --budget 128)
+fi
+
+python3 -m hf_quest.cli eval models "$models" "${names[@]}" ${HF_QUEST_WHEELS:+--find-links "$HF_QUEST_WHEELS"}
+
+run() {  # NAME MODEL EVALUATION OPTIONS
+  local name=$1 model=$2
+  shift 2
+  grep -sq '"is_complete": false' "$folder/$name.json" || rm -f "$folder/$name.json"
+  python3 -m hf_quest.cli eval "$@" --model "$models/$model" --output "$folder/$name.json" >"$folder/$name.log" 2>&1 ||
+    { cat "$folder/$name.log" && return 1; }
+  rm -f "$folder/$name.log"
+}
+
+for name in "${names[@]}"; do
+  declare -n windows=$name samples=ruler_$name
+  run "selection_$name" "$name" selection "${windows[@]}" "${budgets[@]}" "${methods[@]/#/--method=}" --dtype float32 &
+  run "ruler_$name" "$name" ruler "${samples[@]}" &
+done
+
+status=0
+for job in $(jobs -p); do wait "$job" || status=1; done
+exit $status

@@ -1,0 +1,356 @@
+"""Six tasks of RULER (arXiv 2404.06654), made here after the paper's definitions and in its words, of any length.
+
+What is found in a haystack of sentences (`niah_single_1`) or of needles (`niah_multikey_2`, `niah_multikey_3`),
+variables traced over assignments (`vt`), the commonest words of a list (`cwe`) and of a coded text (`fwe`). A model's
+chat template is applied once. The text is prefilled dense, question and answer's beginning are fed token by token.
+"""
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .documents import GARBAGE, first_tokens
+from .methods import DENSE, METHODS, answer, check_length, left_padded, make_ways, read
+from .report import Results, comparison, mean, merged, spread
+
+SEPARATOR = "<<the text ends here>>"  # between text and question while a chat template is applied
+MIN_UNITS = 12  # of sentences, needles or words
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
+UNCOUNTED = "dense attention alone, which cannot do it"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`text` and `question` are asked of the model, whose answer begins with `prefix` and should name all `answers`."""
+
+    text: str
+    question: str
+    prefix: str
+    answers: tuple[str, ...]
+
+
+@cache
+def words(kinds: str = "noun adjective verb") -> list[str]:
+    """The word lists of the package wonderwords, by name and in alphabetical order.
+
+    Raises:
+        ValueError: where that is not installed.
+    """
+    try:
+        folder = files("wonderwords").joinpath("assets")
+    except ImportError:
+        raise ValueError('RULER\'s word lists need wonderwords: pip install "hf-quest[eval]"') from None
+    lists = (folder.joinpath(f"{kind}list.txt").read_text(encoding="utf-8") for kind in kinds.split())
+    return sorted({word.strip() for text in lists for word in text.splitlines() if word.strip()})
+
+
+def draw_word(rng: np.random.Generator) -> str:
+    return "-".join(words(kind)[rng.integers(len(words(kind)))] for kind in ("adjective", "noun"))
+
+
+def draw_number(rng: np.random.Generator) -> str:
+    return str(rng.integers(10**6, 10**7))
+
+
+def draw_uuid(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def insert(lines: list[str], others: list[str], rng: np.random.Generator) -> list[str]:
+    """`lines` with `others` among them, in their order, at places drawn."""
+    places = np.sort(rng.choice(len(lines) + 1, len(others), replace=len(others) > len(lines) + 1))
+    merged_lines = list(lines)
+    for place, line in reversed(list(zip(places, others, strict=True))):
+        merged_lines.insert(place, line)
+    return merged_lines
+
+
+def needle(
+    num_units: int, rng: np.random.Generator, kind: str, draw_key: Callable, draw_value: Callable, in_needles: bool
+) -> Sample:
+    """One needle among sentences that say nothing or among needles that are not asked for."""
+    line = f"One of the special magic {kind}s for {{key}} is: {{value}}."
+    key, value = draw_key(rng), draw_value(rng)
+    if in_needles:
+        hay = [line.format(key=draw_key(rng), value=draw_value(rng)) for _ in range(num_units)]
+    else:
+        hay = [GARBAGE] * num_units
+    lines = insert(hay, [line.format(key=key, value=value)], rng)
+    opening = (
+        f"A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        f"the {kind} afterwards.\n"
+    )
+    question = f"What is the special magic {kind} for {key} mentioned in the provided text?"
+    prefix = f" The special magic {kind} for {key} mentioned in the provided text is"
+    return Sample(opening + "\n".join(lines) + "\n", question, prefix, (value,))
+
+
+def variables(num_units: int, rng: np.random.Generator, num_hops: int = 4, size: int = 5) -> Sample:
+    """A chain of assignments among sentences that say nothing: which variables have the first one's value?"""
+    names: dict[str, None] = {}
+    while len(names) <= num_hops:
+        names["".join(rng.choice(LETTERS, size)).upper()] = None
+    value, chain = str(rng.integers(10_000, 100_000)), list(names)
+    assignments = [f"VAR {chain[0]} = {value}"]
+    assignments += [f"VAR {name} = VAR {before}" for before, name in itertools.pairwise(chain)]
+    lines = insert([GARBAGE] * num_units, assignments, rng)
+    opening = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    question = f"Question: Find all variables that are assigned the value {value} in the text above."
+    prefix = (
+        f" Answer: According to the chain(s) of variable assignment in the text above, {len(chain)} variables are "
+        f"assigned the value {value}, they are: "
+    )
+    return Sample(opening + "\n".join(lines) + "\n", question, prefix, tuple(chain))
+
+
+def common_words(num_units: int, rng: np.random.Generator, common: int = 30, others: int = 3) -> Sample:
+    """A numbered list in which ten words stand more often than the rest."""
+    drawn = rng.choice(words(), 10 + num_units, replace=False).tolist()
+    listed = rng.permutation(drawn[:10] * common + drawn[10:] * others)
+    text = " ".join(f"{number}. {word}" for number, word in enumerate(listed, start=1))
+    opening = (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+        "appear most often.\n"
+    )
+    question = "Question: What are the 10 most common words in the above list?"
+    prefix = " Answer: The top 10 words that appear most often in the list are:"
+    return Sample(f"{opening}{text}\n", question, prefix, tuple(drawn[:10]))
+
+
+def few_common_words(num_units: int, rng: np.random.Generator) -> Sample:
+    """`common_words` as the paper has it below 4,096 tokens."""
+    return common_words(num_units, rng, 6, 1)
+
+
+def frequent_words(num_units: int, rng: np.random.Generator, alpha: float = 2.0) -> Sample:
+    """A text of coded words, the n-th of which stands in it as often as n^-alpha says; dots are the first."""
+    coded = ["...."] + ["".join(rng.choice(LETTERS, 6)) for _ in range(max(10, num_units // 10))]
+    shares = np.arange(1, 10**6, dtype=float) ** -alpha
+    counts = (num_units * shares[: len(coded)] / shares.sum()).astype(int)
+    text = " ".join(rng.permutation(np.repeat(coded, counts)))
+    opening = (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        "appeared coded words. "
+    )
+    question = (
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+        "appeared words in the above coded text?"
+    )
+    prefix = " Answer: According to the coded text above, the three most frequently appeared words are:"
+    return Sample(f"{opening}{text}\n", question, prefix, tuple(coded[1:4]))
+
+
+def with_example(make: Callable[..., Sample], num_units: int, rng: np.random.Generator, example: Sample) -> Sample:
+    """A sample behind another one of its task, solved."""
+    sample = make(num_units, rng)
+    if make is variables:
+        solution = " ".join(example.answers)
+    else:
+        solution = " ".join(f"{number}. {word}" for number, word in enumerate(example.answers, start=1))
+    solved = f"{example.text}{example.question}{example.prefix.rstrip()} {solution}\n\n"
+    return Sample(solved + sample.text, sample.question, sample.prefix, sample.answers)
+
+
+def make_vt(num_units: int, rng: np.random.Generator, length: int) -> Sample:
+    return with_example(variables, num_units, rng, variables(5, rng, size=3))
+
+
+def make_cwe(num_units: int, rng: np.random.Generator, length: int) -> Sample:
+    if length < 4096:
+        return with_example(few_common_words, num_units, rng, common_words(10, rng, 3, 1))
+    return with_example(common_words, num_units, rng, common_words(30, rng, 10, 3))
+
+
+# By name: how a sample of so many units is made, and how many tokens the paper gives the answer.
+TASKS: dict[str, tuple[Callable[[int, np.random.Generator, int], Sample], int]] = {
+    "niah_single_1": (lambda n, rng, _: needle(n, rng, "number", draw_word, draw_number, False), 128),
+    "niah_multikey_2": (lambda n, rng, _: needle(n, rng, "number", draw_word, draw_number, True), 128),
+    "niah_multikey_3": (lambda n, rng, _: needle(n, rng, "uuid", draw_uuid, draw_uuid, True), 128),
+    "vt": (make_vt, 30),
+    "cwe": (make_cwe, 120),
+    "fwe": (lambda n, rng, _: frequent_words(n, rng), 50),
+}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int], list[int]]:
+    """Token ids of what is prefilled, and of what is fed token by token: the question and the answer's beginning.
+
+    In the model's chat template, if it has one, which writes its own special tokens.
+    """
+    if tokenizer.chat_template is None:
+        text, question, first = sample.text, sample.question, first_tokens(tokenizer)
+    else:
+        message = {"role": "user", "content": f"{sample.text}{SEPARATOR}{sample.question}"}
+        chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        text, question = chat.split(SEPARATOR)
+        first = []
+    parts = text, question + (sample.prefix.lstrip() if question.endswith("\n") else sample.prefix).rstrip()
+    context, tail = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    return first + context, tail
+
+
+def make_samples(
+    tokenizer: PreTrainedTokenizerBase, task: str, length: int, indices: Sequence[int], seed: int, max_new_tokens: int
+) -> list[tuple[list[int], list[int], Sample]]:
+    """Samples as long as leaves their answers room within `length` tokens, and their token ids as `encode` has them.
+
+    Raises:
+        ValueError: for a length that is too short for the task.
+    """
+    make, _ = TASKS[task]
+
+    def built(num_units: int, index: int) -> tuple[list[int], list[int], Sample] | None:
+        """A sample of so many units, None where it is too long."""
+        sample = make(num_units, np.random.default_rng([seed, length, index, *task.encode()]), length)
+        context, tail = encode(tokenizer, sample)
+        fits = len(context) + len(tail) + max_new_tokens <= length
+        return (context, tail, sample) if fits else None
+
+    fewest, limit = MIN_UNITS, len(words()) - 10 if task == "cwe" else length
+    while fewest < limit:  # the most units that fit the first sample lie from `fewest` to `limit`
+        middle = (fewest + limit + 1) // 2
+        fewest, limit = (middle, limit) if built(middle, indices[0]) else (fewest, middle - 1)
+    samples = []
+    for index in indices:
+        sizes = (built(num_units, index) for num_units in range(fewest, MIN_UNITS - 1, -1))
+        sample = next((each for each in sizes if each), None)
+        if sample is None:
+            raise ValueError(f"{length:,} tokens are too few for {task} and its answer of {max_new_tokens} tokens.")
+        samples.append(sample)
+    return samples
+
+
+def score(answer_text: str, answers: Sequence[str]) -> float:
+    """The share of the answers that stand in the text, as in the paper."""
+    return mean([float(each.lower() in answer_text.lower()) for each in answers])
+
+
+def evaluate_ruler(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    lengths: Sequence[int] = (4096,),
+    methods: Sequence[str] = METHODS,
+    budgets: Sequence[int] = (256, 1024),
+    num_samples: int = 20,
+    at_least: float = 0.5,
+    max_new_tokens: int | None = None,
+    fraction: float = 1.0,
+    seed: int = 1,
+    batch_size: int = 8,
+    output: Path | str | None = None,
+) -> dict[str, Any]:
+    """The mean share of right answers by task, length, method and budget, of greedy answers.
+
+    Dense attention comes first. A task at a length of which it does less than `at_least` says nothing about the other
+    methods: it is reported and not run with them.
+
+    Args:
+        model, tokenizer: as `methods.load` brings them.
+        tasks: of TASKS.
+        lengths: tokens of a prompt, the answer's included.
+        methods, budgets: what to compare; budgets are tokens.
+        num_samples: of each task and length.
+        max_new_tokens: the longest answer, by default the task's in the paper.
+        fraction: the share of the samples to run.
+        batch_size: samples at a time, left-padded.
+        output: a JSON file, with which an interrupted run goes on.
+
+    Returns:
+        The report: configuration, environment and records, each with the answers to a batch by one method and budget.
+
+    Raises:
+        ValueError: for what cannot be evaluated, before anything is.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"There is no task {task!r}. The tasks are {', '.join(TASKS)}.")
+    dense, *ways = make_ways([DENSE, *(method for method in methods if method != DENSE)], budgets)
+    for length in lengths:
+        check_length(model, length, ways)
+    configuration = {
+        "evaluation": "ruler",
+        "tasks": list(tasks),
+        "lengths": list(lengths),
+        "methods": list(methods),
+        "budgets": list(budgets),
+        "num_samples": num_samples,
+        "at_least": at_least,
+        "max_new_tokens": max_new_tokens,
+        "fraction": fraction,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    results = Results(model, configuration, output)
+    units: dict[str, tuple] = {}
+    for of_dense in (True, False):
+        for task in tasks:
+            for length in lengths:
+                limit = max_new_tokens or TASKS[task][1]
+                indices = spread(range(num_samples), fraction)
+                samples = make_samples(tokenizer, task, length, indices, seed, limit)
+                samples.sort(key=lambda sample: len(sample[1]))  # those of a batch leave the context at once
+                for first in range(0, len(samples), batch_size):
+                    way = "dense" if of_dense else "others"
+                    name = f"{task}, {length:,} tokens, {way}, from sample {first + 1}"
+                    units[name] = (of_dense, task, length, limit, samples[first : first + batch_size])
+
+    def evaluate(unit: str) -> Iterator[dict[str, Any]]:
+        of_dense, task, length, limit, batch = units[unit]
+        if not of_dense and dense_score(results.report, task, length) < at_least:
+            yield {"task": task, "length": length, "method": UNCOUNTED, "budget": None, "scores": []}
+            return
+        tail_len = len(batch[-1][1])
+        ids, mask = left_padded([context + tail for context, tail, _ in batch], model.device)
+        context_mask = None if mask is None else mask[:, :-tail_len]
+        for way, cache_of_way in read(model, [dense] if of_dense else ways, ids[:, :-tail_len], context_mask):
+            output_ids = answer(model, cache_of_way, ids, mask, limit, pad_token_id=pad_of(tokenizer))
+            texts = tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+            scores = [score(text, sample.answers) for text, (_, _, sample) in zip(texts, batch, strict=True)]
+            yield {"task": task, "length": length, **way._asdict(), "scores": scores, "answers": texts}
+
+    results.run(units, evaluate)
+    return results.report
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a row of a batch behind its end."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token_id for token_id in known if token_id is not None)
+
+
+def dense_score(report: dict[str, Any], task: str, length: int) -> float:
+    records = (each for each in report["records"] if (each["task"], each["length"]) == (task, length))
+    return mean([score for each in records if each["method"] == DENSE for score in each["scores"]])
+
+
+def counted(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with those records alone that count."""
+    records = [record for record in report["records"] if record["method"] != UNCOUNTED]
+    others = {(record["task"], record["length"]) for record in records if record["method"] != DENSE}
+    return {**report, "records": [each for each in records if (each["task"], each["length"]) in others]}
+
+
+def ruler_table(report: dict[str, Any]) -> Table:
+    """The mean score of each task and length, and of all that count: those that dense attention can do."""
+    scores = {
+        key: mean(values) for key, values in merged(report["records"], ("task", "length"), "scores").items() if values
+    }
+    at_least = report["configuration"]["at_least"]
+    counts = [key for key, way in scores if way.method == DENSE and scores[key, way] >= at_least]
+    cells = [((task, f"{length:,}"), way, f"{value:.1%}") for ((task, length), way), value in scores.items()]
+    for way in dict.fromkeys(way for _, way in scores):
+        values = [scores[key, way] for key in counts if (key, way) in scores]
+        if values:
+            cells.append(((f"mean of the {len(counts)} that count", ""), way, f"{mean(values):.1%}"))
+    return comparison(("task", "tokens"), cells)

@@ -1,0 +1,92 @@
+"""What pages and tokens are scored by, in plain PyTorch. Letters in shapes are those of `reference.py`.
+
+The published bound is `reference.estimate`'s own, and pages are chosen by `reference.select`, so that what is measured
+is what a QuestCache does. The rest is what it could do.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+GROUPS = ("max", "sum", "share")
+
+
+class Score(NamedTuple):
+    """How pages are scored by their bounds.
+
+    `width` is the share of the half width of a page's box that counts: with 1 the score is an upper bound.
+    `keeps_first` selects a row's first page whatever its score. `group` is how the query heads of a KV head agree: by
+    their largest score (`max`), or each by its softmax over the pages, of which a page gets the `sum` or the largest
+    `share`.
+    """
+
+    width: float
+    keeps_first: bool
+    group: str
+
+
+PUBLISHED = Score(width=1.0, keeps_first=False, group="max")
+
+
+def is_earlier(num_queries: int, length: int, page_size: int, device: torch.device) -> Tensor:
+    """[T, P] bool: the pages before each query's newest one, of which it chooses."""
+    newest = torch.arange(length - num_queries, length, device=device) // page_size
+    return torch.arange(-(-length // page_size), device=device) < newest[:, None]
+
+
+def bounds_of(keys: Tensor, page_size: int, bits: int) -> Tensor:
+    """[B, Hkv, P, 2, D] float32 bounds of [B, Hkv, N, D] keys, in their dtype or rounded outwards to 8 bits."""
+    batch_size, num_kv_heads, length, head_dim = keys.shape
+    bounds = keys.new_empty(batch_size, num_kv_heads, -(-length // page_size), 2, head_dim)
+    reference.refresh_bounds(keys, bounds, None, length, length, no_padding(keys), page_size)
+    return reference.from_8_bits(*reference.to_8_bits(bounds)) if bits == 8 else bounds.float()
+
+
+def no_padding(keys: Tensor) -> Tensor:
+    return torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+
+
+def by_bounds(query: Tensor, bounds: Tensor, length: int, page_size: int, scaling: float, score: Score) -> Tensor:
+    """[B, Hkv, T, P] scores of pages for [B, Hq, T, D] queries, the newest of `length` tokens."""
+    if score.width == 1 and score.group == "max":
+        return reference.estimate(query, bounds, None, scaling)
+    grouped = query.float().unflatten(1, (bounds.shape[1], -1))  # [B, Hkv, G, T, D]
+    lowest, highest = bounds.unbind(dim=3)
+    middle, half_width = (highest + lowest) / 2, (highest - lowest) / 2
+    scores = grouped @ middle[:, :, None].transpose(-1, -2)
+    scores += score.width * (grouped.abs() @ half_width[:, :, None].transpose(-1, -2))
+    return agreed(scores * scaling, score.group, is_earlier(query.shape[2], length, page_size, query.device))
+
+
+def agreed(scores: Tensor, group: str, is_open: Tensor) -> Tensor:
+    """[B, Hkv, G, T, n] scores of pages or tokens to [B, Hkv, T, n], with the softmax over what `is_open`."""
+    if group == "max":
+        return scores.amax(dim=2)
+    shares = scores.masked_fill(~is_open, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    return shares.sum(dim=2) if group == "sum" else shares.amax(dim=2)
+
+
+def select_pages(scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool) -> Tensor:
+    """[B, Hkv, T, P] bool: the newest page and the best earlier ones, `num_selected` in all, by `reference.select`."""
+    if keeps_first:
+        scores = scores.index_fill(-1, torch.zeros(1, dtype=torch.int64, device=scores.device), torch.inf)
+    page_ids = reference.select(scores, length, no_padding(scores), num_selected, page_size)
+    is_selected = torch.zeros(*scores.shape[:3], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+    return is_selected.scatter(-1, page_ids.masked_fill(page_ids < 0, scores.shape[-1]), True)[..., :-1]
+
+
+def rounded(keys: Tensor, bounds: Tensor, bits: int, page_size: int) -> Tensor:
+    """[B, Hkv, N, D] float32 keys in `bits` per channel, on the grid of their own page's minimum and maximum."""
+    lowest, highest = bounds.unbind(dim=3)
+    step = ((highest - lowest) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    lowest, step = (grid.repeat_interleave(page_size, dim=2)[:, :, : keys.shape[2]] for grid in (lowest, step))
+    return lowest + ((keys.float() - lowest) / step).round() * step
+
+
+def page_mass(logits: Tensor, page_size: int) -> Tensor:
+    """[..., P]: the logarithm of the summed weight of each page's tokens, from [..., N] logits."""
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[-1] % page_size), value=-torch.inf)
+    return padded.unflatten(-1, (-1, page_size)).logsumexp(dim=-1)
