@@ -307,8 +307,9 @@ class QuestCache(Cache):
 
     def set_left_padding(self, left_padding):
         """Take over how many slots at the start of each row hold no token, for the tokens that are stored."""
-        for layer in self.layers:
-            if left_padding != layer.left_padding and layer.length:
+        for layer in self.layers:  # a batch of another size is refused when its keys arrive
+            is_new = left_padding != layer.left_padding and len(left_padding) == len(layer.left_padding)
+            if is_new and layer.length:
                 layer.set_left_padding(left_padding)
 
     def take_config(self, config, max_positions):
@@ -385,6 +386,7 @@ class QuestCache(Cache):
             QuestError: for more than layers with a window can take back. Either way the cache is as it was.
         """
         self._settle()
+        tokens_to_remove = int(tokens_to_remove)  # a tensor from Transformers 5.17 in assisted decoding
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)

@@ -205,13 +205,13 @@ class Layer(CacheLayerMixin):
         self.reorder(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats):
-        if self.is_initialized:
+        if self.length:
             rows = torch.arange(self.keys.shape[0], device=self.keys.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices):
         """Keep the rows `indices`, a [rows] tensor of row numbers or a [B] mask, in that order."""
-        if not self.is_initialized:
+        if not self.length:
             return
         self.make_room(self.length)
         rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
@@ -514,7 +514,7 @@ class QuestLayer(Layer):
 
         A row that stays is not copied, and only a cycle needs a row to spare.
         """
-        if not self.is_initialized:
+        if not self.length:
             return
         self.make_room(self.length)
         copies = copies_in_order(sources)

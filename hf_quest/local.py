@@ -192,7 +192,7 @@ class LocalLayer(Layer):
 
     def reorder(self, sources, start=0):
         """Rows take the tokens of the rows `sources`, a list, in place."""
-        if self.is_initialized:
+        if self.length:
             self.make_room(self.length)
             for stored in (self.keys, self.values):
                 stored.copy_(stored[sources])

@@ -85,6 +85,8 @@ class Masks:
             found = left_padding
         else:
             found = count_left_padding(attention_mask, num_keys)
+        if found is not None and num_new == 1:  # a row that has no token yet has to see something: its newest slot
+            found = tuple(min(padding, num_keys - 1) for padding in found)
         self.decided = (num_keys, found)
         self.num_known = None if found is None else num_keys
         return found
@@ -189,7 +191,7 @@ def full_mask(cache, arguments, is_plain, is_own_chunk):
     if is_plain:
         batch_size, attention_mask = arguments["batch_size"], arguments["attention_mask"]
         left_padding = cache.masks.decide(num_new, num_keys, attention_mask, batch_size, cache.left_padding)
-    if left_padding is not None and max(left_padding) < num_keys and not cache.masks.are_changed:
+    if left_padding is not None and not cache.masks.are_changed:
         # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
         is_on_gpu = torch.device(arguments.get("device") or "cpu").type == "cuda"
         if num_new == 1 or (is_own_chunk and is_on_gpu and not any(left_padding)):
