@@ -477,6 +477,23 @@ def test_a_row_whose_prompt_ends_in_padding_is_the_row_alone(model, baseline, sh
     torch.testing.assert_close(logits, forward(model, alone, new[1:]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("padding", [3, 9])
+def test_what_is_hidden_for_a_step_outlives_padding_and_goes_in_the_order_of_the_row_alone(model, baseline, padding):
+    """While fewer tokens than the budget are visible, some that are hidden stay."""
+    batch, alone = baseline(budget=BUDGET, dense_layers=0), baseline(budget=BUDGET, dense_layers=0)
+    ids, mask = tokens(BUDGET, batch_size=2), torch.ones(2, BUDGET, dtype=torch.long)
+    mask[1, :padding] = 0
+    forward(model, batch, ids, mask)
+    forward(model, alone, ids[1:, padding:])
+    for step in range(padding + 8):
+        new, mask = tokens(1, seed=step, batch_size=2), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        shown = mask.clone()
+        shown[:, padding : padding + 6] = step % 2
+        logits = forward(model, batch, new, shown)[1:]
+        expected = forward(model, alone, new[1:], shown[1:, padding:])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 sums of a batch
+
+
 def pickled(cache):
     return pickle.loads(pickle.dumps(cache))
 

@@ -8,9 +8,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..attention import dense_attention, dense_decode
 from ..errors import QuestError
 from ..generation import called_by_module, length_or_read_again
+from ..reference import order_of
 from .weights import as_bool, is_of_token
 
-BESIDE_TOKENS = ("keys", "values", "positions", "scores", "is_visible")  # [B, Hkv, n, ...] of a layer
+BESIDE_TOKENS = ("keys", "values", "positions", "scores", "is_visible", "is_token")  # [B, Hkv, n, ...] of a layer
 
 
 @dataclass
@@ -26,8 +27,9 @@ class EvictingLayer(CacheLayerMixin):
     """The tokens of one layer that were kept, n of the N seen.
 
     `keys`, `values` [B, Hkv, n, D], keys after the rotary embedding; `positions` [B, Hkv, n] int64, the slot of each
-    among all that were seen, ascending; `is_visible` [B, Hkv, n] bool, what the newest query could attend; `scores`
-    [B, Hkv, n] float32, which a subclass keeps and ranks by.
+    among all that were seen, ascending; `scores` [B, Hkv, n] float32, which a subclass keeps and ranks by; `is_visible`
+    [B, Hkv, n] bool, what the newest query could attend; `is_token` [B, Hkv, n] bool, what could attend to itself, as
+    padding cannot and a row that pauses.
     """
 
     is_croppable = False  # what was evicted does not come back
@@ -40,7 +42,7 @@ class EvictingLayer(CacheLayerMixin):
         self.num_seen = 0
         self.pending = False  # keys and values were handed to the model and have not reached its attention
         self.is_observed = True  # the newest queries are part of `scores` and `is_visible`
-        self.positions = self.scores = self.is_visible = self.device = None
+        self.positions = self.scores = self.is_visible = self.is_token = self.device = None
 
     def observe(self, query, mask, is_token, **kwargs):
         """Bring `scores` up to date after the newest T tokens attended.
@@ -54,14 +56,14 @@ class EvictingLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def priority(self):
-        """[B, Hkv, n]: the tokens of highest priority stay, those that are not visible behind all others."""
+        """[B, Hkv, n] float32: the tokens of highest priority stay."""
         return self.scores
 
     def lazy_initialization(self, key_states, value_states):
         self.keys, self.values = key_states[:, :, :0].detach(), value_states[:, :, :0].detach()
         self.scores = self.keys.new_empty(self.keys.shape[:3], dtype=torch.float32)
         self.positions = self.scores.long()
-        self.is_visible = self.scores.bool()
+        self.is_visible = self.is_token = self.scores.bool()
         self.device = key_states.device
         self.is_initialized = True
 
@@ -76,7 +78,8 @@ class EvictingLayer(CacheLayerMixin):
         num_new, num_old = key_states.shape[2], self.keys.shape[2]
         positions = torch.arange(self.num_seen, self.num_seen + num_new, device=self.device)
         positions = positions.expand(*key_states.shape[:2], num_new)
-        new = (key_states, value_states, positions, torch.zeros_like(positions), torch.ones_like(positions).bool())
+        yes = torch.ones_like(positions, dtype=torch.bool)
+        new = (key_states, value_states, positions, torch.zeros_like(positions), yes, yes)
         former = {name: getattr(self, name) for name in BESIDE_TOKENS}
         joined = {name: torch.cat([former[name], part], dim=2) for name, part in zip(BESIDE_TOKENS, new, strict=True)}
         stored = {name: tensor.detach() for name, tensor in joined.items()}
@@ -151,6 +154,8 @@ class EvictingLayer(CacheLayerMixin):
             group = max(1, newest.shape[1] // self.keys.shape[1])
             self.is_visible = newest[:, ::group].expand_as(self.is_visible).contiguous()
             is_token = is_of_token(mask).expand(query.shape[0], -1)
+            new = is_token[:, None].expand(-1, self.keys.shape[1], -1)
+            self.is_token = torch.cat([self.is_token[:, :, : -new.shape[2]], new], dim=2)
         self.observe(query, mask, is_token, **kwargs)
 
     def is_above_budget(self, num_tokens):
@@ -160,12 +165,20 @@ class EvictingLayer(CacheLayerMixin):
         """Keep `budget` tokens per KV head."""
         if not self.is_initialized or not self.is_observed or not self.is_above_budget(self.keys.shape[2]):
             return
-        priority = self.priority().masked_fill(~self.is_visible, -torch.inf)
-        kept = priority.topk(self.settings.budget, dim=-1).indices.sort(dim=-1).values  # [B, Hkv, budget]
+        kept = self.ranks().topk(self.settings.budget, dim=-1).indices.sort(dim=-1).values  # [B, Hkv, budget]
         for name in BESIDE_TOKENS:
             tensor = getattr(self, name)
             index = kept if tensor.dim() == 3 else kept[..., None].expand(-1, -1, -1, tensor.shape[-1])
             setattr(self, name, tensor.gather(2, index))
+
+    def ranks(self):
+        """[B, Hkv, n] int64, no two alike in a head: visible tokens, then those that are not, then what is no token,
+        each by priority, the older one of two alike first.
+        """
+        priority = order_of(self.priority()) >> 32  # to 2^31
+        slot = torch.arange(priority.shape[2], device=priority.device)
+        place = self.is_token.long() + (self.is_token & self.is_visible)
+        return (place << 58) + (priority << 25) - slot
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove != 0:
