@@ -71,9 +71,10 @@ def test_budget_is_checked_on_assignment_and_kept(model, prefilled):
     assert_usable(model, prefilled)
 
 
-def test_batch_that_changed_size(model, prefilled):
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_batch_that_changed_size(model, prefilled, num_tokens):
     with pytest.raises(ValueError, match=r"The cache holds 1 rows and this batch has 2\. Call cache\.reset\(\)"):
-        model(tokens(20, batch_size=2), past_key_values=prefilled)
+        model(tokens(num_tokens, batch_size=2), past_key_values=prefilled)
     assert_usable(model, prefilled)
 
 

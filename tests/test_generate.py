@@ -16,6 +16,7 @@ from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_mod
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
+    LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -603,3 +604,28 @@ def test_stock_caches_run_beside_quest(model, static):
     config = model.config
     cache = StaticCache(config=config, max_cache_len=256) if static else DynamicCache(config=config)
     assert torch.equal(generate(model, tokens(PROMPT), cache), generate(model, tokens(PROMPT), QuestCache(budget=2048)))
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, MistralForCausalLM])
+def test_rows_of_a_cache_that_was_reset_are_those_of_no_batch(model_class):
+    """Its storage is still that of one row."""
+    options = {} if model_class is LlamaForCausalLM else {"sliding_window": 8}
+    model, cache = make_model(model_class, **options), QuestCache(budget=BUDGET)
+    generate(model, tokens(PROMPT), cache)
+    cache.reset()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(3)
+    prompts = tokens(PROMPT, batch_size=2)
+    assert torch.equal(generate(model, prompts, cache), generate(model, prompts, QuestCache(budget=BUDGET)))
+
+
+def test_crop_by_a_tensor_as_transformers_5_17_has_it_after_drafts(model):
+    cache = QuestCache(budget=BUDGET)
+    with torch.inference_mode():
+        feed(model, cache, tokens(PROMPT), tokens(5))
+        cache.crop(torch.tensor(-2))
+    assert type(cache.get_seq_length()) is int
+    expected = QuestCache(budget=BUDGET)
+    feed(model, expected, tokens(PROMPT), tokens(5)[:, :3])
+    assert torch.equal(feed(model, cache, tokens(9), tokens(3)), feed(model, expected, tokens(9), tokens(3)))

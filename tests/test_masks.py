@@ -249,6 +249,19 @@ def its_own_token_hidden(step, mask):
     return mask
 
 
+@pytest.mark.parametrize("paddings", [(0, 37, 149), (0, BUDGET + 1)])
+def test_left_padded_rows_that_are_fed_token_by_token_select_as_alone(model, paddings):
+    """Also while a row of the batch has no token yet."""
+    input_ids, mask = padded_rows(paddings=paddings)
+    cache, caches = QuestCache(BUDGET), [QuestCache(BUDGET) for _ in paddings]
+    for slot in range(PROMPT):
+        logits = forward(model, cache, input_ids[:, slot : slot + 1], mask[:, : slot + 1])
+        for row, padding in enumerate(paddings):
+            if slot >= padding:
+                alone = forward(model, caches[row], input_ids[row : row + 1, slot : slot + 1])
+                torch.testing.assert_close(logits[row : row + 1], alone, **CLOSE)
+
+
 CHANGES = [hidden_context, window_by_mask, only_one_step, one_row_paused, padding_that_changes, its_own_token_hidden]
 
 
