@@ -64,8 +64,8 @@ class Run:
         self.cache = self.new_cache()
         rows = self.config["rows"]
         self.is_alone = not self.is_quest and self.config["budget"] is not None
-        truth = TruthAlone(self.settings, rows, self.new_cache) if self.is_alone else Truth(self.settings, rows)
-        self.truth = truth
+        cache_class = CACHES[self.config["cache"]]
+        self.truth = TruthAlone(self.settings, rows, cache_class) if self.is_alone else Truth(self.settings, rows)
 
     def new_cache(self, make=None):
         budget = BEYOND if self.config["budget"] is None else self.config["budget"]

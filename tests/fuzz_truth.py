@@ -115,13 +115,14 @@ class Truth:
 class TruthAlone(Truth):
     """The same by a cache of its own for every row, fed what is a token of the row: for caches that evict."""
 
-    def __init__(self, config, batch_size, new_cache):
-        self.new_cache = new_cache
+    def __init__(self, config, batch_size, cache_class):
+        self.cache_class = cache_class
         super().__init__(config, batch_size)
 
     def reset(self, batch_size):
         super().reset(batch_size)
-        self.caches = [(self.new_cache(), self.new_cache()) for _ in range(batch_size)]
+        options = {name: self.config[name] for name in ("budget", "dense_layers")}
+        self.caches = [tuple(self.cache_class(**options) for _ in range(2)) for _ in range(batch_size)]
 
     def rows(self, rows):
         super().rows(rows)
