@@ -272,13 +272,15 @@ def warnings_said(caplog):
 
 class Oracle:
     """Attention of one row written down plainly: in `sparse` layers a token after the prompt attends, for each KV head,
-    its own page and those earlier ones where Σ_d max(q_d·min_d, q_d·max_d) is the largest for any of its queries.
+    its own page and the earlier ones where Σ_d max(q_d·min_d, q_d·max_d) is the largest for any of its queries. By the
+    default score it is the mean of that and of q·k in the page's middle, and the first page is attended, too.
     """
 
-    def __init__(self, sparse, prompt_length, bounds_dtype):
+    def __init__(self, sparse, prompt_length, bounds_dtype, score):
         self.sparse = sparse
         self.prompt_length = prompt_length
         self.bounds_dtype = bounds_dtype
+        self.score = score
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -307,9 +309,13 @@ class Oracle:
             if self.bounds_dtype == torch.int8:
                 scale = self.scale(torch.maximum(-low, high))
                 low, high = (low / scale).floor() * scale, (high / scale).ceil() * scale
-            scores[page] = max(torch.maximum(query * low, query * high).sum().item() for query in queries)
-        best = sorted(scores, key=lambda page: (-scores[page], page))
-        return {newest, *best[: SMALL_BUDGET // PAGE_SIZE - 1]}
+            of_queries = torch.stack([torch.maximum(query * low, query * high).sum() for query in queries])
+            if self.score == "default":
+                of_queries = (of_queries + torch.stack([query @ (low + high) / 2 for query in queries])) / 2
+            scores[page] = of_queries.max().item()
+        kept = {newest} if self.score == "published" else {newest, 0}
+        best = sorted(set(scores) - kept, key=lambda page: (-scores[page], page))
+        return {*kept, *best[: SMALL_BUDGET // PAGE_SIZE - len(kept)]}
 
     def scale(self, largest):
         """[D]: for every 32 channels the smallest power of two that makes none of `largest` more than 127."""
@@ -321,8 +327,8 @@ class Oracle:
 def oracle():
     """A family's model that attends by the oracle."""
 
-    def build_oracle(family, prompt_length, bounds_dtype):
-        AttentionInterface.register("oracle", Oracle(FAMILIES[family].sparse, prompt_length, bounds_dtype))
+    def build_oracle(family, prompt_length, bounds_dtype, score):
+        AttentionInterface.register("oracle", Oracle(FAMILIES[family].sparse, prompt_length, bounds_dtype, score))
         AttentionMaskInterface.register("oracle", eager_mask)
         return build(family, "oracle")
 
@@ -337,16 +343,20 @@ class TestQuestCache:
         assert_same(generate(build(family, "quest"), inputs, quest_cache(POSITIONS)), expected)
         assert selections == []
 
-    @pytest.mark.parametrize("bounds_dtype", [None, torch.int8], ids=["wide", "8 bits"])
+    @pytest.mark.parametrize(
+        ("bounds_dtype", "score"),
+        [(None, "published"), (torch.int8, "published"), (torch.int8, "default")],
+        ids=["wide, published", "8 bits, published", "8 bits, default"],
+    )
     def test_a_small_budget_selects_as_the_oracle_in_full_layers_and_nowhere_else(
-        self, family, bounds_dtype, oracle, selections
+        self, family, bounds_dtype, score, oracle, selections
     ):
         prompt = prompts()[0]
-        cache = quest_cache(SMALL_BUDGET, bounds_dtype=bounds_dtype)
+        cache = quest_cache(SMALL_BUDGET, bounds_dtype=bounds_dtype, score=score)
         sparse = generate(build(family, "quest"), prompt, cache)
         decoded = range(max(LENGTHS) + 1, max(LENGTHS) + NEW_TOKENS)
         assert selections == [length for length in decoded for _ in FAMILIES[family].sparse]
-        assert_same(sparse, generate(oracle(family, prompt.shape[1], bounds_dtype), prompt))
+        assert_same(sparse, generate(oracle(family, prompt.shape[1], bounds_dtype, score), prompt))
         dense = generate(build(family, FAMILIES[family].dense), prompt)
         if FAMILIES[family].sparse:
             assert distance(sparse[1], dense[1]) > FAR
