@@ -44,6 +44,13 @@ def eager(model, ids, num_tokens=64):
     return write(model, ids, prefilled(model, ids), num_tokens, disable_compile=True)[0]
 
 
+@torch.no_grad()
+def read_again(model, cache, ids):
+    """Have `cache` hold what that of `prefilled` does, whose last token is left to a decode step."""
+    cache.reset()
+    model(ids[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)
+
+
 class TestDevices:
     @needs_two_gpus
     def test_a_model_on_another_gpu_than_the_current_one(self, ids):
@@ -232,7 +239,7 @@ class TestModels:
         recording = model._compiled_call.recording
         change(model)
         expected = eager(model, ids)
-        cache.reset()
+        read_again(model, cache, ids)
         assert torch.equal(write(model, ids, cache)[0], expected)
         assert model._compiled_call.recording is not recording
 
@@ -254,9 +261,7 @@ class TestModels:
             assert weight is model.model.embed_tokens.weight
             weight.copy_(weight.roll(1, dims=0))
         renumbered = (ids + 1) % len(weight)
-        cache.reset()
-        with torch.no_grad():
-            model(renumbered[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)  # as `prefilled`
+        read_again(model, cache, renumbered)
         after = write(model, renumbered, cache)[0]
         assert model._compiled_call.recording is recording
         assert torch.equal(after, (before + 1) % len(weight))
