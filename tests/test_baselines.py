@@ -20,7 +20,7 @@ from transformers import (
 from hf_quest import QuestError
 from hf_quest.attention import quest_attention
 from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
-from hf_quest.baselines.evicting import BESIDE_TOKENS
+from hf_quest.baselines.layer import BESIDE_TOKENS
 from hf_quest.cache import CACHE_NAME
 
 BASELINES = [H2OCache, TOVACache, StreamingLLMCache]
@@ -669,6 +669,15 @@ def test_an_encoder_decoder_takes_it_for_self_attention(translator, baseline):
     torch.testing.assert_close(everything, dense, rtol=1e-4, atol=1e-4)  # float32 sums in another order
     few = translate(quest, EncoderDecoderCache(baseline(budget=BUDGET), DynamicCache()))
     assert (few[-1] - dense[-1]).abs().max() > 1e-2
+
+
+def test_a_position_bias_of_what_was_kept_is_refused(baseline):
+    """T5 makes it in layer 0, of as many positions as that hands on."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
+    model = T5ForConditionalGeneration(T5Config(**size, **T5, attn_implementation="quest")).eval()
+    with pytest.raises(QuestError, match="would hide others than it means"):
+        translate(model, EncoderDecoderCache(baseline(budget=BUDGET, dense_layers=0), DynamicCache()))
 
 
 def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, baseline):

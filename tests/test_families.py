@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_quest.cache
 from hf_quest import QuestCache, QuestError
+from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
 
 PAGE_SIZE = 4
 SMALL_BUDGET = 4 * PAGE_SIZE
@@ -392,6 +393,26 @@ def test_without_a_quest_cache_it_is_the_familys_dense_attention_to_the_bit(fami
 
 
 VARIED = ["llama", "mistral-window", "gemma2", "gemma3", "gpt_oss", "llama4"]
+
+
+@pytest.mark.parametrize("evicting", [H2OCache, TOVACache, StreamingLLMCache])
+@pytest.mark.parametrize("family", [*VARIED, "gemma3n", "gemma4-shared-kv", "cohere2", "doge-masks-of-its-own"])
+class TestCachesThatEvict:
+    def test_a_budget_beyond_the_context_is_the_familys_dense_attention(self, family, evicting):
+        for inputs in (prompts()[0], left_padded()):
+            expected = generate(build(family, FAMILIES[family].dense), inputs)
+            assert_same(generate(build(family, "quest"), inputs, evicting(POSITIONS, dense_layers=1)), expected)
+
+    def test_a_left_padded_row_is_the_row_alone_at_a_small_budget(self, family, evicting):
+        model = build(family, "quest")
+        if family == "doge-masks-of-its-own":  # of the values that were kept
+            with pytest.raises(QuestError, match="would hide others than it means"):
+                generate(model, left_padded(), evicting(SMALL_BUDGET, dense_layers=1))
+            return
+        tokens, logits = generate(model, left_padded(), evicting(SMALL_BUDGET, dense_layers=1))
+        for row, prompt in enumerate(prompts()):
+            alone = generate(model, prompt, evicting(SMALL_BUDGET, dense_layers=1))
+            assert_same((tokens[row : row + 1], logits[row : row + 1]), alone)
 
 
 @pytest.mark.parametrize("inputs", [prompts()[0], left_padded()], ids=["row", "left-padded-batch"])

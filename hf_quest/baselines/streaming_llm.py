@@ -2,7 +2,8 @@
 
 import torch
 
-from .evicting import EvictingCache, EvictingLayer
+from .evicting import EvictingCache
+from .layer import EvictingLayer
 
 NUM_SINKS = 4  # tokens (StreamingLLM, section 3.2)
 

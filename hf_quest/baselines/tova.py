@@ -2,7 +2,8 @@
 
 import torch
 
-from .evicting import EvictingCache, EvictingLayer
+from .evicting import EvictingCache
+from .layer import EvictingLayer
 from .weights import attention_weights
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from ..attention import quest_attention, quest_mask
-from ..baselines.evicting import EvictingLayer
+from ..baselines.layer import EvictingLayer
 from ..cache import QuestLayer
 
 OBSERVED = "quest_observed"  # an attn_implementation
