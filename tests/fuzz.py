@@ -19,7 +19,8 @@ from collections import Counter
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from fuzz_operations import Run, Skip, Wrong
+from fuzz_operations import Operations
+from fuzz_run import Skip, Wrong
 from fuzz_truth import Unsure
 
 from hf_quest import local
@@ -55,6 +56,12 @@ KINDS = {
         "end": begin + r.random() * (0.95 - begin),
         "row": r.choice((None, 0, 1)),
     },
+    "window": lambda r: {
+        "tokens": r.choice((1, 1, 2)),
+        "begin": 0.0,
+        "end": r.uniform(0.02, 0.5),
+        "row": r.choice((None, None, 0, 1)),
+    },
     "pause": lambda r: {"tokens": r.choice((1, 1, 2, 4)), "rows": rows(r), "where": r.choice(("all", "first", "last"))},
     "own_mask": lambda r: {"tokens": r.choice((1, 4)), "share": r.choice((0.0, 0.2, 0.6))},
     "greedy": lambda r: {**answer(r), "hide": r.choice((None, None, (0.1, 0.6)))},
@@ -82,7 +89,7 @@ KINDS = {
     "refused": lambda r: {"what": r.choice(("rows", "budget", "crop"))},
 }
 # What every sequence has much of, and what is tried now and then.
-OFTEN = ("prompt", "pieces", "steps", "steps", "hide", "pause", "greedy", "greedy", "crop")
+OFTEN = ("prompt", "prompt", "pieces", "steps", "steps", "hide", "window", "pause", "greedy", "crop")
 FIRST = ("prompt", "pieces", "greedy", "sample", "chunked", "lookup", "assistant", "beams")
 # Kinds of configuration that can be left out as those of operations can.
 CONFIGS = ("local", "critiprefill", "autocast", "bfloat16", "inference", "grad", "padding", "batch", "compile")
@@ -114,7 +121,7 @@ def new_config(r, kinds, families, caches):
     page_size = r.choice((4, 4, 8))
     precisions = ["float32"] * 4 + [name for name in ("bfloat16", "autocast") if name in kinds]
     prefill = None
-    if cache == "quest" and "critiprefill" in kinds and r.random() < 0.4:
+    if cache == "quest" and "critiprefill" in kinds and r.random() < 0.5:
         segment_size = r.choice((8, 16))
         prefill = {
             "budget": (budget := r.choice((8, 16))),
@@ -138,7 +145,7 @@ def new_config(r, kinds, families, caches):
         "prefill": prefill,
         "room": r.choice((256, 8, 16)),  # tokens that local layers keep beyond their reach
         "precision": r.choice(precisions),
-        "rows": r.choice((1, 1, 2, 3)) if "batch" in kinds else 1,
+        "rows": r.choice((1, 2, 2, 3)) if "batch" in kinds else 1,
     }
 
 
@@ -148,7 +155,7 @@ def run(program, counts=None):
     index = -1
     local.ROOM = program["config"]["room"]
     try:
-        state = Run(program["config"])
+        state = Operations(program["config"])
         while index + 1 < len(operations):
             index += 1
             with contextlib.suppress(Skip):

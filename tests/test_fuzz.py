@@ -22,13 +22,13 @@ def test_a_cache_answers_as_a_fresh_forward_and_as_each_row_alone(first_seed):
 
 def test_a_sequence_that_fails_is_made_smaller(monkeypatch):
     """To the one operation that fails, with the plainest of models."""
-    forget = fuzz.Run.do_reset
+    forget = fuzz.Operations.do_reset
 
     def spoil(run, rows):
         forget(run, rows)
         raise fuzz.Wrong("on purpose")
 
-    monkeypatch.setattr(fuzz.Run, "do_reset", spoil)
+    monkeypatch.setattr(fuzz.Operations, "do_reset", spoil)
     seed = next(seed for seed in range(1000) if "reset" in kinds_of(seed))
     program = fuzz.new_program(seed, {*fuzz.KINDS, *fuzz.CONFIGS})
     failure = fuzz.run(program)

@@ -133,7 +133,7 @@ class EvictingLayer(CacheLayerMixin):
             return None
         if by_token.shape[3] != self.num_seen:
             raise QuestError(
-                f"This model made a mask or a bias of {by_token.shape[3]} positions, of {self.num_seen} that were seen: "
+                f"This model made a mask or a bias of {by_token.shape[3]} positions, and {self.num_seen} were seen: "
                 "it counts the keys that a layer kept, and would hide others than it means. Where layer 0 makes it for "
                 "all layers, dense_layers=1 or more helps; otherwise use QuestCache."
             )
