@@ -103,6 +103,16 @@ class TestResults:
         for logits, expected_logits in zip(output.logits, expected.logits, strict=True):
             assert (logits - expected_logits).abs().max() <= 2**-5 * expected_logits.abs().max()
 
+    def test_a_copied_cache_is_written_where_it_lies(self, model, ids):
+        cache = prefilled(model, ids)
+        longer = torch.cat([ids, write(model, ids, cache)[0][None]], dim=1)
+        stored = [layer.keys.clone() for layer in cache.layers]
+        expected = write(model, longer, copy.deepcopy(cache), disable_compile=True)[0]
+        copy_of_it = copy.deepcopy(cache)
+        assert torch.equal(write(model, longer, copy_of_it)[0], expected)
+        assert model._compiled_call.recording.cache() is copy_of_it
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, stored, strict=True))
+
 
 def in_threads(work, arguments):
     """Run `work` of each argument in a thread of its own, and raise here what one of them raised."""
