@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from small_llama import generate, make_model, tokens
-from test_gpu import digest_of, library, prefilled, write  # noqa: F401, a fixture too
+from test_gpu import agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
 from transformers import GPT2LMHeadModel, MistralForCausalLM
 
 from hf_quest import QuestCache, capture, tiny
@@ -238,9 +238,10 @@ class TestModels:
         write(model, ids, cache)
         recording = model._compiled_call.recording
         change(model)
-        expected = eager(model, ids)
+        # Of words that come in no text of this model, and are nearly tied.
+        expected, logits = write(model, ids, prefilled(model, ids), disable_compile=True)
         read_again(model, cache, ids)
-        assert torch.equal(write(model, ids, cache)[0], expected)
+        assert agree_to_a_near_tie(write(model, ids, cache)[0], expected, logits)
         assert model._compiled_call.recording is not recording
 
     def test_another_dtype(self, model, ids):
