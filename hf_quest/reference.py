@@ -33,9 +33,8 @@ class Score(NamedTuple):
 
 PUBLISHED = Score(width=1.0, keeps_first=False, group="max")  # Quest, section 3.3
 GROUPS = ("max", "sum", "share")
-DEFAULT = Score(
-    width=0.5, keeps_first=True, group="max"
-)  # what loses least on pretrained models and costs no step more
+# What loses least on pretrained models of what costs a step nothing more.
+DEFAULT = Score(width=0.5, keeps_first=True, group="max")
 SCORES = {"default": DEFAULT, "published": PUBLISHED}  # by the names that a QuestCache knows
 
 
@@ -189,7 +188,7 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     newest = newest_page(scores.shape[2], length, padding, page_size)[:, None, :, None]
     rank = order_of(scores) - page_idx
     if keeps_first:
-        rank[..., 0] = INT64.max - 1
+        rank = rank.masked_fill(page_idx == 0, INT64.max - 1)
     rank = rank.masked_fill(page_idx == newest, INT64.max).masked_fill(page_idx > newest, INT64.min)
     page_ids = rank.topk(min(num_selected, len(page_idx)), dim=-1).indices
     page_ids = page_ids.masked_fill(page_ids > newest, INT64.max).sort(dim=-1).values

@@ -131,6 +131,7 @@ def new_config(r, kinds, families, caches):
         "budget": r.choice((None, 2 * page_size, 16, 24)),
         "page_size": page_size,
         "dense_layers": r.choice((0, 1, 1, 2)),
+        "score": r.choice(("default", "default", "published")),
         "int8": r.random() < 0.6,
         "max_cache_len": r.choice((None, None, 160)),
         "compile": r.random() < 0.6 if "compile" in kinds else False,

@@ -60,6 +60,7 @@ class Run:
             "bounds_dtype": torch.int8 if self.config["int8"] else None,
             "prefill": CritiPrefill(**prefill) if prefill else None,
             "budget": self.config["budget"],
+            "score": self.config["score"],
         }
         self.cache = self.new_cache()
         rows = self.config["rows"]
@@ -71,7 +72,7 @@ class Run:
         budget = BEYOND if self.config["budget"] is None else self.config["budget"]
         options = {"budget": budget, "dense_layers": self.config["dense_layers"]}
         if self.is_quest:
-            options |= {name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill")}
+            options |= {name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill", "score")}
             options |= {name: self.config[name] for name in ("max_cache_len", "compile")}
         return (make or CACHES[self.config["cache"]])(**options)
 

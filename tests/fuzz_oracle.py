@@ -127,11 +127,13 @@ class Oracle:
             slots = ((text.pages[row] > 0) & (text.start[row] == start)).nonzero()[:, 0]
             padding = torch.tensor([start])
             bounds, scales = bounds_of(key, padding, page_size, self.config["bounds_dtype"])
-            scores = reference.estimate(query[None, :, slots], bounds, scales, scaling)
+            score = reference.SCORES[self.config["score"]]
+            where = (len(text), padding, page_size)
+            scores = reference.estimate(query[None, :, slots], bounds, scales, *where, scaling, score)
             page_of_slot = (torch.arange(len(text)) - start).div(page_size, rounding_mode="floor")
             for idx, slot in enumerate(slots.tolist()):
                 where = (slot + 1, padding, text.pages[row, slot].item(), page_size)
-                page_ids = reference.select(scores[:, :, idx : idx + 1], *where)[0, :, 0]  # [Hkv, K]
+                page_ids = reference.select(scores[:, :, idx : idx + 1], *where, score.keeps_first)[0, :, 0]  # [Hkv, K]
                 chosen[:, slot] = (page_of_slot[None, :, None] == page_ids[:, None]).any(dim=-1)
 
     def choose_blocks(self, chosen, row, query, key, scaling):

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from small_llama import generate, make_model, tokens
-from test_gpu import digest_of, library, prefilled, write  # noqa: F401, a fixture too
+from test_gpu import agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
 from transformers import GPT2LMHeadModel, MistralForCausalLM
 
 from hf_quest import QuestCache, capture, tiny
@@ -42,6 +42,13 @@ def ids(library):  # noqa: F811
 
 def eager(model, ids, num_tokens=64):
     return write(model, ids, prefilled(model, ids), num_tokens, disable_compile=True)[0]
+
+
+@torch.no_grad()
+def read_again(model, cache, ids):
+    """Have `cache` hold what that of `prefilled` does, whose last token is left to a decode step."""
+    cache.reset()
+    model(ids[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
 class TestDevices:
@@ -241,9 +248,10 @@ class TestModels:
         write(model, ids, cache)
         recording = model._compiled_call.recording
         change(model)
-        expected = eager(model, ids)
-        cache.reset()
-        assert torch.equal(write(model, ids, cache)[0], expected)
+        # Of words that come in no text of this model, and are nearly tied.
+        expected, logits = write(model, ids, prefilled(model, ids), disable_compile=True)
+        read_again(model, cache, ids)
+        assert agree_to_a_near_tie(write(model, ids, cache)[0], expected, logits)
         assert model._compiled_call.recording is not recording
 
     def test_another_dtype(self, model, ids):
@@ -264,9 +272,7 @@ class TestModels:
             assert weight is model.model.embed_tokens.weight
             weight.copy_(weight.roll(1, dims=0))
         renumbered = (ids + 1) % len(weight)
-        cache.reset()
-        with torch.no_grad():
-            model(renumbered[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)  # as `prefilled`
+        read_again(model, cache, renumbered)
         after = write(model, renumbered, cache)[0]
         assert model._compiled_call.recording is recording
         assert torch.equal(after, (before + 1) % len(weight))
