@@ -5,6 +5,7 @@ python benchmarks/tables.py --write   puts them where the README has <!-- result
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.report import markdown
+from hf_quest.evaluation.selection import means
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -100,12 +102,27 @@ def bigger_table(reports):
     return table
 
 
+def selection_table(report):
+    """Of the ways to choose that a QuestCache has, and the best there are: KL in nats and the rise of perplexity."""
+    methods = ("published", "default", "best-pages", "best-tokens")
+    table = Table("tokens", "budget", "read", *methods)
+    rows = means(report)
+    for length, budget in dict.fromkeys((length, way.budget) for length, way in rows if way.budget):
+        values = {way.method: rows[length, way] for _, way in rows if (length, way) in rows and way.budget == budget}
+        cells = [
+            f"{values[method]['kl']:.3f}, {100 * math.expm1(values[method]['loss_rise']):+.1f} %" for method in methods
+        ]
+        table.add_row(f"{length:,}", f"{budget:,}", f"{100 * values['default']['read_share']:.1f} %", *cells)
+    return table
+
+
 KINDS = {
+    **TABLES,
     "decode": decode_table,
     "stages": stages_table,
     "generate": generate_table,
     "first_token": first_token_table,
-    **TABLES,
+    "selection": selection_table,
 }
 
 

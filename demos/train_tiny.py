@@ -262,8 +262,7 @@ def selection_loss(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
     key = key.float()
     pages = key.unflatten(2, (-1, PAGE_SIZE))
     bounds = torch.stack([pages.amin(dim=3), pages.amax(dim=3)], dim=3)
-    where = (length, positions.new_zeros(len(key)), PAGE_SIZE)
-    scores = reference.estimate(query, bounds, None, *where, scaling)  # [rows, KV heads, queries, pages]
+    scores = reference.estimate(query, bounds, None, scaling)  # [rows, KV heads, queries, pages]
     with torch.no_grad():
         logits = query.unflatten(1, (num_kv_heads, -1)) @ key[:, :, None].transpose(-1, -2) * scaling
         is_later = torch.arange(length, device=key.device) > positions[:, None, None, :, None]

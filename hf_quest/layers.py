@@ -392,9 +392,10 @@ class QuestLayer(Layer):
         settings = self.settings
         num_pages = None if settings.is_captured else self._num_pages(length)
         bounds = [None if tensor is None else tensor[:, :, :num_pages] for tensor in (self.bounds, self.scales)]
-        where = (length, self.padding)
-        scores = reference.estimate(query, *bounds, *where, settings.page_size, scaling, settings.score)
-        return reference.select(scores, *where, settings.num_selected, settings.page_size, settings.score.keeps_first)
+        where = (length, self.padding, settings.page_size)
+        scores = reference.estimate(query, *bounds, scaling, settings.score, where)
+        keeps_first = settings.score.keeps_first
+        return reference.select(scores, *where[:2], settings.num_selected, settings.page_size, keeps_first)
 
     def _record(self, query, page_ids, scaling, softcap, sinks):
         if self.settings.recorder is not None:

@@ -32,7 +32,7 @@ library.define(
 )
 library.define(
     "estimate(Tensor query, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, int page_size, "
-    "float scaling, float width=1.0, str group='max') -> Tensor"
+    "float scaling, float width=0.5, str group='max') -> Tensor"
 )
 library.define(
     "select(Tensor scores, Tensor length, Tensor padding, int num_selected, int page_size, "
@@ -45,12 +45,12 @@ library.define(
 library.define(
     "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, "
     "int num_selected, int page_size, float scaling, float? softcap=None, Tensor? sinks=None, "
-    "Tensor(a!)? page_ids=None, float width=1.0, bool keeps_first=False, str group='max') -> Tensor"
+    "Tensor(a!)? page_ids=None, float width=0.5, bool keeps_first=True, str group='max') -> Tensor"
 )
 library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
-    "Tensor? sinks=None, float width=1.0, bool keeps_first=False, str group='max') -> Tensor"
+    "Tensor? sinks=None, float width=0.5, bool keeps_first=True, str group='max') -> Tensor"
 )
 
 library.define(

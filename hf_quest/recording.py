@@ -221,7 +221,7 @@ class Recording:
         with torch.inference_mode(False):  # or they could not be written outside of it
             self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
         self.kinds = {name: kind_of(value) for name, value in inputs.items()}
-        self.budget, self.state, self.modes = cache.budget, read_by_kernels(cache), modes()
+        self.budget, self.state, self.modes = cache.budget, state_of(cache), modes()
         with torch.cuda.device_of(cache.layers[0].keys):  # a stream and a graph are the current device's
             self.graph = torch.cuda.CUDAGraph()
             output = self.record(step, cache)
@@ -242,7 +242,7 @@ class Recording:
         """Whether the graph does what the model would."""
         if self.cache() is not cache or self.budget != cache.budget or self.modes != modes():
             return False
-        if any(mine is not given for mine, given in zip(self.state, read_by_kernels(cache), strict=True)):
+        if any(mine is not given for mine, given in zip(self.state, state_of(cache), strict=True)):
             return False
         return self.kinds == {name: kind_of(value) for name, value in inputs.items()}
 
@@ -256,9 +256,10 @@ class Recording:
         return self.output_class(**{CACHE_NAME: cache}, **copied(self.output, {}))
 
 
-def read_by_kernels(cache):
-    on_device = cache.layers[0].on_device
-    return on_device.length, on_device.padding, on_device.addresses, cache.settings.reads_everything
+def state_of(cache):
+    """What a graph depends on as the object that it is: tensors that kernels read, and how pages are chosen."""
+    on_device, settings = cache.layers[0].on_device, cache.settings
+    return on_device.length, on_device.padding, on_device.addresses, settings.reads_everything, settings.score
 
 
 def modes():

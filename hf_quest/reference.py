@@ -118,7 +118,7 @@ def from_8_bits(bounds, scales):
     return bounds.float().mul_(by_channel[..., None, : bounds.shape[-1]])
 
 
-def estimate(query, bounds, scales, length, padding, page_size, scaling, score=PUBLISHED):
+def estimate(query, bounds, scales, scaling, score=PUBLISHED, where=None):
     """Score every page by its bounds: an upper bound of the attention logit of any key in it (Quest, section 3.3,
     algorithm 1), or something below that, which says more about the keys.
 
@@ -130,8 +130,8 @@ def estimate(query, bounds, scales, length, padding, page_size, scaling, score=P
     Args:
         query: [B, Hq, T, D].
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
-        length, padding: as in `select`.
         scaling: float, what the model multiplies q·k with.
+        where: (length, padding, page_size), as in `select`, by which shares know a query's newest page.
 
     Returns:
         [B, Hkv, T, P] float32, one score per KV head, on which the query heads that share it agree. Those of a query's
@@ -151,7 +151,7 @@ def estimate(query, bounds, scales, length, padding, page_size, scaling, score=P
     if score.group == "max" or scores.shape[2] == 1:
         return reduce_group(scores, score.group) * scaling
     page_idx = torch.arange(num_pages, device=scores.device)
-    is_later = page_idx >= newest_page(num_queries, length, padding, page_size)[:, None, None, :, None]
+    is_later = page_idx >= newest_page(num_queries, *where)[:, None, None, :, None]
     return reduce_group(scores * scaling, score.group, is_later)
 
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_iter
 
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
-FROM_PYTHON = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # torch.tensor(numbers)
+FROM_PYTHON = (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # torch.tensor(numbers), whose copy is not seen
 WRITES_BY_INDEX = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -46,7 +46,8 @@ def is_misfit(operator, args, devices):
     if torch.Tag.nondeterministic_seeded in operator.tags:
         return "attention" not in str(operator)  # has dropout, which is none
     is_known_late = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
-    return bool(is_known_late) or operator in FROM_PYTHON
+    is_copied = operator in FROM_PYTHON and torch.device("cpu") not in devices
+    return bool(is_known_late) or is_copied
 
 
 def are_places(indices, device):

@@ -53,6 +53,10 @@ class Settings:
     score: reference.Score = reference.DEFAULT
     recorder: Callable | None = None  # is told which pages a layer selected, see QuestCache.recorder
 
+    def __getstate__(self):
+        """For copies and pickles, whose storage lies elsewhere."""
+        return {**self.__dict__, "room": 0}
+
     @property
     def num_selected(self):
         """Pages that a decode step attends per KV head: the budget in whole pages."""

@@ -129,7 +129,7 @@ class Oracle:
             bounds, scales = bounds_of(key, padding, page_size, self.config["bounds_dtype"])
             score = reference.SCORES[self.config["score"]]
             where = (len(text), padding, page_size)
-            scores = reference.estimate(query[None, :, slots], bounds, scales, *where, scaling, score)
+            scores = reference.estimate(query[None, :, slots], bounds, scales, scaling, score, where)
             page_of_slot = (torch.arange(len(text)) - start).div(page_size, rounding_mode="floor")
             for idx, slot in enumerate(slots.tolist()):
                 where = (slot + 1, padding, text.pages[row, slot].item(), page_size)

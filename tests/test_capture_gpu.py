@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from small_llama import generate, make_model, tokens
-from test_gpu import digest_of, library, prefilled, write  # noqa: F401, a fixture too
+from test_gpu import agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
 from transformers import GPT2LMHeadModel, MistralForCausalLM
 
 from hf_quest import QuestCache, capture, tiny
@@ -60,7 +60,7 @@ class TestDevices:
         for _ in range(2):
             assert torch.equal(write(model, ids, cache)[0], expected)
             assert torch.cuda.current_device() == 0
-            cache.reset()
+            read_again(model, cache, ids)
         assert model._compiled_call.recording.cache() is cache
 
     @needs_two_gpus
@@ -86,7 +86,7 @@ class TestDevices:
             answer = write(model, ids, cache)[0]
             torch.cuda.current_stream().synchronize()
         assert torch.equal(answer, expected)
-        cache.reset()
+        read_again(model, cache, ids)
         assert torch.equal(write(model, ids, cache)[0], expected)
 
 
@@ -109,6 +109,16 @@ class TestResults:
         assert len(set(addresses)) == len(addresses)
         for logits, expected_logits in zip(output.logits, expected.logits, strict=True):
             assert (logits - expected_logits).abs().max() <= 2**-5 * expected_logits.abs().max()
+
+    def test_a_copied_cache_is_written_where_it_lies(self, model, ids):
+        cache = prefilled(model, ids)
+        longer = torch.cat([ids, write(model, ids, cache)[0][None]], dim=1)
+        stored = [layer.keys.clone() for layer in cache.layers]
+        expected = write(model, longer, copy.deepcopy(cache), disable_compile=True)[0]
+        copy_of_it = copy.deepcopy(cache)
+        assert torch.equal(write(model, longer, copy_of_it)[0], expected)
+        assert model._compiled_call.recording.cache() is copy_of_it
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, stored, strict=True))
 
 
 def in_threads(work, arguments):
@@ -141,7 +151,7 @@ class TestThreads:
             cache, answers[number] = prefilled(model, ids), []
             for _ in range(3):
                 answers[number].append(write(model, ids, cache)[0])
-                cache.reset()
+                read_again(model, cache, ids)
 
         in_threads(work, range(len(prompts)))
         for number, answer in enumerate(expected):
@@ -189,7 +199,7 @@ class TestEnds:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         junk = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(500)]  # 2 GB
-        caches[0].reset()
+        read_again(models[0], caches[0], ids)
         assert torch.equal(write(models[0], ids, caches[0])[0], expected)
         assert models[0]._compiled_call.recording is recording
         assert junk
@@ -227,7 +237,7 @@ class TestModels:
         torch.cuda.empty_cache()
         junk = torch.full((2**28,), torch.nan, device="cuda")  # 1 GB, where they have been
         model.cuda()
-        cache.reset()
+        read_again(model, cache, ids)
         assert torch.equal(write(model, ids, cache)[0], expected)
         assert model._compiled_call.recording.cache() is cache
         assert junk.isnan().all()
@@ -238,9 +248,10 @@ class TestModels:
         write(model, ids, cache)
         recording = model._compiled_call.recording
         change(model)
-        expected = eager(model, ids)
+        # Of words that come in no text of this model, and are nearly tied.
+        expected, logits = write(model, ids, prefilled(model, ids), disable_compile=True)
         read_again(model, cache, ids)
-        assert torch.equal(write(model, ids, cache)[0], expected)
+        assert agree_to_a_near_tie(write(model, ids, cache)[0], expected, logits)
         assert model._compiled_call.recording is not recording
 
     def test_another_dtype(self, model, ids):

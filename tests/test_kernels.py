@@ -75,7 +75,7 @@ class Stored:
 
     def reference_estimate(self, score=PUBLISHED):
         where = (self.num_tokens, self.padding, self.page_size)
-        return reference.estimate(self.query, self.bounds, self.scales, *where, self.scaling, score)
+        return reference.estimate(self.query, self.bounds, self.scales, self.scaling, score, where)
 
     def select(self, scores, num_selected, keeps_first=False):
         return ops.select(scores, *self.where, num_selected, self.page_size, keeps_first)

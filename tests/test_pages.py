@@ -42,7 +42,7 @@ def read(request, model, monkeypatch):
             num_pages = -(-layer.length // PAGE_SIZE)
             bounds = [None if each is None else each[:, :, :num_pages] for each in (layer.bounds, layer.scales)]
             where = (layer.length, layer.padding)
-            scores = reference.estimate(query, *bounds, *where, PAGE_SIZE, scaling, score)
+            scores = reference.estimate(query, *bounds, scaling, score, (*where, PAGE_SIZE))
             page_ids = reference.select(scores, *where, BUDGET // PAGE_SIZE, PAGE_SIZE, score.keeps_first)
             expected.append((layer.layer_idx, layer.length, page_ids))
         return attend(layer, query, scaling, softcap, sinks)

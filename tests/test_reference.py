@@ -54,7 +54,8 @@ class Stored:
 
     def estimate(self, scaling=1.0, score=reference.PUBLISHED):
         bounds = [None if tensor is None else tensor[:, :, : self.num_pages] for tensor in (self.bounds, self.scales)]
-        return reference.estimate(self.query, *bounds, self.length, self.padding, self.page_size, scaling, score)
+        where = (self.length, self.padding, self.page_size)
+        return reference.estimate(self.query, *bounds, scaling, score, where)
 
     def select(self, num_selected, scores=None, keeps_first=False):
         scores = self.estimate() if scores is None else scores

@@ -33,7 +33,7 @@ def by_bounds(
 ) -> Tensor:
     """[B, Hkv, T, P] scores of pages for [B, Hq, T, D] queries, the newest of `length` tokens."""
     where = (length, no_padding(query), page_size)
-    return reference.estimate(query, bounds, None, *where, scaling, score)
+    return reference.estimate(query, bounds, None, scaling, score, where)
 
 
 def agreed(scores: Tensor, group: str, is_open: Tensor) -> Tensor:
