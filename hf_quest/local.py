@@ -9,7 +9,7 @@ from .errors import QuestError
 from .layers import Layer
 from .settings import cannot_be_written
 
-ROOM = 256  # tokens that are kept beyond a layer's reach, for drafts that are rejected and for `crop`
+ROOM = 256  # tokens that are kept beyond a layer's reach at least, for drafts that are rejected and for `crop`
 
 
 def reaches_of(config, max_positions):
@@ -24,10 +24,11 @@ def reaches_of(config, max_positions):
 
 
 class LocalLayer(Layer):
-    """Keys and values of a layer with a window or chunks, as far as its next token may reach and ROOM tokens more.
+    """Keys and values of a layer with a window or chunks: what its next token may reach and ROOM tokens before that, or
+    as many as there were drafts in one forward.
 
     `keys`, `values` [B, Hkv, C, D]: the token in slot s of the sequence is at s modulo C, if s is `first` or later. C
-    grows to `reach` + ROOM. Attention over it is dense, by the mask that the model has for such layers.
+    grows to `most`. Attention over it is dense, by the mask that the model has for such layers.
     """
 
     is_sliding = True
@@ -37,6 +38,7 @@ class LocalLayer(Layer):
         super().__init__(settings, layer_idx)
         self.reach = reach  # tokens, the query's own included
         self.first = 0  # slot of the earliest token that is stored
+        self.num_drafts = 0  # the most that came in one forward, and may all be rejected
         self.before = None  # (keys, values, first, length) until a long forward that took their place has ended
 
     @property
@@ -47,8 +49,18 @@ class LocalLayer(Layer):
     num_stored = num_attended
 
     @property
+    def num_spare(self):
+        """Tokens that are kept beyond the reach."""
+        return max(ROOM, self.num_drafts)
+
+    @property
+    def most(self):
+        """Slots that are enough for a sequence of any length."""
+        return self.reach + self.num_spare
+
+    @property
     def room(self):
-        return math.inf if self.capacity == self.reach + ROOM else self.capacity
+        return math.inf if self.capacity == self.most else self.capacity
 
     def lazy_initialization(self, key_states, value_states):
         self._allocate(key_states, value_states, key_states.shape[2], key_states.dtype)
@@ -62,9 +74,11 @@ class LocalLayer(Layer):
     def _store(self, keys, values):
         """Append; return the keys and values that the new tokens may reach."""
         start, num_new = self.length, keys.shape[2]
+        if self.settings.draft_start is not None:
+            self.num_drafts = max(self.num_drafts, min(num_new, start + num_new - self.settings.draft_start))
         before = self._newest(min(start, self.reach - 1)) if start else (keys[:, :, :0], values[:, :, :0])
         reached = [torch.cat(pair, dim=2) for pair in zip(before, (keys, values), strict=True)]
-        self.before = (self.keys, self.values, self.first, start) if start and num_new > ROOM else None
+        self.before = (self.keys, self.values, self.first, start) if start and num_new > self.num_spare else None
         if self.before is not None:  # or in its place would be what an interrupted forward has to give back
             self._allocate(keys, values, self.length + num_new, keys.dtype)
         else:
@@ -112,12 +126,13 @@ class LocalLayer(Layer):
 
     def took_step(self):
         super().took_step()
+        self.before = None
         self.first = max(self.first, self.length - self.capacity)
 
     def make_room(self, num_tokens):
         """Have storage for the newest of `num_tokens` that can be written."""
         self.prefetch()
-        if self.capacity < min(num_tokens, self.reach + ROOM) or cannot_be_written(self.keys):
+        if self.capacity < min(num_tokens, self.most) or cannot_be_written(self.keys):
             self._reallocate(slice(None), max(num_tokens, self.capacity))
 
     def _reallocate(self, rows, num_slots, dtype=None):
@@ -129,7 +144,7 @@ class LocalLayer(Layer):
             self._write(newest)
 
     def _allocate(self, like_keys, like_values, num_slots, dtype):
-        num_slots = min(self.settings.with_headroom(num_slots), self.reach + ROOM)
+        num_slots = min(self.settings.with_headroom(num_slots), self.most)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
             self.keys, self.values = (
                 like.new_zeros(*like.shape[:2], num_slots, like.shape[3], dtype=dtype)
@@ -158,18 +173,19 @@ class LocalLayer(Layer):
 
     def reset(self):
         """Forget every token; the storage is kept."""
-        self.length = self.first = 0
+        self.length = self.first = self.num_drafts = 0
         self.settings.set_length(0)
         self.pending, self.before = False, None
 
     def check_crop(self, num_removed):
         super().check_crop(num_removed)
         length = self.length - num_removed
-        if not self._is_before(length) and self.first > max(0, length - self.reach + 1):
+        is_stored = self.first <= max(0, length - self.reach + 1) or length == 0  # of which nothing is needed
+        if not is_stored and not self._is_before(length):
             most = self.length - max(self.first + self.reach - 1, 0)
             raise QuestError(
                 f"crop cannot take back {num_removed} tokens: layer {self.layer_idx} attends its newest {self.reach} "
-                f"tokens and keeps no more than {ROOM} before them, so what it would need is gone. Take back "
+                f"tokens and keeps no more than {self.num_spare} before them, so what it would need is gone. Take back "
                 f"{max(0, most)} at most, or continue from a copy.deepcopy of the cache that was made earlier. The "
                 "content of the cache is unchanged."
             )
@@ -185,18 +201,18 @@ class LocalLayer(Layer):
             return
         if self._is_before(length):
             self.keys, self.values, self.first, _ = self.before
+            self.has_moved()
         self.before = None
         self.length = length
         self.first = min(self.first, length)
         self.settings.set_length(length)
 
     def reorder(self, sources, start=0):
-        """Rows take the tokens of the rows `sources`, a list, in place."""
+        """Rows take the tokens of the rows `sources`, a list; before slot `start` they hold the same."""
         if self.length:
             self.make_room(self.length)
-            for stored in (self.keys, self.values):
-                stored.copy_(stored[sources])
             self.before = None
+            self._write([tokens[sources] for tokens in self._newest(self.length - max(start, self.first))])
             self.left_padding = tuple(self.left_padding[row] for row in sources)
 
     def find_addresses(self):

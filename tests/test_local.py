@@ -76,7 +76,7 @@ class EverythingKept:
         return [row[start:] for row in self.rows]
 
     def can_crop_to(self, length):
-        return max(0, self.most - self.reach - self.room) <= max(0, length - self.reach + 1)
+        return length == 0 or max(0, self.most - self.reach - self.room) <= max(0, length - self.reach + 1)
 
 
 class TestRing:
@@ -97,6 +97,7 @@ class TestRing:
         was_before = layer.before is not None and layer.before[3] == length
         if model.can_crop_to(length):
             layer.crop(-num_removed)
+            model.most = min(model.most, length) if length == 0 else model.most
         elif not was_before:
             with pytest.raises(QuestError, match=f"crop cannot take back {num_removed} tokens.*content.*is unchanged"):
                 layer.crop(-num_removed)
@@ -264,16 +265,42 @@ class TestCrop:
         assert torch.equal(read(gemma, cache, tokens(9, seed=4)), read(gemma, straight, tokens(9, seed=4)))
 
     @pytest.mark.parametrize("num_tokens", [WINDOW - 1, 700])
-    def test_of_everything_where_the_window_holds_it_and_else_a_reset(self, gemma, num_tokens):
+    def test_of_everything_as_a_reset(self, gemma, num_tokens):
         cache = QuestCache(BUDGET)
         read(gemma, cache, tokens(num_tokens))
-        if num_tokens > WINDOW + ROOM:
-            with pytest.raises(QuestError, match="crop cannot take back 700 tokens"):
-                cache.crop(-num_tokens)
-            cache.reset()
-        else:
-            cache.crop(-num_tokens)
+        cache.crop(-num_tokens)
         assert torch.equal(generate(gemma, tokens(50), cache), generate(gemma, tokens(50), QuestCache(BUDGET)))
+
+    def test_storage_that_comes_back_is_asked_for_room_again(self, gemma):
+        """A step that a graph may hold goes round what there is, and takes no look at how much."""
+        cache, straight = QuestCache(BUDGET), QuestCache(BUDGET)
+        for each in (cache, straight):
+            read(gemma, each, tokens(20))
+        read(gemma, cache, tokens(2 * ROOM, seed=2))
+        cache.get_mask_sizes(1, 0)  # as before a decode step
+        cache.crop(-2 * ROOM)
+        for each in (cache, straight):
+            each.get_mask_sizes(1, 0)
+        assert cache.settings.room == straight.settings.room < 20 + 2 * ROOM
+
+
+def test_a_first_prompt_that_ended_before_its_attention_is_put_back(monkeypatch):
+    model, cache = build("mistral"), QuestCache(BUDGET)
+    monkeypatch.setattr("hf_quest.attention.check_is_causal", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(model, cache, tokens(700))
+    monkeypatch.undo()
+    with pytest.raises(QuestError, match="put back to the 0 tokens before; repeat the call"):
+        read(model, cache, tokens(700))
+    assert torch.equal(read(model, cache, tokens(50)), read(model, QuestCache(BUDGET), tokens(50)))
+
+
+def test_more_drafts_than_are_kept_besides():
+    model, cache = build("mistral", sliding_window=8), QuestCache(BUDGET)
+    ids, options = tokens(200).repeat(1, 2), {"max_new_tokens": 310}
+    drafted = generate(model, ids, cache, prompt_lookup_num_tokens=300, **options)
+    assert torch.equal(drafted, generate(model, ids, QuestCache(BUDGET), **options))
+    assert max(layer.keys.shape[2] for layer in cache.layers) <= 8 + 301
 
 
 @pytest.mark.parametrize("num_new", [1, 20, ROOM, ROOM + 1, 3 * ROOM])
