@@ -95,6 +95,20 @@ def test_links_lead_to_files(page):
             assert (page.parent / link).exists(), link
 
 
+def prose(page):
+    """What a page says outside of code, tables and links, without versions and papers."""
+    text = re.sub(r"^```.*?^```|^\|.*?$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\]\([^)]*\)|(Python|PyTorch|sm_)\s?[\d.]+|5\.(17|24)|\d{4}\.\d{5}|Llama-[\d.]+", "", text)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "notes"], ids=name_of)
+def test_figures_in_prose_are_measured(page):
+    """They stand in a table or in a note, which have their conditions."""
+    notes = "".join(each.read_text() for each in DOCS if each.parent.name == "notes")
+    measured = set(re.findall(r"\d+\.\d+", "".join(found_tables().values()) + notes))
+    assert set(re.findall(r"\d+\.\d+", prose(page))) <= measured | {"2.0"}  # of the licence
+
+
 def test_conditions_are_those_of_the_results():
     environment = json.loads((RESULTS / "decode_cpu.json").read_text())["environment"]
     assert environment["command"] in MEASURED
