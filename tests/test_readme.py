@@ -4,15 +4,16 @@ import json
 import re
 
 import chart
-from pages import README, ROOT
+import pages
+from pages import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = README.read_text()
+README = " ".join(pages.README.read_text().split())
 
 
 def test_the_numbers_at_the_top_are_measured():
     context_length, ms, dense_ms = re.search(
-        r"([\d,]+) tokens of context.*?\*\*([\d.]+) ms instead of ([\d.]+)\*\*", README, re.DOTALL
+        r"([\d,]+) tokens of context.*?\*\*([\d.]+) ms instead of ([\d.]+)\*\*", README
     ).groups()
     results = json.loads((RESULTS / "generate_gpu.json").read_text())["results"]
     measured = {
@@ -32,4 +33,4 @@ def test_the_largest_budget_of_the_chart_costs_what_is_said():
 
 
 def test_it_is_read_in_a_minute():
-    assert len(README.encode()) <= 10_240
+    assert pages.README.stat().st_size <= 10_240

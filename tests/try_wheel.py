@@ -1,4 +1,4 @@
-"""What a user gets: in a fresh environment the wheel, and nothing of the checkout, runs the README's ten lines and the demo.
+"""What a user gets: the wheel, and nothing of the checkout, runs the README's ten lines and the demo.
 
     make dist
     python tests/try_wheel.py                          # with this Python
@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TEN_LINES = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
 SAID = re.search(r"print\(.*# (.*)", TEN_LINES)[1]
+NAMES_THE_CACHE = "from hf_quest import CACHE_NAME; print(CACHE_NAME)"
 FINDS_ITS_SOURCES = """
 import pathlib, hf_quest
 package = pathlib.Path(hf_quest.__file__).parent
@@ -57,7 +58,7 @@ def try_with(python, wheel):
         run([programs / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel], folder)
         installed = time.perf_counter()
         run([programs / "python", "-c", FINDS_ITS_SOURCES], folder)
-        name = run([programs / "python", "-c", "from hf_quest import CACHE_NAME; print(CACHE_NAME)"], folder).split()[-1]
+        name = run([programs / "python", "-c", NAMES_THE_CACHE], folder).split()[-1]
         (folder / "ten_lines.py").write_text(re.sub(r"\bcache=", f"{name}=", TEN_LINES))
         printed = run([programs / "python", "ten_lines.py"], folder)
         if SAID not in printed:
