@@ -43,7 +43,7 @@ def losses():
 def labels():
     """What is written at the bars of each panel."""
     of_speeds = [(f"{dense:.1f}", f"{quest:.1f}") for _, dense, quest in speeds()]
-    return of_speeds, [(f"{published:+.1f} %", f"{default:+.1f} %") for _, published, default in losses()]
+    return of_speeds, [(f"+{published:.0f}", f"+{default:.0f}") for _, published, default in losses()]
 
 
 def draw_pairs(axes, groups, names, texts, ticks):
@@ -54,12 +54,12 @@ def draw_pairs(axes, groups, names, texts, ticks):
             axes.text(x, value, texts[place][side], ha="center", va="bottom", fontsize=8.5)
     axes.set_xticks(range(len(groups)), ticks)
     axes.grid(visible=False, axis="x")
-    axes.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.16))
+    axes.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.2))
     axes.margins(y=0.12)
 
 
 def chart():
-    drawing = figure(figsize=(10.5, 3.9))
+    drawing = figure(figsize=(8.6, 3.9))
     left, right = drawing.subplots(1, 2)
     speed_labels, loss_labels = labels()
     draw_pairs(
@@ -67,17 +67,19 @@ def chart():
         speeds(),
         ("dense, best stock cache", "Quest, budget 2,048"),
         speed_labels,
-        [f"{tokens:,} tokens" for tokens, *_ in speeds()],
+        [f"{tokens:,}" for tokens, *_ in speeds()],
     )
+    left.set_xlabel("context, tokens")
     left.set_title("Gain: ms for one token\nLlama-3.1-8B's shape, random weights, H200", fontsize=11)
     draw_pairs(
         right,
         losses(),
         ("the paper's score", "default score"),
         loss_labels,
-        [f"budget {budget:,}" for budget, *_ in losses()],
+        [f"{budget:,}" for budget, *_ in losses()],
     )
-    right.set_title(f"Cost: rise of perplexity over dense\nSmolLM2-135M, pretrained, {LENGTH:,} tokens", fontsize=11)
+    right.set_xlabel("budget, tokens")
+    right.set_title(f"Cost: rise of perplexity over dense, %\nSmolLM2-135M, pretrained, {LENGTH:,} tokens", fontsize=11)
     return drawing
 
 
