@@ -89,6 +89,7 @@ class Run:
     quest: Contestant | None = None
     reads: PageReads = field(default_factory=PageReads)
     read_share: float | None = None  # of the KV cache, by one step of Quest
+    share_weighed: float = 0.0  # of what was read
     attended: list = field(default_factory=list)  # (dense, Quest) tokens in one step of each layer
 
     @property
@@ -190,7 +191,9 @@ def answer(run, models, caches, question_ids, max_new_tokens, is_recorded, stopp
 def weigh(run, cache, stopped):
     """Add up the attention that was paid to each page that was read."""
     run.phase = "weighing"
-    for part in parts(run.reads):
+    pieces = list(parts(run.reads))
+    for index, part in enumerate(pieces):
+        run.share_weighed = index / len(pieces)
         yield run
         if stopped.is_set():
             return

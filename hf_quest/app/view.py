@@ -30,11 +30,12 @@ def status(run=None, message="Choose a document and press Run."):
     words = {
         "reading": f"Reading the document: {read:,} of {total:,} tokens{rate}",
         "answering": f"Read {total:,} tokens in {run.prefill_seconds:.1f} s. Answering, each on its own stopwatch.",
-        "weighing": "Answered. Adding up where each sentence came from.",
+        "weighing": f"Answered. Adding up where each sentence came from: {100 * run.share_weighed:.0f} %",
         "finished": f"Finished. {total:,} tokens were read in {run.prefill_seconds:.1f} s.",
         "stopped": f"Stopped, with {read:,} of {total:,} tokens of the document read.",
     }[run.phase]
-    return bar(words, 100 * read / max(total, 1), run.phase)
+    share = run.share_weighed if run.phase == "weighing" else read / max(total, 1)
+    return bar(words, 100 * share, run.phase)
 
 
 def bar(words, percent, phase):
