@@ -25,8 +25,7 @@ from rich.console import Console
 from tables import RESULTS, generate_table, markdown
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hf_quest import QuestCache, capture
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, capture
 
 SHAPES = {
     "llama-3.1-8b": {

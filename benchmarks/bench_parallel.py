@@ -26,8 +26,7 @@ from tables import RESULTS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_quest import QuestCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache
 
 SHAPES["llama-3.1-70b"] = {
     "vocab_size": 128256,

@@ -56,7 +56,7 @@ def theirs(folder):
 
 
 def ours(folder):
-    from hf_quest.baselines import StreamingLLMCache, TOVACache
+    from hf_quest import StreamingLLMCache, TOVACache
 
     caches = {"StreamingLLM": StreamingLLMCache, "TOVA": TOVACache, PROTECTED: TOVACache}
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="quest").eval()

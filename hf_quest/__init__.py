@@ -1,12 +1,29 @@
 """Quest sparse attention for Hugging Face Transformers: `attn_implementation="quest"` and `QuestCache`."""
 
-from .attention import register
-from .cache import QuestCache
+from . import former
 from .errors import QuestError
-from .prefill import CritiPrefill, prefill_progress
-from .recording import capture
+from .methods import Method
+from .prompts import CritiPrefill
+from .seam.attention import register
+from .seam.cache import CACHE_NAME, MethodCache
+from .seam.caches import H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from .seam.capture import capture
+from .seam.progress import prefill_progress
 
-__all__ = ["CritiPrefill", "QuestCache", "QuestError", "capture", "prefill_progress"]
+__all__ = [
+    "CACHE_NAME",
+    "CritiPrefill",
+    "H2OCache",
+    "Method",
+    "MethodCache",
+    "QuestCache",
+    "QuestError",
+    "StreamingLLMCache",
+    "TOVACache",
+    "capture",
+    "prefill_progress",
+]
 __version__ = "0.1.0"
 
 register()
+former.keep_names()

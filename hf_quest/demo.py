@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from . import CritiPrefill, QuestCache, tiny
-from .cache import CACHE_NAME
+from . import CACHE_NAME, CritiPrefill, QuestCache, tiny
 from .evaluation.documents import Library, documents, heldout_text
 
 DOCUMENT_LENGTH = 24_000  # tokens

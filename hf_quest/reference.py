@@ -31,6 +31,21 @@ class Score(NamedTuple):
     group: str  # how the query heads of a KV head agree, see reduce_group: "max", "sum" or "share"
 
 
+class Logits(NamedTuple):
+    """What a model makes of q·k before the softmax; the last arguments of `attend`."""
+
+    scaling: float
+    softcap: float | None = None  # logits become softcap·tanh(logit / softcap) (Gemma 2)
+    sinks: torch.Tensor | None = None  # [Hq], a logit per head that takes part and has no value (GPT-OSS)
+
+
+class Choice(NamedTuple):
+    """What queries attend: the third argument of `attend` and its `page_size`."""
+
+    ids: torch.Tensor  # [B, Hkv, T, K] int64, ascending, -1 for none
+    size: int  # tokens that an id stands for: those of a page, or 1
+
+
 PUBLISHED = Score(width=1.0, keeps_first=False, group="max")  # Quest, section 3.3
 GROUPS = ("max", "sum", "share")
 # What loses least on pretrained models of what costs a step nothing more.

@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from hf_quest.attention import quest_attention
+from hf_quest.baselines.layer import BESIDE_TOKENS
 from small_llama import ANSWER, PROMPT, feed, generate, greedy, make_model, tokens
 from transformers import (
     BartConfig,
@@ -17,11 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_quest import QuestError
-from hf_quest.attention import quest_attention
-from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
-from hf_quest.baselines.layer import BESIDE_TOKENS
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, H2OCache, QuestError, StreamingLLMCache, TOVACache
 
 BASELINES = [H2OCache, TOVACache, StreamingLLMCache]
 BUDGET = 20  # tokens, of a prompt of PROMPT

@@ -14,6 +14,9 @@ from collections import namedtuple
 import pytest
 import torch
 from graphs_on_cpu import captured, emulate
+from hf_quest.fingerprint import fingerprint
+from hf_quest.recording import copied
+from hf_quest.rehearsal import Rehearsal
 from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
 from test_families import FAMILIES, build, prompts, quest_cache
 from torch import nn
@@ -21,9 +24,6 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, 
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from hf_quest import QuestCache, capture
-from hf_quest.fingerprint import fingerprint
-from hf_quest.recording import copied
-from hf_quest.rehearsal import Rehearsal
 
 LAYERS = {"num_hidden_layers": 2}
 

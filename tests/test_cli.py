@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
+from hf_quest.cache import QuestLayer
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
 
 import hf_quest
 from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
-from hf_quest.cache import QuestLayer
 from hf_quest.cli import app, layer_kinds
 from hf_quest.evaluation.documents import heldout_text
 

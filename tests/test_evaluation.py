@@ -7,14 +7,13 @@ import zipfile
 
 import pytest
 import torch
+from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
 from small_llama import make_model, tokens
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from hf_quest import QuestCache, tiny
-from hf_quest.baselines import TOVACache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, TOVACache, tiny
 from hf_quest.cli import app
 from hf_quest.evaluation import (
     calibrate,
@@ -37,7 +36,6 @@ from hf_quest.evaluation.calibration import (
 )
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, load, make_ways, new_cache, prefill, read
-from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
 from hf_quest.evaluation.perplexity import draw_over_length, hub_text, losses, windows
 from hf_quest.evaluation.plots import draw_over_budget
 from hf_quest.evaluation.report import merged, read_text, spread

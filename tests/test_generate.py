@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from hf_quest.layers import copies_in_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_model, tokens
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 from hf_quest import QuestCache, reference
-from hf_quest.layers import copies_in_order
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from hf_quest.local import ROOM, LocalLayer
+from hf_quest.settings import Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import BUDGET, PROMPT, generate, greedy, make_model, on_any_device, tokens
@@ -20,11 +22,8 @@ from transformers import (
     Olmo3ForCausalLM,
 )
 
-from hf_quest import QuestCache, QuestError
+from hf_quest import CACHE_NAME, QuestCache, QuestError
 from hf_quest import local as local_module
-from hf_quest.cache import CACHE_NAME
-from hf_quest.local import ROOM, LocalLayer
-from hf_quest.settings import Settings
 
 WINDOW = 32  # tokens
 BEYOND = 2048  # tokens, a budget that covers every context here

@@ -8,8 +8,7 @@ from small_llama import BUDGET, PROMPT, generate, make_model, on_any_device, tok
 from test_local import BEYOND, CLOSE, MODELS, build
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessorList
 
-from hf_quest import CritiPrefill, QuestCache, masks
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, masks
 
 ANSWER = 12  # tokens
 PADDINGS = (0, 37, 5)  # of three rows

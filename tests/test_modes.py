@@ -25,9 +25,7 @@ from transformers import (
     StaticCache,
 )
 
-from hf_quest import CritiPrefill, QuestCache, QuestError
-from hf_quest.baselines import StreamingLLMCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, QuestError, StreamingLLMCache
 
 ANSWER = 10  # tokens
 PREFILL = CritiPrefill(budget=64, segment_size=32, threshold=64)

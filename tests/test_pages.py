@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from hf_quest.cache import QuestLayer
 from small_llama import make_model
 
 from hf_quest import QuestCache, reference
-from hf_quest.cache import QuestLayer
-from hf_quest.pages import PageReads
+from hf_quest.watch import PageReads
 
 BUDGET, PAGE_SIZE, NUM_PROMPT, NUM_NEW = 32, 8, 90, 12
 NUM_PAGES = -(-(NUM_PROMPT + NUM_NEW) // PAGE_SIZE)
@@ -33,7 +33,7 @@ def read(request, model, monkeypatch):
     """(reads, cache, the selections that the reference makes from the same queries and cache)."""
     bounds_dtype, named, score = request.param
     cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1, bounds_dtype=bounds_dtype, score=named)
-    cache.recorder = reads = PageReads()
+    cache.watcher = reads = PageReads()
     expected = []
     attend = QuestLayer.attend
 
@@ -126,15 +126,15 @@ def test_a_recorder_keeps_generate_from_compiling():
         return (lambda: cache.is_compileable)()
 
     assert is_compileable()
-    cache.recorder = PageReads()
+    cache.watcher = PageReads()
     assert not is_compileable()
-    cache.recorder = None
+    cache.watcher = None
     assert is_compileable()
 
 
 def test_within_the_budget_nothing_is_selected(model):
     cache = QuestCache(1024)
-    cache.recorder = reads = PageReads()
+    cache.watcher = reads = PageReads()
     model.generate(torch.arange(40)[None] + 3, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert reads.layers == []
     assert reads.share(3).tolist() == reads.attention(3).tolist() == [0, 0, 0]

@@ -11,8 +11,7 @@ import pytest
 from test_families import FAMILIES
 from typer.testing import CliRunner
 
-from hf_quest import tiny
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, tiny
 from hf_quest.cli import app
 from hf_quest.evaluation.passkey import passkey_prompts
 

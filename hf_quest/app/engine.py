@@ -10,9 +10,8 @@ from itertools import chain
 
 import torch
 
-from .. import demo, tiny
-from ..cache import CACHE_NAME
-from ..pages import PageReads
+from .. import CACHE_NAME, demo, tiny
+from ..watch import PageReads
 
 MAX_NEW_TOKENS = 512
 NUM_SOURCES = 3  # pages named for each sentence
@@ -157,7 +156,7 @@ class Engine:
                 # Token by token, so that finding what the question is about is Quest's work too.
                 run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
                 del stock
-                cache.recorder = run.reads
+                cache.watcher = run.reads
                 run.phase = "answering"
                 for _ in race((run.quest, run.dense), max_new_tokens):
                     run.read_share = cache.read_share

@@ -21,16 +21,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import QuestCache
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME, QuestCache
+from ..watch import Read
 from .choices import CHOICES
 from .forced import Forced
 from .methods import EVERYTHING, Way, check_length, make_ways, new_cache, step
-from .observation import OBSERVED, attended, logits, observe, share_found
 from .plots import figure, save
 from .report import Results
 from .selection import compare
-from .top10 import NUM_TOP
+from .top10 import NUM_TOP, share_found
 
 PREFILL_CHUNK = 512  # tokens
 BEST = ("best-pages", "best-tokens")
@@ -205,29 +204,24 @@ class Calibration:
         found: dict[int, list[Tensor]] = {}
         step_idx = 0
 
-        def note(layer_idx, layer, query, scaling):
-            row = logits(layer, query, scaling)
+        def note(read: Read) -> None:
+            row, layer_idx = read.all_logits(), read.layer.layer_idx
             if way.budget is None:
                 self.tops[-1].append(row.topk(min(NUM_TOP, row.shape[-1]), dim=-1).indices)
                 return
-            is_attended = attended(layer, query, scaling)
+            is_attended = read.tokens()
             weights = row.softmax(dim=-1).unflatten(1, (is_attended.shape[1], -1))
             kept = (weights * is_attended[:, :, None]).sum(dim=-1).flatten(1)[0]
             mass.setdefault(layer_idx, []).append(kept)
             found.setdefault(layer_idx, []).append(share_found(self.tops[step_idx][layer_idx], is_attended)[0])
 
-        def observer(layer_idx):
-            return lambda layer, query, scaling: note(layer_idx, layer, query, scaling)
-
-        num_layers = len(self.cache.layers)
-        observe(self.cache, [observer(layer_idx) for layer_idx in range(num_layers)])
-        self.model.set_attn_implementation(OBSERVED)
+        self.cache.watcher = note
         if way.budget is None:
             self.tops = [[]]
         for step_idx, _ in enumerate(self.steps(), start=1):  # noqa: B007
             if way.budget is None:
                 self.tops.append([])
-        observe(self.cache, [None] * num_layers)
+        self.cache.watcher = None
         return [
             {
                 "layer": layer_idx,

@@ -21,9 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .. import QuestCache
-from ..baselines import H2OCache, StreamingLLMCache, TOVACache
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME, H2OCache, QuestCache, StreamingLLMCache, TOVACache
 
 DENSE = "dense"
 CACHES = {

@@ -11,8 +11,8 @@ import warnings
 
 import torch
 
-from . import _build
-from .reference import GROUPS, PUBLISHED
+from ..reference import GROUPS, PUBLISHED
+from . import build
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -77,7 +77,7 @@ def serves(keys, values, page_size):
         if not is_served:
             warnings.warn(f"hf_quest has no CUDA kernels for {what} and runs its slower PyTorch path.", stacklevel=2)
             return False
-    return _build.load()
+    return build.load()
 
 
 def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
@@ -299,7 +299,7 @@ def serves_prompts(query, keys, values, segment_size, block_size, num_samples, s
         and softcap is None
         and torch.cuda.get_device_capability(query.device) == (9, 0)
     )
-    return is_served and _build.load()
+    return is_served and build.load()
 
 
 def prompt_estimate(query, keys, first_position, segment_size, sample_stride, block_size, scaling):

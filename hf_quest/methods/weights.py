@@ -5,20 +5,17 @@ import torch
 NUM_LOGITS = 2**28  # float32 numbers that `attention_weights` may hold at a time, about
 
 
-def attention_weights(
-    query, keys, mask, is_token=None, scaling=None, softcap=None, s_aux=None, sinks=None, position_bias=None, **kwargs
-):
-    """Softmax attention weights of [B, Hq, T, D] queries, the newest, over [B, Hkv, n, D] keys, by chunks of queries.
+def attention_weights(keys, attended):
+    """Softmax attention weights of what `Attended` tells over [B, Hkv, n, D] keys, by chunks of queries.
 
-    `mask` is broadcastable to [B, Hq, T, n], bool or added, or None for causal attention; `position_bias` is added.
     Yields [B, Hkv, G, t, n] float32, one chunk of t queries after the other. A query that sees nothing, or that is of
-    no token by `is_token` [B, T], has no weight.
+    no token, has no weight.
     """
-    batch_size, num_heads, num_queries, head_dim = query.shape
+    query, mask, position_bias = attended.query, attended.mask, attended.position_bias
+    scaling, softcap, sinks = attended.logits
+    batch_size, num_heads, num_queries, _ = query.shape
     num_kv_heads, num_keys = keys.shape[1:3]
     keys = keys.float()[:, :, None].transpose(-1, -2)
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    sinks = s_aux if sinks is None else sinks
     if mask is None and num_queries > 1:
         mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries)
@@ -43,20 +40,7 @@ def attention_weights(
             sink = sinks.float().view(1, num_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
             logits = torch.cat([logits, sink], dim=-1)
         weights = logits.softmax(dim=-1)[..., :num_keys].nan_to_num(0.0)
-        if is_token is not None:
-            weights = weights.masked_fill(~is_token[:, None, None, first : first + chunk_len, None], 0.0)
+        if attended.is_token is not None:
+            is_token = attended.is_token[:, None, None, first : first + chunk_len, None]
+            weights = weights.masked_fill(~is_token, 0.0)
         yield weights
-
-
-def as_bool(mask):
-    """A mask, bool or added, as bool: True for what is visible."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def is_of_token(mask):
-    """[B or 1, T] bool: which of the newest T queries stand for a token, by a mask [B or 1, Hq or 1, T, n].
-
-    Padding, and a row of a batch that pauses, do not see themselves.
-    """
-    num_queries, num_keys = mask.shape[2:]
-    return as_bool(mask.diagonal(num_keys - num_queries, dim1=2, dim2=3)).any(dim=1)

@@ -1,11 +1,70 @@
-"""Which pages the decode steps of a QuestCache read, and how much attention they paid to each."""
+"""The one way to watch what a cache reads: `cache.watcher`, which is told by a Read or SegmentsRead.
+
+`PageReads` is a watcher: which pages decode steps read, and how much attention they paid to each.
+"""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import reference
+from .reference import Choice, Logits
+
+
+@dataclass
+class Read:
+    """What one layer attends for its newest T tokens, each a decode step."""
+
+    layer: Any  # a seam.layer.Layer
+    query: torch.Tensor  # [B, Hq, T, D]
+    choice: Choice | None  # ids [B, Hkv, T, K] of pages or tokens; None: everything that the layer holds
+    logits: Logits
+
+    def keys(self) -> torch.Tensor:
+        """[B, Hkv, N, D]: the keys that the layer holds, all of the text or of what a window reaches."""
+        return self.layer.storage.newest_keys()
+
+    def all_logits(self) -> torch.Tensor:
+        """[B, Hq, N] float32: the newest query's scaled q·k with every key that the layer holds: a row, no matrix."""
+        keys = self.keys().float()
+        grouped = self.query[:, :, -1].float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, D]
+        return (grouped @ keys.transpose(-1, -2)).flatten(1, 2) * self.logits.scaling
+
+    def tokens(self) -> torch.Tensor:
+        """[B, Hkv, N] bool: which of these, or with a method that evicts of all seen, the newest query attends, padding
+        included where all are.
+        """
+        storage = self.layer.storage
+        num_tokens = self.layer.length if self.layer.evicts else self.keys().shape[2]
+        shape = (*storage.keys.shape[:2], num_tokens)
+        if self.layer.evicts:
+            tokens = torch.zeros(shape, dtype=torch.bool, device=self.query.device)
+            return tokens.scatter(2, storage.positions, True)
+        if self.choice is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.query.device)
+        ids, size = self.choice.ids[:, :, -1, :, None], self.choice.size
+        slot = ids * size + torch.arange(size, device=ids.device) + storage.padding[:, None, None, None]
+        slot = slot.masked_fill(ids < 0, shape[2]).clamp(max=shape[2]).flatten(2)  # the last one is cut off
+        tokens = torch.zeros(*shape[:2], shape[2] + 1, dtype=torch.bool, device=ids.device)
+        return tokens.scatter(2, slot, True)[:, :, :-1]
+
+
+@dataclass
+class SegmentsRead:
+    """What the segments of a slab of one row's prompt attend in a layer, besides themselves."""
+
+    layer: Any  # a seam.layer.Layer
+    row: int
+    position: int  # of the slab's first token in its row
+    query: torch.Tensor  # [Hq, R · L, D] of R segments
+    keys: torch.Tensor  # [Hkv, N, D] of the row
+    block_ids: torch.Tensor  # [Hkv, R, K]
+
+
+Watcher = Callable[[Read | SegmentsRead], None]
 
 
 @dataclass
@@ -15,18 +74,16 @@ class Selection:
     length: int  # slots filled, the queries' own included
     query: torch.Tensor  # [B, Hq, T, D]
     page_ids: torch.Tensor  # [B, Hkv, T, K] int64, ascending, -1 for none
-    scaling: float
-    softcap: float | None
-    sinks: torch.Tensor | None
+    logits: Logits
     weights: torch.Tensor | None = None  # [B, Hkv, T, K] float32, see PageReads.weigh
 
 
 class PageReads:
-    """Keeps every page selection of a QuestCache from the moment that it is the cache's recorder.
+    """Keeps every page selection of a QuestCache from the moment that it is the cache's watcher.
 
     ```python
     cache = QuestCache(budget=256)
-    cache.recorder = reads = PageReads()
+    cache.watcher = reads = PageReads()
     model.generate(**inputs, cache=cache)
     reads.share(num_pages=100)  # for each page, the share of reads that it was part of
     reads.weigh(cache)
@@ -40,8 +97,10 @@ class PageReads:
     def __init__(self):
         self.selections = defaultdict(list)
 
-    def __call__(self, layer, query, page_ids, scaling, softcap, sinks):
-        self.selections[layer.layer_idx].append(Selection(layer.length, query, page_ids, scaling, softcap, sinks))
+    def __call__(self, read: Read | SegmentsRead) -> None:
+        if isinstance(read, Read) and read.choice is not None:
+            selection = Selection(read.layer.length, read.query, read.choice.ids, read.logits)
+            self.selections[read.layer.layer_idx].append(selection)
 
     @property
     def layers(self):
@@ -108,7 +167,7 @@ def page_weights(layer, selection):
     """
     weights = torch.zeros(selection.page_ids.shape)
     batch_size, num_kv_heads, num_queries, _ = weights.shape
-    page_size = layer.settings.page_size
+    page_size = layer.method.page_size
     for row in range(batch_size):
         for query_idx in range(num_queries):
             page_ids = selection.page_ids[row, :, query_idx]
@@ -130,9 +189,7 @@ def page_weights(layer, selection):
                 num_tokens,
                 torch.zeros(1, dtype=torch.int64, device=keys.device),
                 page_size,
-                selection.scaling,
-                selection.softcap,
-                selection.sinks,
+                *selection.logits,
             )
             mass = mass.view(num_kv_heads, -1, num_pages).mean(dim=1)
             weights[row, :, query_idx, :num_pages] = mass.cpu()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from . import generation
-from .errors import QuestError
+from ..errors import QuestError
+from . import generate
 
 COMPARED = 1 << 26  # elements of a mask that are compared at a time
 
@@ -81,7 +81,7 @@ class Masks:
             # Asked again by a model for which `generate` has made the masks, and none was needed.
             is_decided = self.decided is not None and self.decided[0] == num_keys
             found = self.decided[1] if is_decided else (0,) * batch_size
-        elif is_next and len(left_padding) == batch_size and generation.continues_its_masks():
+        elif is_next and len(left_padding) == batch_size and generate.continues_its_masks():
             found = left_padding
         else:
             found = count_left_padding(attention_mask, num_keys)

@@ -1,19 +1,26 @@
-"""QuestCache: a Transformers cache that keeps every token and lets a decode step read only the pages that it needs."""
+"""MethodCache: a cache of Transformers whose layers choose by a method what they read or keep."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import generation, reference
-from .errors import QuestError
-from .layers import QuestLayer
-from .local import LocalLayer, reaches_of
+from .. import former
+from ..errors import QuestError
+from ..methods import Method
+from ..prompts import CritiPrefill
+from ..storage.rows import cannot_be_written
+from ..watch import Watcher
+from . import generate
+from .checks import check_crop, check_room, refuse_crop
+from .layer import Layer
+from .local import reaches_of
 from .masks import MaskLength, Masks
-from .prefill import CritiPrefill
-from .settings import PREPARED, TAKEN, Settings, cannot_be_written
+from .state import State
+from .step import TAKEN, end_of_text
 from .stock import tokens_of, tokens_of_layer
-
-__all__ = ["CACHE_NAME", "PREPARED", "TAKEN", "QuestCache", "QuestError", "QuestLayer", "cannot_be_written"]
 
 # What models and `generate` call their cache. From Transformers 5.24 on the former name is deprecated.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -23,58 +30,45 @@ outside_of_graphs = torch.compiler.disable(
 )
 
 
-class QuestCache(Cache):
-    """A key/value cache for `model.generate(cache=QuestCache(budget=2048))` of a model that was loaded with
-    `attn_implementation="quest"` (Quest, arXiv 2406.10774). Before Transformers 5.24 the argument is called
-    `past_key_values`.
+class MethodCache(Cache):
+    """A key/value cache for `model.generate(cache=MethodCache(method))` of a model that was loaded with
+    `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
-    Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
-    for each KV head, the newest page, the first and those that may matter most to the query, `budget` tokens in all.
-    Where no more than `budget` tokens are stored it is dense attention. Longer forwards (the prompt) follow `prefill`.
-    While `generate` is in assisted decoding every drafted token selects for itself, as if fed alone.
+    After the first `dense_layers`, layers attend or keep what the method chooses for each KV head, `budget` tokens.
+    Where no more are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. Row i of a left-padded
+    batch gives what it gives alone. While `generate` is in assisted decoding every drafted token chooses for itself, as
+    if fed alone.
 
     Layers with a window or chunks keep what their next token can reach and a little more. Any attention mask is obeyed;
     a layer whose mask of one new token hides more than left padding attends everything that it shows. Gradients flow in
     forwards of several tokens, to the keys and values of that forward.
 
+    With a method that evicts, memory falls to the budget at the end of every forward, a prompt's too, which itself
+    attends everything. Tokens keep the positions at which they were seen, and those that the mask hides go first.
+
     Args:
-        budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
-            May be changed at any time by assignment.
-        page_size: tokens in a page, a power of two.
-        dense_layers: how many of the first layers attend everything (Quest, section 3.4).
+        method: a `hf_quest.methods.Method`.
+        dense_layers: how many of the first layers attend, and keep, everything.
         max_cache_len: tokens per row to allocate at once. By default storage follows the prompt and grows.
-        compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache. Storage that
-            grows costs one more recording of the CUDA graph, no compilation.
+        compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache, where the method
+            can be part of a graph. Storage that grows costs one more recording of the CUDA graph, no compilation.
         prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
-        bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
-            bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
-            the paper.
-        score: how pages are scored. "default": the middle of q·k within a page's bounds and half of its half width, the
-            row's first page kept, which loses several times less on pretrained models than "published", the paper's
-            upper bound. Or a `hf_quest.reference.Score`.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
             the cache is then as it was before.
-        QuestError: for a model that Quest cannot serve.
+        QuestError: for a model that cannot be served, and after a forward that did not end.
     """
 
     def __init__(
         self,
-        budget=2048,
+        method: Method,
         *,
-        page_size=16,
-        dense_layers=2,
-        max_cache_len=None,
-        compile=True,
-        prefill=None,
-        bounds_dtype=torch.int8,
-        score="default",
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+        compile: bool = True,
+        prefill: CritiPrefill | None = None,
     ):
-        if not _is_int(page_size) or page_size < 1 or page_size & (page_size - 1):
-            raise ValueError(
-                f"page_size is a number of tokens and a power of two (16 in the paper), not {page_size!r}."
-            )
         if not _is_int(dense_layers) or dense_layers < 0:
             raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
         if max_cache_len is not None and (not _is_int(max_cache_len) or max_cache_len < 1):
@@ -83,100 +77,115 @@ class QuestCache(Cache):
             )
         if prefill is not None and not isinstance(prefill, CritiPrefill):
             raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
-        if prefill is not None and prefill.block_size % page_size:
+        if prefill is not None and prefill.block_size % method.page_size:
             raise ValueError(
-                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of {page_size}. "
-                "Make block_size a multiple of page_size."
+                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of "
+                f"{method.page_size}. Make block_size a multiple of page_size."
             )
-        if bounds_dtype not in (torch.int8, None):
-            raise ValueError(f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {bounds_dtype!r}.")
-        budget = _checked_budget(budget, page_size)
-        score = _checked_score(score)
-        self.settings = Settings(budget, page_size, dense_layers, max_cache_len, bounds_dtype, prefill, score=score)
-        self.config = None  # of the model, as its mask function knows it
+        self.shared = State(method, dense_layers, max_cache_len, prefill)
+        self.config: Any = None  # of the model, as its mask function knows it
         self.compile = compile
+        self.is_broken = False  # by a forward that did not end and could not be undone
         super().__init__(layers=[])
 
     def __getstate__(self):
         return {**self.__dict__, "config": None}  # a copy is for whatever model has the same
 
     @classmethod
-    def from_cache(cls, cache, budget=2048, **options):
-        """A QuestCache with the tokens of another cache, which is left as it is.
+    def from_cache(cls, cache: Cache, *args, **options):
+        """A cache of this class with the tokens of another cache, which is left as it is.
 
         So a prompt may be read without Quest, come from a disk or from a compressor of keys and values. Left padding is
         told by the next forward's mask, as ever.
 
         Args:
             cache: a DynamicCache, StaticCache, QuantizedCache or QuestCache, filled.
-            budget, options: as of QuestCache.
+            args, options: those of the class, the budget first.
 
         Raises:
             TypeError: for what is no cache of Transformers.
             QuestError: for a cache that has dropped tokens, or whose layers do not hold keys and values of one text.
         """
         tokens = tokens_of(cache)
-        quest_cache = cls(budget, **options)
-        quest_cache.settings.reaches = {idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None}
+        taken = cls(*args, **options)
+        if taken.method.evicts:
+            raise QuestError(
+                f"{cls.__name__} evicts by what it saw of a prompt. Let the model read the prompt with it."
+            )
+        taken._take(tokens)
+        return taken
+
+    def _take(self, tokens):
+        self.shared.reaches = {idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None}
         for layer_idx, layer_tokens in enumerate(tokens):
-            quest_cache._add_layer(layer_idx, layer_tokens.length)
-            quest_cache.layers[layer_idx].take(layer_tokens)
-        return quest_cache
+            self.layers.append(Layer(self.shared, layer_idx))
+            self.layers[layer_idx].take(layer_tokens)
 
     def __repr__(self):
-        return (
-            f"QuestCache(budget={self.budget}, page_size={self.page_size}, dense_layers={self.dense_layers}, "
-            f"max_cache_len={self.max_cache_len}, layers={len(self.layers)}, tokens={self.get_seq_length()})"
-        )
+        name = type(self).__name__
+        settings = f"budget={self.budget}, dense_layers={self.dense_layers}, max_cache_len={self.max_cache_len}"
+        return f"{name}({settings}, layers={len(self.layers)}, tokens={self.get_seq_length()})"
 
     @property
-    def budget(self):
-        """Tokens that each KV head may attend in one decode step."""
-        return self.settings.budget
+    def method(self) -> Method:
+        """How its layers choose."""
+        return self.shared.method
+
+    @property
+    def budget(self) -> int:
+        """Tokens that each KV head may attend in one decode step, or keeps. May be changed at any time by assignment; a
+        method that evicts does so at once.
+        """
+        return self.method.budget
 
     @budget.setter
-    def budget(self, budget):
-        self.settings.budget = _checked_budget(budget, self.page_size)
+    def budget(self, budget: int):
+        self.shared.method = replace(self.method, budget=budget)
+        for layer in self.layers:
+            layer.evict()
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """None, or what is called with a `watch.Read` for every decode step of a layer, and with a `watch.SegmentsRead`
+        for every slab of a prompt's segments. With a watcher `generate` does not compile its decode step.
+        `hf_quest.watch.PageReads` is one.
+        """
+        return self.shared.watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Watcher | None):
+        self.shared.watcher = watcher
+
+    @property
+    def settings(self):
+        """As in version 0.1; goes with 0.3."""
+        return former.Settings(self)
 
     @property
     def recorder(self):
-        """None, or what every layer that selects pages calls with (layer, query, page_ids, scaling, softcap, sinks).
-
-        `page_ids` [B, Hkv, T, K] int64 are those of the layer's newest T tokens, whose queries [B, Hq, T, D] are
-        `query`, as `reference.select` returns them; the others are those of `reference.attend`. A layer that reads
-        everything does not call it. With a recorder `generate` does not compile its decode step.
-        `hf_quest.pages.PageReads` is a recorder.
-        """
-        return self.settings.recorder
+        """`watcher`, as it was called in version 0.1; goes with 0.3."""
+        return self.watcher
 
     @recorder.setter
     def recorder(self, recorder):
-        self.settings.recorder = recorder
+        self.watcher = recorder
 
     @property
-    def page_size(self):
-        return self.settings.page_size
+    def page_size(self) -> int:
+        return self.method.page_size
 
     @property
-    def dense_layers(self):
-        return self.settings.dense_layers
+    def dense_layers(self) -> int:
+        return self.shared.dense_layers
 
     @property
-    def max_cache_len(self):
-        return self.settings.max_cache_len
+    def max_cache_len(self) -> int | None:
+        return self.shared.max_cache_len
 
     @property
-    def prefill(self):
+    def prefill(self) -> CritiPrefill | None:
         """The CritiPrefill by which prompts are read, or None."""
-        return self.settings.prefill
-
-    def watch_prefill(self, watch):
-        """Have `watch(layer_idx, position, query, keys, block_ids)` called for every slab of segments, or None.
-
-        The slab begins at `position` of its row; query [Hq, R · L, D] of its R segments, keys [Hkv, N, D] of the row,
-        block_ids [Hkv, R, K] of the blocks that the segments attend.
-        """
-        self.settings.block_scores.watch = watch
+        return self.shared.prefill
 
     @property
     def tokens_attended(self):
@@ -188,34 +197,30 @@ class QuestCache(Cache):
     def read_share(self):
         """Bytes of keys, values and bounds that a decode step reads now, over the bytes that a dense one would."""
         self._settle()
-        stored = sum(layer.num_stored for layer in self.layers)
+        stored = sum(layer.num_dense for layer in self.layers)
         if stored == 0:
             return 1.0
-        bounds = sum(layer.bounds_in_tokens for layer in self.layers if layer.selects_pages)
-        return (sum(self.tokens_attended) + bounds) / stored
+        beside = sum(layer.storage.beside_in_tokens for layer in self.layers if layer.selects)
+        return (sum(self.tokens_attended) + beside) / stored
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if not self.settings.is_captured:
+        if not self.shared.step.is_captured:
             return self._update(key_states, value_states, layer_idx)
-        if self._takes_step(layer_idx, key_states.shape[2]):
+        if self.shared.step.takes(layer_idx, key_states.shape[2]):
             return self.layers[layer_idx].update_captured(key_states, value_states)
         return self._update_outside_of_graph(key_states, value_states, layer_idx)
 
     def _update(self, key_states, value_states, layer_idx):
         self._settle()
-        self.settings.step = None
+        self.shared.step.is_over()
         if layer_idx == 0:
-            self._check_last_forward_was_whole()
-            self.masks.begin()
-            if self.settings.draft_start is not None and not generation.is_assisted():
-                self.settings.draft_start = None
-        elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].pending:
+            self._begin_forward()
+        elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].handed.is_under_way:
             before = self.layers[layer_idx - 1]
-            self._crop_to(before.length - before.num_new)
             raise QuestError(
                 "The keys and values that the cache handed to the model never reached Quest's attention. Load the "
                 'model with attn_implementation="quest". If you did, this model changes keys and values on the way, '
-                "and Quest cannot serve it. The content of the cache is unchanged."
+                f"and Quest cannot serve it. {self._put_back(before.length - before.handed.num_new)}"
             )
         if layer_idx >= len(self.layers):
             self._add_layer(layer_idx, key_states.shape[2])
@@ -223,68 +228,67 @@ class QuestCache(Cache):
 
     _update_outside_of_graph = outside_of_graphs(_update)
 
+    def _begin_forward(self):
+        self._check_last_forward_was_whole()
+        self.masks.begin()
+        self.shared.begin_forward(len(self.layers))
+        if self.shared.draft_start is not None and not generate.is_assisted():
+            self.shared.draft_start = None
+
     def _check_last_forward_was_whole(self):
         length = min((layer.length for layer in self.layers), default=0)
-        if self.layers and self.layers[-1].pending:  # its attention never came
-            length = min(length, self.layers[-1].length - self.layers[-1].num_new)
+        if self.layers and self.layers[-1].handed.is_under_way:  # its attention never came
+            length = min(length, self.layers[-1].length - self.layers[-1].handed.num_new)
         num_ahead = sum(layer.length > length for layer in self.layers)
-        if num_ahead:
-            self._crop_to(length)
+        if num_ahead or self.is_broken:
             raise QuestError(
                 f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers and did not end: it "
                 "was interrupted, its model has fewer layers than the one before, or it is not loaded with "
-                f'attn_implementation="quest". The cache has been put back to the {length} tokens before; repeat the '
-                "call with the same model, or use a new QuestCache."
+                f'attn_implementation="quest". {self._put_back(length)}'
             )
+
+    def _put_back(self, length):
+        """Undo the forward under way, before which there were `length` tokens; say what has become of the cache."""
+        self.is_broken |= not all([layer.put_back(length) for layer in self.layers])
+        self.shared.to_settle.clear()
+        if self.is_broken:
+            return "The cache cannot be used on: call cache.reset(), or make a new one."
+        return (
+            f"The cache has been put back to the {length} tokens before; repeat the call with the same model, or use a "
+            "new cache."
+        )
 
     def _add_layer(self, layer_idx, num_new):
         if layer_idx > len(self.layers):
             raise QuestError(
                 f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid of attention with linear "
-                "attention or convolutions, which QuestCache does not serve. Use the model without QuestCache."
+                f"attention or convolutions, which {type(self).__name__} does not serve. Use the model without it."
             )
-        if self.layers and self.layers[0].length != num_new:
-            num_layers = len(self.layers)
-            self._crop_to(self.layers[0].length - num_new)
+        if self.layers and self.layers[0].length != num_new and generate.called_by_module():
             raise ValueError(
-                f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
-                "or its first forward was interrupted. Use a new QuestCache. The content of this one is unchanged."
+                f"The cache holds tokens of {len(self.layers)} layers and this model has more: it is another model's "
+                "cache, or its first forward was interrupted. Use a new one. "
+                f"{self._put_back(self.layers[0].length - num_new)}"
             )
-        reach = self.settings.reaches.get(layer_idx)
-        if reach is not None:
-            self.layers.append(LocalLayer(self.settings, layer_idx, reach))
-        else:
-            self.layers.append(QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers))
-
-    def _crop_to(self, length):
-        for layer in self.layers:
-            layer.crop(length - layer.length)
-            layer.pending = False
+        self.layers.append(Layer(self.shared, layer_idx))
 
     def _prepare_step(self):
         """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
-        num_tokens = self.get_seq_length() + 1
-        self.layers[0].check_room(1)
-        if num_tokens > self.settings.room or cannot_be_written(self.layers[0].keys):
+        num_tokens, rows = self.get_seq_length() + 1, self.shared.rows
+        check_room(self.layers[0], 1)
+        if num_tokens > rows.room or cannot_be_written(self.layers[0].keys):
             for layer in self.layers:
                 layer.make_room(num_tokens)
-            self.settings.set_addresses([layer.find_addresses() for layer in self.layers])
-            self.settings.room = min(layer.room for layer in self.layers)
-        self.settings.set_length(num_tokens)
-        self.settings.choose_kernel(num_tokens)
-        self.settings.step = PREPARED
-
-    def _takes_step(self, layer_idx, num_new):
-        """In a graph: whether this is the decode step that was prepared."""
-        if layer_idx == 0 and num_new == 1 and self.settings.step == PREPARED:
-            self.settings.step = TAKEN  # a mark, since a count would be compiled as a constant
-            return True
-        return layer_idx > 0 and self.settings.step == TAKEN
+            addresses = [layer.storage.find_addresses() for layer in self.layers]
+            rows.set_addresses(addresses, min(layer.storage.room for layer in self.layers))
+        rows.set_length(num_tokens)
+        end = end_of_text(self.shared.max_positions, self.max_cache_len)
+        self.shared.step.prepare(num_tokens, self.method, end)
 
     def _settle(self):
         """Count the token of the captured step that has run since it was prepared."""
-        if self.settings.step == TAKEN:
-            self.settings.step = None
+        if self.shared.step.state == TAKEN:
+            self.shared.step.is_over()
             self.masks.begin()
             for layer in self.layers:
                 layer.took_step()
@@ -292,18 +296,17 @@ class QuestCache(Cache):
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
-        if not self.compile or self.recorder is not None or self.settings.is_captured:
-            return False
-        return generation.may_compile_for_caller()
+        is_out = self.watcher is not None or self.method.fused is None or self.shared.step.is_captured
+        return self.compile and not is_out and generate.may_compile_for_caller()
 
     @property
     def masks(self):
-        return self.settings.masks
+        return self.shared.masks
 
     @property
     def left_padding(self):
         """Slots at the start of each row that hold no token: a tuple of B ints, empty before the first prompt."""
-        return self.settings.left_padding
+        return self.shared.rows.left_padding
 
     def set_left_padding(self, left_padding):
         """Take over how many slots at the start of each row hold no token, for the tokens that are stored."""
@@ -316,7 +319,7 @@ class QuestCache(Cache):
         """Learn from a model's config what its layers reach, before the first of them is filled."""
         if self.config is config:
             return
-        self.settings.max_positions = max_positions
+        self.shared.max_positions = max_positions
         if cross_layers := getattr(config, "cross_attention_layers", None):
             raise QuestError(
                 f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
@@ -325,7 +328,7 @@ class QuestCache(Cache):
         self.config = config
         reaches = reaches_of(config, max_positions)
         if not self.layers:
-            self.settings.reaches = reaches
+            self.shared.reaches = reaches
         for layer_idx, layer in enumerate(self.layers):
             if layer.is_sliding and layer_idx not in reaches:
                 self._widen(layer_idx, layer)
@@ -338,18 +341,19 @@ class QuestCache(Cache):
                 f"Layer {layer_idx} of this cache keeps the newest tokens only, and this model attends all of them "
                 "there: it is another model's cache. Use a new QuestCache."
             )
-        self.layers[layer_idx] = QuestLayer(self.settings, layer_idx, is_dense=layer_idx < self.dense_layers)
+        self.shared.widen(layer_idx)
+        self.layers[layer_idx] = Layer(self.shared, layer_idx)
         self.layers[layer_idx].take(tokens)
 
     def get_seq_length(self, layer_idx=0):
-        if self.settings.is_captured and self.settings.step == PREPARED:
-            return self.layers[layer_idx].on_device.length - 1
+        if self.shared.step.is_prepared():
+            return self.layers[layer_idx].storage.on_device.length - 1
         self._settle()
         length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
-        return length if torch.compiler.is_compiling() else generation.length_or_read_again(self, length)
+        return length if torch.compiler.is_compiling() else generate.length_or_read_again(self, length)
 
     def get_mask_sizes(self, query_length, layer_idx):
-        if self.settings.is_captured and self.settings.step == PREPARED and query_length == 1:
+        if query_length == 1 and self.shared.step.is_prepared():
             return 0, 0  # there is no key that a mask would have to hide
         return self._mask_sizes(query_length, layer_idx)
 
@@ -364,7 +368,7 @@ class QuestCache(Cache):
         num_keys, offset = query_length, 0
         if layer_idx < len(self.layers):
             num_keys, offset = self.layers[layer_idx].get_mask_sizes(query_length)
-        if query_length == 1 and self.layers:
+        if query_length == 1 and self.layers and self.method.fused is not None:
             self._prepare_step()
         return MaskLength(num_keys, self), offset
 
@@ -375,8 +379,9 @@ class QuestCache(Cache):
         """Forget every token; storage is kept for the next prompt, of whatever batch size."""
         self._settle()
         super().reset()
-        self.settings.draft_start = None
-        self.settings.masks = Masks()
+        self.shared.draft_start = None
+        self.shared.masks = Masks()
+        self.is_broken = False
 
     def crop(self, tokens_to_remove):
         """Drop the newest `-tokens_to_remove` tokens.
@@ -388,7 +393,7 @@ class QuestCache(Cache):
         self._settle()
         tokens_to_remove = int(tokens_to_remove)  # a tensor from Transformers 5.17 in assisted decoding
         for layer in self.layers:
-            layer.check_crop(-tokens_to_remove)
+            check_crop(layer, -tokens_to_remove)
         super().crop(tokens_to_remove)
         self.masks.forget()
 
@@ -396,7 +401,7 @@ class QuestCache(Cache):
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
         self._settle()
         sources = beam_idx.tolist()
-        start = self.settings.take_sources(sources, self.get_seq_length())
+        start = self.shared.rows.take_sources(sources, self.get_seq_length())
         for layer in self.layers:
             layer.reorder(sources, start)
 
@@ -412,7 +417,9 @@ class QuestCache(Cache):
 
     def activate_past_recording(self):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
-        self.settings.draft_start = generation.prompt_length_of_caller() or self.get_seq_length() or None
+        if self.method.evicts:
+            refuse_crop()
+        self.shared.draft_start = generate.prompt_length_of_caller() or self.get_seq_length() or None
 
     @property
     def _is_user_defined(self):
@@ -437,23 +444,3 @@ class QuestCache(Cache):
 
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _checked_budget(budget, page_size):
-    if not _is_int(budget) or budget < 2 * page_size:
-        raise ValueError(
-            f"budget is a number of tokens and at least two pages, {2 * page_size} tokens with page_size={page_size}: "
-            f"the newest page and one more. It is {budget!r}."
-        )
-    return budget
-
-
-def _checked_score(score):
-    """The `reference.Score` that `score` names or is."""
-    found = reference.SCORES.get(score) if isinstance(score, str) else score
-    if not isinstance(found, reference.Score):
-        names = ", ".join(map(repr, reference.SCORES))
-        raise ValueError(f"score is one of {names} or a hf_quest.reference.Score, not {score!r}.")
-    if not 0 <= found.width <= 1 or found.group not in reference.GROUPS:
-        raise ValueError(f"A Score has a width from 0 to 1 and a group of {reference.GROUPS}, unlike {found!r}.")
-    return found

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cache import CACHE_NAME, QuestCache
-from .errors import QuestError, say_once
+from ...errors import QuestError, say_once
+from ..cache import CACHE_NAME, MethodCache
+from ..step import PREPARED
 from .fingerprint import fingerprint
 from .graphs import one_at_a_time, recorded_into
 from .rehearsal import Rehearsal
-from .settings import PREPARED, TAKEN
 
 
 def capture(model, compile=False):
@@ -155,7 +155,7 @@ def call(model, **inputs):
 
 def can_be_recorded(cache, inputs):
     """Whether these are the inputs of a decode step that no layer does otherwise than by the kernels."""
-    if not isinstance(cache, QuestCache) or cache.settings.step != PREPARED or torch.is_grad_enabled():
+    if not isinstance(cache, MethodCache) or cache.shared.step.state != PREPARED or torch.is_grad_enabled():
         return False
     mask, *others = inputs.get("attention_mask"), *(inputs[name] for name in inputs if name != "attention_mask")
     # One that is there hides tokens of this step, or is that of layers which attend a window.
@@ -200,13 +200,13 @@ def rehearse(model, cache, inputs):
 @contextlib.contextmanager
 def prepared(cache):
     """Have a step run as one in a graph, and leave it prepared: the next one stores the same token in the same slot."""
-    cache.settings.is_recording, cache.settings.step = True, PREPARED
+    cache.shared.step.record()
     try:
         yield
     finally:
-        cache.settings.is_recording, cache.settings.step = False, PREPARED
+        cache.shared.step.end_recording()
         for layer in cache.layers:
-            layer.not_stored = None  # where the step did not come to its end
+            layer.take_new()  # where the step did not come to its end
 
 
 class Recording:
@@ -221,7 +221,7 @@ class Recording:
         with torch.inference_mode(False):  # or they could not be written outside of it
             self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
         self.kinds = {name: kind_of(value) for name, value in inputs.items()}
-        self.budget, self.state, self.modes = cache.budget, state_of(cache), modes()
+        self.state, self.modes = state_of(cache), modes()
         with torch.cuda.device_of(cache.layers[0].keys):  # a stream and a graph are the current device's
             self.graph = torch.cuda.CUDAGraph()
             output = self.record(step, cache)
@@ -240,7 +240,7 @@ class Recording:
 
     def serves(self, cache, inputs):
         """Whether the graph does what the model would."""
-        if self.cache() is not cache or self.budget != cache.budget or self.modes != modes():
+        if self.cache() is not cache or self.modes != modes():
             return False
         if any(mine is not given for mine, given in zip(self.state, state_of(cache), strict=True)):
             return False
@@ -252,14 +252,14 @@ class Recording:
                 mine.copy_(inputs[name])
         with one_at_a_time:
             self.graph.replay()
-        cache.settings.step = TAKEN
+        cache.shared.step.was_replayed()
         return self.output_class(**{CACHE_NAME: cache}, **copied(self.output, {}))
 
 
 def state_of(cache):
     """What a graph depends on as the object that it is: tensors that kernels read, and how pages are chosen."""
-    on_device, settings = cache.layers[0].on_device, cache.settings
-    return on_device.length, on_device.padding, on_device.addresses, settings.reads_everything, settings.score
+    on_device, step = cache.layers[0].storage.on_device, cache.shared.step
+    return on_device.length, on_device.padding, on_device.addresses, step.reads_everything, cache.method
 
 
 def modes():

@@ -6,7 +6,7 @@ import sys
 import torch
 from transformers import GenerationMixin
 
-from .errors import say_once
+from ..errors import say_once
 
 ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
 PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})

@@ -86,7 +86,7 @@ def _load():
 
 def find_sources():
     """The folder csrc: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     return next(path for path in (package / "csrc", package.parent / "csrc") if path.is_dir())
 
 

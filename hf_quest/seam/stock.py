@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, EncoderDecoderCache
 
-from .errors import QuestError
+from ..errors import QuestError
+from ..storage import Ring
 
 
 @dataclass
@@ -58,11 +59,12 @@ def tokens_of_layer(idx, layer):
             torch.cat([layer._dequantize(old), new.to(old.dtype) if old.is_floating_point() else new], dim=2)
             for old, new in ((layer._quantized_keys, keys), (layer._quantized_values, values))
         )
-    reach = getattr(layer, "reach", None) or getattr(layer, "sliding_window", None)
+    storage = getattr(layer, "storage", None)
+    reach = getattr(storage, "reach", None) or getattr(layer, "sliding_window", None)
     if getattr(layer, "is_sliding", False) and reach is None and not getattr(layer, "_is_croppable", False):
         reach = layer.max_cache_len  # of a static one, which is its window
-    if hasattr(layer, "_newest"):  # one of ours, whose slots go round
-        keys, values = layer._newest(length - layer.first)
+    if isinstance(storage, Ring):  # one of ours, whose slots go round
+        keys, values = storage.kept(length - storage.first)
     num_kept = min(length, keys.shape[2])
     if num_kept < (length if reach is None else min(length, reach - 1)):
         raise QuestError(

@@ -1,0 +1,62 @@
+"""Names of version 0.1 that keep working in 0.2, for users, their pickles and their scripts. This file goes with 0.3."""
+
+import sys
+import types
+
+# Former modules that are whole modules elsewhere, and former modules whose names are in several.
+MOVED = {
+    "_build": "kernels.build",
+    "attention": "seam.attention",
+    "fingerprint": "seam.capture.fingerprint",
+    "generation": "seam.generate",
+    "graphs": "seam.capture.graphs",
+    "masks": "seam.masks",
+    "ops": "kernels.ops",
+    "recording": "seam.capture.recording",
+    "rehearsal": "seam.capture.rehearsal",
+    "stock": "seam.stock",
+}
+GATHERED = {
+    "baselines": ("seam.caches",),
+    "cache": ("seam.cache", "seam.caches", "seam.step", "storage.rows", "errors"),
+    "pages": ("watch",),
+    "prefill": ("prompts.dense", "prompts.segments", "prompts.critiprefill", "seam.progress"),
+    "settings": ("seam.state", "seam.step", "storage.rows"),
+}
+
+
+def keep_names():
+    """Have `hf_quest.ops` and its like be what they were."""
+    package = sys.modules[__package__]
+    for name, place in MOVED.items():
+        keep(package, name, sys.modules[f"{__package__}.{place}"])
+    for name, places in GATHERED.items():
+        module = types.ModuleType(f"{__package__}.{name}", "See `hf_quest.former`.")
+        for place in places:
+            found = vars(sys.modules[f"{__package__}.{place}"])
+            vars(module).update({key: value for key, value in found.items() if not key.startswith("__")})
+        keep(package, name, module)
+
+
+def keep(package, name, module):
+    sys.modules[f"{package.__name__}.{name}"] = module
+    setattr(package, name, module)
+
+
+class Settings:
+    """What `cache.settings` of version 0.1 told, and took, of a cache."""
+
+    def __init__(self, cache):
+        object.__setattr__(self, "_places", (cache.shared.step, cache.shared, cache.shared.rows, cache.method))
+
+    def __getattr__(self, name):
+        name = {"step": "state"}.get(name, name)
+        for place in self._places:
+            if hasattr(place, name):
+                return getattr(place, name)
+        raise AttributeError(name)
+
+    def __setattr__(self, name, value):
+        name = {"step": "state"}.get(name, name)
+        place = next(place for place in self._places if hasattr(place, name))
+        setattr(place, name, value)

@@ -1,0 +1,8 @@
+"""What the layers of a cache store: `Pages` keeps every token, `Ring` what a window reaches, `Kept` what was not evicted."""
+
+from .kept import Kept
+from .pages import Pages
+from .ring import Ring
+from .rows import Rows
+
+__all__ = ["Kept", "Pages", "Ring", "Rows"]
