@@ -92,7 +92,7 @@ def fill(cache, config, batch_size, num_tokens):
         shape = (batch_size, num_kv_heads, num_tokens, config.head_dim)
         keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
         handed_over, _ = cache.update(keys, values, layer_idx)
-        handed_over.quest_layer.pending = False  # no attention follows
+        handed_over.quest_layer.handed.is_under_way = False  # no attention follows
 
 
 @torch.no_grad()

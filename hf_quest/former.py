@@ -1,4 +1,4 @@
-"""Names of version 0.1 that keep working in 0.2, for users, their pickles and their scripts. This file goes with 0.3."""
+"""Names of version 0.1 that keep working in 0.2, for users and their scripts. This file goes with 0.3."""
 
 import sys
 import types

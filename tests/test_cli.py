@@ -7,14 +7,15 @@ import time
 
 import pytest
 import torch
-from hf_quest.cache import QuestLayer
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
 
 import hf_quest
-from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
+from hf_quest import CritiPrefill, QuestCache, demo, tiny
 from hf_quest.cli import app, layer_kinds
 from hf_quest.evaluation.documents import heldout_text
+from hf_quest.prompts import segments
+from hf_quest.seam import attention
 
 BUDGET = 64
 NUM_NEW = 12
@@ -86,7 +87,7 @@ def test_version():
 
 def test_import_of_the_package_is_lean():
     heavy = "{'rich', 'typer', 'matplotlib', 'datasets', 'torchmetrics', 'hf_quest.cli', 'hf_quest.demo'} | "
-    heavy += "{'hf_quest.evaluation', 'hf_quest.baselines', 'hf_quest.tiny'}"
+    heavy += "{'hf_quest.evaluation', 'hf_quest.tiny'}"
     needed = (
         "transformers, transformers.cache_utils, transformers.models.auto.modeling_auto, transformers.masking_utils"
     )
@@ -107,8 +108,8 @@ def test_the_dense_answer_is_stock_generate(loaded, encoded, prefilled):
 
 def test_quest_decodes_everything_after_the_document(loaded, encoded, prefilled, monkeypatch):
     attended = []
-    attend = QuestLayer.attend
-    monkeypatch.setattr(QuestLayer, "attend", lambda *args: attended.append(args[0]) or attend(*args))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: attended.append(args[0]) or attend(*args))
     model, tokenizer = loaded
     answer = demo.Answer(tokenizer)
     demo.answer_quest(model, prefilled, *encoded, answer, NUM_NEW)
@@ -125,8 +126,8 @@ def test_both_halves_at_work(document, monkeypatch):
     critical = CritiPrefill(budget=64, segment_size=64, block_size=16, threshold=128)
     monkeypatch.setattr(demo, "CRITICAL", critical)
     slabs = []
-    select = prefill.select
-    monkeypatch.setattr(prefill, "select", lambda *args, **kwargs: slabs.append(1) or select(*args, **kwargs))
+    select = segments.select
+    monkeypatch.setattr(segments, "select", lambda *args, **kwargs: slabs.append(1) or select(*args, **kwargs))
     result = run("demo", document, "--budget", BUDGET, "--prefill", "critical", "--max-new-tokens", NUM_NEW)
     assert result.exit_code == 0, result.output
     assert slabs

@@ -12,8 +12,9 @@ from small_llama import ANSWER, BUDGET, PROMPT, generate, greedy, make_model, on
 from torch._dynamo.utils import counters
 from transformers import Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from hf_quest import QuestCache, capture, recording, tiny
+from hf_quest import QuestCache, capture, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
+from hf_quest.seam.capture import recording
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -52,7 +53,7 @@ def model():
 def test_a_captured_step_is_dense_where_the_budget_covers_all_to_come(budget, max_cache_len, reads_everything):
     cache = QuestCache(budget, max_cache_len=max_cache_len)
     greedy(make_model(**LAYERS), cache, tokens(PROMPT))
-    assert cache.settings.reads_everything == reads_everything
+    assert cache.shared.step.reads_everything == reads_everything
 
 
 def test_a_captured_model_is_given_the_cache_and_takes_steps_that_it_cannot_record(monkeypatch):

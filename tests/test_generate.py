@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-from hf_quest.layers import copies_in_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, greedy, make_model, tokens
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from hf_quest import QuestCache, reference
+from hf_quest.storage.pages import copies_in_order
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def append_random(cache, num_tokens):
     """What was appended to each of two layers: keys and values, [2, B = 3, Hkv = 2, T, D = 4]."""
     appended = torch.randn(2, 2, 3, 2, num_tokens, 4).unbind()
     for layer_idx, (keys, values) in enumerate(appended):
-        cache.update(keys, values, layer_idx)[0].quest_layer.pending = False  # no attention follows
+        cache.update(keys, values, layer_idx)[0].quest_layer.handed.is_under_way = False  # no attention follows
     return appended
 
 
@@ -343,7 +343,7 @@ def test_rows_hold_what_those_held_that_they_took_the_place_of(num_tokens, paddi
             stored = [tensor[:, :, :, :-1] for tensor in stored]
     expected = small_pages()
     for layer_idx, (keys, values) in enumerate(stored):
-        expected.update(keys, values, layer_idx)[0].quest_layer.pending = False
+        expected.update(keys, values, layer_idx)[0].quest_layer.handed.is_under_way = False
         expected.layers[layer_idx].set_left_padding(padding)
     num_tokens = stored[0].shape[3]
     for layer, other in zip(cache.layers, expected.layers, strict=True):
@@ -464,7 +464,7 @@ def test_dtypes(new_cache, dtype):
     cache = new_cache()
     assert torch.equal(generate(model, tokens(PROMPT), cache), greedy(model, new_cache(), tokens(PROMPT)))
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
-    assert {layer.bounds.dtype for layer in cache.layers[2:]} == {cache.settings.bounds_dtype or dtype}
+    assert {layer.bounds.dtype for layer in cache.layers[2:]} == {cache.method.bounds_dtype or dtype}
     assert_bounds_are_true(cache)
     dense = generate(model, tokens(PROMPT), DynamicCache(), return_dict_in_generate=True, output_logits=True)
     covered = feed(model, new_cache(2048), tokens(PROMPT), dense.sequences[:, PROMPT:])

@@ -24,8 +24,8 @@ class Method:
     """How the layers of a cache choose, after its dense ones. Settings only: what a layer remembers is in its storage.
 
     A method that reads less overrides `choose`; one that keeps less sets `evicts` and overrides `keep`. The other hooks
-    are for what either needs to know. `pages` is the layer's storage, a `storage.Pages`, or a `storage.Kept` for a method
-    that evicts: `keys` and `values` [B, Hkv, slots, D], `length`, `padding` [B], and in `beside` what was declared.
+    are for what either needs to know. `pages` is the layer's storage, a `storage.Pages`, or a `storage.Kept` for a
+    method that evicts: `keys` and `values` [B, Hkv, slots, D], `length`, `padding` [B], in `beside` what was declared.
 
     Args:
         budget: tokens that each KV head attends in one decode step, or keeps.

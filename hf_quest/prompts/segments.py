@@ -1,5 +1,5 @@
-"""The segments of a prompt: neighbouring queries want the same keys, so they read only those blocks (CritiPrefill, arXiv
-2409.12490).
+"""The segments of a prompt: neighbouring queries want the same keys, so they read only those blocks (CritiPrefill,
+arXiv 2409.12490).
 
 The prompt is cut into segments of queries and blocks of keys, both counted from the row's first token. Four stages, of
 which all segments go through together, in slabs that bound the memory:

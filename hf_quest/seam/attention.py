@@ -73,10 +73,11 @@ def check_is_causal(module, layer):
         return
     if layer.handed.is_under_way:  # it holds what is not of its text
         layer.put_back(layer.length - layer.handed.num_new)
+    name = f"{type(layer.method).__name__}Cache"
     raise QuestError(
-        f"{type(module).__name__} is cross-attention or otherwise not causal, and a QuestCache holds the tokens of a "
-        "text in their order. For an encoder-decoder model pass EncoderDecoderCache(QuestCache(...), DynamicCache()), "
-        "whose second half is for the cross-attention."
+        f"{type(module).__name__} is cross-attention or otherwise not causal, and a {name} holds the tokens of a text "
+        f"in their order. For an encoder-decoder model pass EncoderDecoderCache({name}(...), DynamicCache()), whose "
+        "second half is for the cross-attention."
     )
 
 
@@ -173,8 +174,8 @@ def logits_of(query, scaling=None, softcap=None, s_aux=None, sinks=None, **kwarg
 
 def kept_attention(layer, module, query, key, value, attention_mask, **kwargs):
     """`quest_attention` of a layer whose method evicts: attend to all that it keeps, then evict."""
-    handed, storage = layer.handed, layer.storage
-    if query.shape[2] == 1 and layer.handed.num_new == 1:
+    handed = layer.handed
+    if query.shape[2] == 1 and handed.num_new == 1:
         attention_mask = with_padding(attention_mask, layer)
     mask = at_positions(attention_mask, handed.positions, query, layer.length)
     if kwargs.get("position_bias") is not None:

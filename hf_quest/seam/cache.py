@@ -35,9 +35,9 @@ class MethodCache(Cache):
     `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
     After the first `dense_layers`, layers attend or keep what the method chooses for each KV head, `budget` tokens.
-    Where no more are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. Row i of a left-padded
-    batch gives what it gives alone. While `generate` is in assisted decoding every drafted token chooses for itself, as
-    if fed alone.
+    Where no more are stored it is dense attention. Longer forwards (the prompt) follow `prefill`. Row i of a batch that
+    is padded on the left gives what it gives alone. While `generate` is in assisted decoding every drafted token
+    chooses for itself, as if fed alone.
 
     Layers with a window or chunks keep what their next token can reach and a little more. Any attention mask is obeyed;
     a layer whose mask of one new token hides more than left padding attends everything that it shows. Gradients flow in
@@ -249,7 +249,8 @@ class MethodCache(Cache):
 
     def _put_back(self, length):
         """Undo the forward under way, before which there were `length` tokens; say what has become of the cache."""
-        self.is_broken |= not all([layer.put_back(length) for layer in self.layers])
+        are_back = [layer.put_back(length) for layer in self.layers]  # all of them, whatever the first says
+        self.is_broken |= not all(are_back)
         self.shared.to_settle.clear()
         if self.is_broken:
             return "The cache cannot be used on: call cache.reset(), or make a new one."
@@ -265,10 +266,12 @@ class MethodCache(Cache):
                 f"attention or convolutions, which {type(self).__name__} does not serve. Use the model without it."
             )
         if self.layers and self.layers[0].length != num_new and generate.called_by_module():
+            num_layers = len(self.layers)
+            self._put_back(self.layers[0].length - num_new)
+            after = "It cannot be used on" if self.is_broken else "The content of this one is unchanged"
             raise ValueError(
-                f"The cache holds tokens of {len(self.layers)} layers and this model has more: it is another model's "
-                "cache, or its first forward was interrupted. Use a new one. "
-                f"{self._put_back(self.layers[0].length - num_new)}"
+                f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
+                f"or its first forward was interrupted. Use a new one, or call cache.reset(). {after}."
             )
         self.layers.append(Layer(self.shared, layer_idx))
 

@@ -7,7 +7,7 @@ from ..methods import Attended
 
 
 def at_positions(by_token, positions, query, num_seen):
-    """A mask or bias of all tokens seen, [B, 1 or Hq, T, N], as one of those at `positions`, [B, Hkv, n]: [B, Hq, T, n]."""
+    """A mask or bias of all tokens seen, [B, 1 or Hq, T, N], as [B, Hq, T, n] of `positions`, [B, Hkv, n]."""
     if by_token is None:
         return None
     if by_token.shape[3] != num_seen:

@@ -3,7 +3,6 @@
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import say_if_constant
 from ..storage import Kept, Pages, Ring
 from . import generate
 from .checks import check_arrival, check_crop
@@ -109,8 +108,6 @@ class Layer(CacheLayerMixin):
             storage.expect_drafts(min(num_new, self.length + num_new - self.shared.draft_start))
         keys, values = storage.append(keys, values)
         self._has_stored(num_new)
-        if num_new == 1 and not self.evicts and not self.is_sliding:
-            say_if_constant(key_states)
         by_module = generate.called_by_module()
         self.handed = Handed(num_new, is_under_way=by_module)
         if self.evicts:

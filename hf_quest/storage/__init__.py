@@ -1,4 +1,4 @@
-"""What the layers of a cache store: `Pages` keeps every token, `Ring` what a window reaches, `Kept` what was not evicted."""
+"""What the layers of a cache store: `Pages` every token, `Ring` what a window reaches, `Kept` what was not evicted."""
 
 from .kept import Kept
 from .pages import Pages

@@ -27,7 +27,7 @@ class Kept(Storage):
         self.before = None  # (tensors, length) until the forward that changed them has ended
 
     def append(self, keys, values):
-        batch_size, num_kv_heads, num_new, head_dim = keys.shape
+        batch_size, num_kv_heads, num_new, _ = keys.shape
         if self.keys is None:
             self.allocate(keys, values)
         self.prefetch()

@@ -13,8 +13,8 @@ class Pages(Storage):
     """`keys`, `values` [B, Hkv, capacity, D], appended to in place; the first `length` slots are filled.
 
     Page p of row b starts at slot left_padding[b] + p · page_size. In `beside` are, by name, what a method declared:
-    tensors [B, Hkv, capacity, ...] beside tokens and [B, Hkv, capacity / page_size, ...] beside pages, which grow, crop,
-    reorder and repeat with them.
+    tensors [B, Hkv, capacity, ...] beside tokens and [B, Hkv, capacity / page_size, ...] beside pages, which grow,
+    crop, reorder and repeat with them.
 
     Args:
         page_size, block_size: tokens; there is storage for whole blocks, which are made of whole pages.
@@ -41,7 +41,7 @@ class Pages(Storage):
         self.write(keys.detach(), values.detach(), end)
         self.length = end
         stored = self.keys[:, :, :end], self.values[:, :, :end]
-        if keys.shape[2] == 1 or not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)):
+        if not torch.is_grad_enabled() or not (keys.requires_grad or values.requires_grad):
             return stored
         if start == 0:
             return keys, values
