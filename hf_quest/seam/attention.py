@@ -47,7 +47,7 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         output = masked_attention(layer, module, query, key, value, attention_mask, num_steps, **kwargs)
     else:
         output = attend_by_pages(layer, module, query, key, value, attention_mask, num_steps, **kwargs)
-    layer.shared.ends_forward(layer.layer_idx)
+    layer.shared.end_forward(layer.layer_idx)
     return output
 
 
@@ -188,8 +188,8 @@ def kept_attention(layer, module, query, key, value, attention_mask, **kwargs):
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             layer.see(query, mask, logits, kwargs.get("position_bias"))
             layer.evict()
-        handed.is_under_way = False
-        layer.shared.ends_forward(layer.layer_idx)
+        handed.end()
+        layer.shared.end_forward(layer.layer_idx)
     return output
 
 

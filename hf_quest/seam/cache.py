@@ -10,27 +10,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import former
 from ..errors import QuestError
 from ..methods import Method
+from ..methods.base import is_int
 from ..prompts import CritiPrefill
-from ..storage.rows import cannot_be_written
 from ..watch import Watcher
 from . import generate
-from .checks import check_crop, check_room, refuse_crop
+from .checks import check_crop, refuse_crop
+from .forwards import Forwards, outside_of_graphs
 from .layer import Layer
-from .local import reaches_of
-from .masks import MaskLength, Masks
+from .masks import MaskLength
 from .state import State
-from .step import TAKEN, end_of_text
-from .stock import tokens_of, tokens_of_layer
+from .stock import tokens_of
 
 # What models and `generate` call their cache. From Transformers 5.24 on the former name is deprecated.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-outside_of_graphs = torch.compiler.disable(
-    reason="a graph can hold one decode step of a QuestCache, after its get_mask_sizes(1, 0) as `generate` calls it"
-)
 
-
-class MethodCache(Cache):
+class MethodCache(Forwards):
     """A key/value cache for `model.generate(cache=MethodCache(method))` of a model that was loaded with
     `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
@@ -69,9 +64,9 @@ class MethodCache(Cache):
         compile: bool = True,
         prefill: CritiPrefill | None = None,
     ):
-        if not _is_int(dense_layers) or dense_layers < 0:
+        if not is_int(dense_layers) or dense_layers < 0:
             raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
-        if max_cache_len is not None and (not _is_int(max_cache_len) or max_cache_len < 1):
+        if max_cache_len is not None and (not is_int(max_cache_len) or max_cache_len < 1):
             raise ValueError(
                 f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}."
             )
@@ -85,7 +80,6 @@ class MethodCache(Cache):
         self.shared = State(method, dense_layers, max_cache_len, prefill)
         self.config: Any = None  # of the model, as its mask function knows it
         self.compile = compile
-        self.is_broken = False  # by a forward that did not end and could not be undone
         super().__init__(layers=[])
 
     def __getstate__(self):
@@ -116,7 +110,7 @@ class MethodCache(Cache):
         return taken
 
     def _take(self, tokens):
-        self.shared.reaches = {idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None}
+        self.shared.learn({idx: each.reach for idx, each in enumerate(tokens) if each.reach is not None})
         for layer_idx, layer_tokens in enumerate(tokens):
             self.layers.append(Layer(self.shared, layer_idx))
             self.layers[layer_idx].take(layer_tokens)
@@ -140,7 +134,7 @@ class MethodCache(Cache):
 
     @budget.setter
     def budget(self, budget: int):
-        self.shared.method = replace(self.method, budget=budget)
+        self.shared.choose_by(replace(self.method, budget=budget))
         for layer in self.layers:
             layer.evict()
 
@@ -154,7 +148,7 @@ class MethodCache(Cache):
 
     @watcher.setter
     def watcher(self, watcher: Watcher | None):
-        self.shared.watcher = watcher
+        self.shared.watch(watcher)
 
     @property
     def settings(self):
@@ -203,150 +197,11 @@ class MethodCache(Cache):
         beside = sum(layer.storage.beside_in_tokens for layer in self.layers if layer.selects)
         return (sum(self.tokens_attended) + beside) / stored
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if not self.shared.step.is_captured:
-            return self._update(key_states, value_states, layer_idx)
-        if self.shared.step.takes(layer_idx, key_states.shape[2]):
-            return self.layers[layer_idx].update_captured(key_states, value_states)
-        return self._update_outside_of_graph(key_states, value_states, layer_idx)
-
-    def _update(self, key_states, value_states, layer_idx):
-        self._settle()
-        self.shared.step.is_over()
-        if layer_idx == 0:
-            self._begin_forward()
-        elif layer_idx <= len(self.layers) and self.layers[layer_idx - 1].handed.is_under_way:
-            before = self.layers[layer_idx - 1]
-            raise QuestError(
-                "The keys and values that the cache handed to the model never reached Quest's attention. Load the "
-                'model with attn_implementation="quest". If you did, this model changes keys and values on the way, '
-                f"and Quest cannot serve it. {self._put_back(before.length - before.handed.num_new)}"
-            )
-        if layer_idx >= len(self.layers):
-            self._add_layer(layer_idx, key_states.shape[2])
-        return self.layers[layer_idx].update(key_states, value_states)
-
-    _update_outside_of_graph = outside_of_graphs(_update)
-
-    def _begin_forward(self):
-        self._check_last_forward_was_whole()
-        self.masks.begin()
-        self.shared.begin_forward(len(self.layers))
-        if self.shared.draft_start is not None and not generate.is_assisted():
-            self.shared.draft_start = None
-
-    def _check_last_forward_was_whole(self):
-        length = min((layer.length for layer in self.layers), default=0)
-        if self.layers and self.layers[-1].handed.is_under_way:  # its attention never came
-            length = min(length, self.layers[-1].length - self.layers[-1].handed.num_new)
-        num_ahead = sum(layer.length > length for layer in self.layers)
-        if num_ahead or self.is_broken:
-            raise QuestError(
-                f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers and did not end: it "
-                "was interrupted, its model has fewer layers than the one before, or it is not loaded with "
-                f'attn_implementation="quest". {self._put_back(length)}'
-            )
-
-    def _put_back(self, length):
-        """Undo the forward under way, before which there were `length` tokens; say what has become of the cache."""
-        are_back = [layer.put_back(length) for layer in self.layers]  # all of them, whatever the first says
-        self.is_broken |= not all(are_back)
-        self.shared.to_settle.clear()
-        if self.is_broken:
-            return "The cache cannot be used on: call cache.reset(), or make a new one."
-        return (
-            f"The cache has been put back to the {length} tokens before; repeat the call with the same model, or use a "
-            "new cache."
-        )
-
-    def _add_layer(self, layer_idx, num_new):
-        if layer_idx > len(self.layers):
-            raise QuestError(
-                f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid of attention with linear "
-                f"attention or convolutions, which {type(self).__name__} does not serve. Use the model without it."
-            )
-        if self.layers and self.layers[0].length != num_new and generate.called_by_module():
-            num_layers = len(self.layers)
-            self._put_back(self.layers[0].length - num_new)
-            after = "It cannot be used on" if self.is_broken else "The content of this one is unchanged"
-            raise ValueError(
-                f"The cache holds tokens of {num_layers} layers and this model has more: it is another model's cache, "
-                f"or its first forward was interrupted. Use a new one, or call cache.reset(). {after}."
-            )
-        self.layers.append(Layer(self.shared, layer_idx))
-
-    def _prepare_step(self):
-        """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
-        num_tokens, rows = self.get_seq_length() + 1, self.shared.rows
-        check_room(self.layers[0], 1)
-        if num_tokens > rows.room or cannot_be_written(self.layers[0].keys):
-            for layer in self.layers:
-                layer.make_room(num_tokens)
-            addresses = [layer.storage.find_addresses() for layer in self.layers]
-            rows.set_addresses(addresses, min(layer.storage.room for layer in self.layers))
-        rows.set_length(num_tokens)
-        end = end_of_text(self.shared.max_positions, self.max_cache_len)
-        self.shared.step.prepare(num_tokens, self.method, end)
-
-    def _settle(self):
-        """Count the token of the captured step that has run since it was prepared."""
-        if self.shared.step.state == TAKEN:
-            self.shared.step.is_over()
-            self.masks.begin()
-            for layer in self.layers:
-                layer.took_step()
-
     @property
     def is_compileable(self):
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
         is_out = self.watcher is not None or self.method.fused is None or self.shared.step.is_captured
         return self.compile and not is_out and generate.may_compile_for_caller()
-
-    @property
-    def masks(self):
-        return self.shared.masks
-
-    @property
-    def left_padding(self):
-        """Slots at the start of each row that hold no token: a tuple of B ints, empty before the first prompt."""
-        return self.shared.rows.left_padding
-
-    def set_left_padding(self, left_padding):
-        """Take over how many slots at the start of each row hold no token, for the tokens that are stored."""
-        for layer in self.layers:  # a batch of another size is refused when its keys arrive
-            is_new = left_padding != layer.left_padding and len(left_padding) == len(layer.left_padding)
-            if is_new and layer.length:
-                layer.set_left_padding(left_padding)
-
-    def take_config(self, config, max_positions):
-        """Learn from a model's config what its layers reach, before the first of them is filled."""
-        if self.config is config:
-            return
-        self.shared.max_positions = max_positions
-        if cross_layers := getattr(config, "cross_attention_layers", None):
-            raise QuestError(
-                f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
-                "QuestCache does not serve it. Use the model without QuestCache."
-            )
-        self.config = config
-        reaches = reaches_of(config, max_positions)
-        if not self.layers:
-            self.shared.reaches = reaches
-        for layer_idx, layer in enumerate(self.layers):
-            if layer.is_sliding and layer_idx not in reaches:
-                self._widen(layer_idx, layer)
-
-    def _widen(self, layer_idx, layer):
-        """Make a layer that reaches everything of one that came with a window, of another cache."""
-        tokens = tokens_of_layer(layer_idx, layer)
-        if tokens.keys.shape[2] < layer.length:
-            raise QuestError(
-                f"Layer {layer_idx} of this cache keeps the newest tokens only, and this model attends all of them "
-                "there: it is another model's cache. Use a new QuestCache."
-            )
-        self.shared.widen(layer_idx)
-        self.layers[layer_idx] = Layer(self.shared, layer_idx)
-        self.layers[layer_idx].take(tokens)
 
     def get_seq_length(self, layer_idx=0):
         if self.shared.step.is_prepared():
@@ -382,9 +237,7 @@ class MethodCache(Cache):
         """Forget every token; storage is kept for the next prompt, of whatever batch size."""
         self._settle()
         super().reset()
-        self.shared.draft_start = None
-        self.shared.masks = Masks()
-        self.is_broken = False
+        self.shared.reset()
 
     def crop(self, tokens_to_remove):
         """Drop the newest `-tokens_to_remove` tokens.
@@ -422,7 +275,7 @@ class MethodCache(Cache):
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
         if self.method.evicts:
             refuse_crop()
-        self.shared.draft_start = generate.prompt_length_of_caller() or self.get_seq_length() or None
+        self.shared.expect_drafts(generate.prompt_length_of_caller() or self.get_seq_length() or None)
 
     @property
     def _is_user_defined(self):
@@ -432,18 +285,3 @@ class MethodCache(Cache):
     def _is_user_defined(self, value):
         # Every call of `generate` sets this first, and may bring another mask than the last one.
         self.masks.forget()
-
-    def _no_state(self, *args, **kwargs):
-        raise QuestError(
-            "This model keeps states beside keys and values (linear attention, convolutions or an indexer), which "
-            "QuestCache does not serve. Use the model without QuestCache."
-        )
-
-    has_previous_state = _no_state
-    get_conv_state = update_conv_state = _no_state
-    get_recurrent_state = update_recurrent_state = _no_state
-    update_indexer = _no_state
-
-
-def _is_int(value):
-    return isinstance(value, int) and not isinstance(value, bool)

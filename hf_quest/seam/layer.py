@@ -33,9 +33,8 @@ class Layer(CacheLayerMixin):
         self.handed = Handed()
         prefill = shared.prefill
         self.prefill = None if prefill is None or layer_idx < prefill.dense_layers else prefill
-        reach = shared.reaches.get(layer_idx)
-        self.is_dense = reach is not None or layer_idx < shared.dense_layers  # attends everything that it stores
-        self.storage = new_storage(shared, reach, self.is_dense)
+        self.is_dense = shared.is_dense(layer_idx)
+        self.storage = shared.new_storage(layer_idx)
 
     keys, values = of_storage("keys"), of_storage("values")
     bounds, scales = beside("bounds"), beside("scales")
@@ -109,13 +108,12 @@ class Layer(CacheLayerMixin):
         keys, values = storage.append(keys, values)
         self._has_stored(num_new)
         by_module = generate.called_by_module()
-        self.handed = Handed(num_new, is_under_way=by_module)
-        if self.evicts:
-            self.handed.is_seen, self.handed.positions = False, storage.positions
-            if by_module:
-                self.shared.to_settle.append(storage)
-            else:
-                storage.settle()
+        positions = storage.positions if self.evicts else None
+        self.handed = Handed(num_new, by_module, is_seen=not self.evicts, positions=positions)
+        if self.evicts and by_module:
+            self.shared.to_settle.append(storage)
+        else:
+            storage.settle()
         return self._handed_over(keys, values)
 
     def _take_padding(self, batch_size):
@@ -149,7 +147,7 @@ class Layer(CacheLayerMixin):
         storage = self.storage
         keys, values = (new.detach().to(storage.keys.dtype) for new in (key_states, value_states))
         if self.has_kernels:
-            self.handed.new = (keys, values)
+            self.handed.put(keys, values)
         else:
             self._store_in_graph(keys, values)
             keys, values = storage.keys, storage.values
@@ -166,8 +164,7 @@ class Layer(CacheLayerMixin):
 
     def take_new(self):
         """The key and value of a captured step that are not stored, which the caller stores; or None."""
-        new, self.handed.new = self.handed.new, None
-        return new
+        return self.handed.take()
 
     def store_handed(self):
         """Store the key and value of a captured step, where that is not done."""
@@ -191,13 +188,14 @@ class Layer(CacheLayerMixin):
         # Further calls of this forward come from layers that share these keys and values, and may slice the mask.
         if self.handed.is_under_way:
             is_plain = self.shared.masks.is_plain(attention_mask)
-            self.handed.is_plain = is_plain and (attention_mask is None or self.handed.num_new > 1)
-            self.handed.is_under_way = self.evicts  # until it has evicted
+            self.handed.arrive(is_plain and (attention_mask is None or self.handed.num_new > 1))
+            if not self.evicts:  # which may still be undone
+                self.handed.end()
 
     def see(self, query, mask, logits, position_bias):
         """Note what the newest queries attended, for a method that evicts."""
         see(self.method, self.storage, query, mask, logits, position_bias)
-        self.handed.is_seen = True
+        self.handed.see()
 
     def evict(self):
         """Keep `budget` tokens per KV head, where the method evicts and knows the newest queries."""
@@ -209,15 +207,11 @@ class Layer(CacheLayerMixin):
     def took_step(self):
         """Count the token that a captured step has stored."""
         self.storage.took_step()
-        self.handed.num_new = 1
-
-    def forget_step(self):
-        """Drop the token of a recorded step that did not come to its end."""
-        self.handed.new = None
+        self.handed.step()
 
     def _as_stored(self, keys, values):
         """`keys` and `values` in the dtype of what is stored, which is widened where it cannot hold them."""
-        self.shared.saw_autocast |= torch.is_autocast_enabled(keys.device.type)
+        self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
         keys, values = self.autocast(keys), self.autocast(values)
         if self.length == 0:
@@ -301,15 +295,3 @@ class Layer(CacheLayerMixin):
         if self.length:
             rows = torch.arange(self.keys.shape[0], device=self.keys.device)[indices.to(self.keys.device)]
             self.storage.select_rows(rows)
-
-
-def new_storage(shared, reach, is_dense):
-    """Where a layer keeps its tokens: one with a `reach` what that needs, one of a method that evicts what it keeps."""
-    method = shared.method
-    if reach is not None:
-        return Ring(shared.rows, shared.max_cache_len, reach)
-    if method.evicts and not is_dense:
-        return Kept(shared.rows, method.beside_tokens)
-    beside = () if is_dense else (method.beside_tokens, method.beside_pages)
-    block_size = method.page_size if shared.prefill is None else shared.prefill.block_size  # pages are in whole blocks
-    return Pages(shared.rows, shared.max_cache_len, method.page_size, block_size, *beside)

@@ -3,6 +3,7 @@
 import math
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ COMPARED = 1 << 26  # elements of a mask that are compared at a time
 
 class MaskLength(int):
     """How many keys an attention mask is asked for, and by which cache: its own way to the mask function."""
+
+    cache: Any  # a seam.forwards.Forwards
 
     def __new__(cls, num_keys, cache):
         length = super().__new__(cls, num_keys)
