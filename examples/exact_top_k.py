@@ -1,5 +1,5 @@
-"""A way to choose of your own, in one file: the tokens with the largest logits. It reads every key to know them, so it is
-no faster than dense attention; it shows what the best choice of `budget` tokens would lose.
+"""A way to choose of your own, in one file: the tokens with the largest logits. It reads every key to know them, so it
+is no faster than dense attention; it shows what the best choice of `budget` tokens would lose.
 
     python examples/exact_top_k.py
 """

@@ -76,6 +76,12 @@ class Pages(Storage):
         where = (length, self.padding, self.counters, self.page_size)
         return torch.ops.hf_quest.attend(query, *stored, *where, *logits)
 
+    def aligned(self, tensor):
+        """[B, Hkv, N, ...] of [B, Hkv, N, ...] in slots: each row from its first token on, then its last one again."""
+        slot = torch.arange(tensor.shape[2], device=tensor.device) + self.padding[:, None]
+        slot = slot.clamp(max=tensor.shape[2] - 1).view(len(slot), 1, -1, *(1,) * (tensor.dim() - 3))
+        return tensor.gather(2, slot.expand_as(tensor)) if any(self.left_padding) else tensor
+
     def newest(self, num_slots):
         """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
 

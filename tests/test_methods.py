@@ -1,4 +1,5 @@
-"""H2O, TOVA and StreamingLLM: each keeps what its paper says, and serves every mode of `generate`."""
+"""Every method passes one matrix: it serves all modes of `generate`, notices what goes wrong and undoes it. Those that
+evict keep what their papers say."""
 
 import copy
 import io
@@ -8,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from exact_top_k import ExactTopK
 from small_llama import ANSWER, PROMPT, feed, generate, greedy, make_model, tokens
 from transformers import (
     BartConfig,
@@ -18,10 +20,22 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_quest import CACHE_NAME, H2OCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest import CACHE_NAME, H2OCache, MethodCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
 from hf_quest.seam.attention import quest_attention
 
-BASELINES = [H2OCache, TOVACache, StreamingLLMCache]
+EVICTING = [H2OCache, TOVACache, StreamingLLMCache]
+
+
+def exact_top_k_cache(budget=2048, **options):
+    """The example of a method of one's own."""
+    return MethodCache(ExactTopK(budget), **options)
+
+
+def quest_cache(budget=2048, **options):
+    return QuestCache(budget, page_size=4, **options)
+
+
+METHODS = [quest_cache, exact_top_k_cache, *EVICTING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 
@@ -31,9 +45,20 @@ def model():
     return make_model()
 
 
-@pytest.fixture(params=BASELINES, ids=lambda baseline: baseline.__name__)
+@pytest.fixture(params=EVICTING, ids=lambda baseline: baseline.__name__)
 def baseline(request):
     return request.param
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: method.__name__)
+def method(request):
+    """Makes a cache of a method: every one passes this matrix."""
+    return request.param
+
+
+def small_budget(method):
+    """Tokens that are too few: of the best ones BUDGET are enough."""
+    return 4 if method is exact_top_k_cache else BUDGET
 
 
 class Stream:
@@ -146,8 +171,8 @@ def test_memory_falls_to_the_budget(model, baseline):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def test_length_and_positions_are_those_of_the_tokens_seen(model, baseline):
-    cache, positions = baseline(budget=BUDGET), []
+def test_length_and_positions_are_those_of_the_tokens_seen(model, method):
+    cache, positions = method(budget=BUDGET), []
     hook = model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs["position_ids"][0, -1].item()), with_kwargs=True
     )
@@ -159,24 +184,24 @@ def test_length_and_positions_are_those_of_the_tokens_seen(model, baseline):
     assert cache.get_seq_length() == PROMPT + ANSWER - 1
 
 
-def test_a_small_budget_changes_the_answer(model, baseline):
+def test_a_small_budget_changes_the_answer(model, method):
     dense = generate(model, tokens(PROMPT), DynamicCache())
-    assert not torch.equal(generate(model, tokens(PROMPT), baseline(budget=BUDGET)), dense)
+    assert not torch.equal(generate(model, tokens(PROMPT), method(budget=small_budget(method))), dense)
 
 
 @pytest.mark.parametrize("options", [{"budget": EVERYTHING}, {"budget": BUDGET, "dense_layers": 4}], ids=str)
-def test_what_evicts_nothing_is_dense(model, baseline, options):
+def test_what_evicts_nothing_is_dense(model, method, options):
     dense = generate(model, tokens(PROMPT), DynamicCache())
-    assert torch.equal(generate(model, tokens(PROMPT), baseline(**options)), dense)
+    assert torch.equal(generate(model, tokens(PROMPT), method(**options)), dense)
 
 
-def test_greedy(model, baseline):
-    expected = greedy(model, baseline(budget=BUDGET), tokens(PROMPT))
-    assert torch.equal(generate(model, tokens(PROMPT), baseline(budget=BUDGET)), expected)
+def test_greedy(model, method):
+    expected = greedy(model, method(budget=BUDGET), tokens(PROMPT))
+    assert torch.equal(generate(model, tokens(PROMPT), method(budget=BUDGET)), expected)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 64])
-def test_left_padded_row_is_the_row_alone(model, baseline, chunk_size):
+def test_left_padded_row_is_the_row_alone(model, method, chunk_size):
     lengths = (PROMPT, PROMPT - 64, 15, 1) if chunk_size else (PROMPT, PROMPT - 37, 15, 1)
     rows = [tokens(length, seed=length) for length in lengths]
     input_ids = torch.cat([torch.nn.functional.pad(row, (PROMPT - row.shape[1], 0)) for row in rows])
@@ -184,9 +209,9 @@ def test_left_padded_row_is_the_row_alone(model, baseline, chunk_size):
     if chunk_size:  # the chunks of a row begin where they do in the batch
         rows, input_ids, attention_mask = rows[:2], input_ids[:2], attention_mask[:2]
     options = {"attention_mask": attention_mask, "prefill_chunk_size": chunk_size}
-    output = generate(model, input_ids, baseline(budget=BUDGET), **options)
+    output = generate(model, input_ids, method(budget=BUDGET), **options)
     for row, alone in zip(output, rows, strict=True):
-        expected = generate(model, alone, baseline(budget=BUDGET), prefill_chunk_size=chunk_size)
+        expected = generate(model, alone, method(budget=BUDGET), prefill_chunk_size=chunk_size)
         assert torch.equal(row[PROMPT:], expected[0, alone.shape[1] :])
 
 
@@ -200,24 +225,24 @@ def test_a_prompt_in_chunks_is_evicted_chunk_by_chunk(model, baseline):
     assert set(most) == {BUDGET}
 
 
-def test_sampling(model, baseline):
+def test_sampling(model, method):
     torch.manual_seed(0)
     options = {"do_sample": True, "top_k": 20, "num_return_sequences": 3}
     options |= {"return_dict_in_generate": True, "output_logits": True}
-    output = generate(model, tokens(PROMPT), baseline(budget=BUDGET), **options)
+    output = generate(model, tokens(PROMPT), method(budget=BUDGET), **options)
     logits = torch.stack(output.logits, dim=1)
     for row, sequence in enumerate(output.sequences):
-        expected = feed(model, baseline(budget=BUDGET), tokens(PROMPT), sequence[None, PROMPT:])
+        expected = feed(model, method(budget=BUDGET), tokens(PROMPT), sequence[None, PROMPT:])
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)  # batched float32 sums
 
 
-def test_beam_search(model, baseline):
+def test_beam_search(model, method):
     options = {"return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
-    cache = baseline(budget=BUDGET)
+    cache = method(budget=BUDGET)
     output = generate(model, tokens(PROMPT), cache, num_beams=4, num_return_sequences=4, **options)
     for sequence, score in zip(output.sequences, output.sequences_scores, strict=True):
         answer = sequence[None, PROMPT:]
-        log_probs = feed(model, baseline(budget=BUDGET), tokens(PROMPT), answer).log_softmax(dim=-1)
+        log_probs = feed(model, method(budget=BUDGET), tokens(PROMPT), answer).log_softmax(dim=-1)
         expected = log_probs.gather(2, answer[..., None]).sum()
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)  # a sum of 24 logits of batched float32 sums
 
@@ -236,12 +261,12 @@ def test_a_smaller_budget_evicts_at_once_as_if_it_had_been_so_from_the_start(mod
             assert torch.equal(layer.storage.positions, expected.storage.positions)
 
 
-def test_reset_serves_another_batch(model, baseline):
-    cache = baseline(budget=BUDGET)
+def test_reset_serves_another_batch(model, method):
+    cache = method(budget=BUDGET)
     generate(model, tokens(PROMPT), cache)
     cache.reset()
     prompts = tokens(PROMPT, seed=2, batch_size=2)
-    assert torch.equal(generate(model, prompts, cache), generate(model, prompts, baseline(budget=BUDGET)))
+    assert torch.equal(generate(model, prompts, cache), generate(model, prompts, method(budget=BUDGET)))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +283,9 @@ def test_wrong_arguments(baseline, options, message):
         baseline(**options)
 
 
-def test_wrong_budget_later_changes_nothing(baseline):
-    cache = baseline(budget=BUDGET)
-    with pytest.raises(ValueError, match="not -1"):
+def test_wrong_budget_later_changes_nothing(method):
+    cache = method(budget=BUDGET)
+    with pytest.raises(ValueError, match="-1"):
         cache.budget = -1
     assert cache.budget == BUDGET
 
@@ -286,10 +311,13 @@ def read(model, cache, num_steps=4):
 def assert_same_state(cache, other):
     for layer, expected in zip(cache.layers, other.layers, strict=True):
         assert layer.length == expected.length
-        stored = layer.storage.tensors()
-        for name, tensor in expected.storage.tensors().items():
-            held = slice(expected.num_read)  # of storage that grows, what is filled
-            assert torch.equal(stored[name][:, :, held], tensor[:, :, held]), name
+        for tensor, other in zip(stored_in(layer), stored_in(expected), strict=True):
+            assert torch.equal(tensor, other)
+
+
+def stored_in(layer):
+    """All tensors of its storage, as far as they are filled."""
+    return layer.storage.tensors().values() if layer.evicts else layer.storage.filled()
 
 
 class Interrupted(Exception):
@@ -316,8 +344,8 @@ def interrupted(model, cache, ids, call):
 
 @pytest.mark.parametrize("num_new", [1, 30])
 @pytest.mark.parametrize("call", [4, 5, 11, 16, 28, 31, 32])
-def test_a_forward_that_was_interrupted_is_noticed_and_undone(model, baseline, call, num_new):
-    cache, ids = read(model, baseline(budget=BUDGET)), tokens(num_new, seed=9)
+def test_a_forward_that_was_interrupted_is_noticed_and_undone(model, method, call, num_new):
+    cache, ids = read(model, method(budget=BUDGET)), tokens(num_new, seed=9)
     with pytest.raises(Interrupted):
         interrupted(model, cache, ids, call)
     if len({layer.length for layer in cache.layers}) > 1:  # else the first layer had not begun or the last had ended
@@ -325,7 +353,7 @@ def test_a_forward_that_was_interrupted_is_noticed_and_undone(model, baseline, c
             forward(model, cache, ids)
     else:
         assert call == 4 or call > 30
-    expected = read(model, baseline(budget=BUDGET))
+    expected = read(model, method(budget=BUDGET))
     if call <= 30:
         assert_same_state(cache, expected)
         assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
@@ -352,15 +380,15 @@ def test_memory_that_ran_out_in_a_layer_is_noticed_and_undone(model, baseline, m
     assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
 
 
-def test_a_first_forward_that_was_interrupted_leaves_a_cache_that_says_so_until_reset(model, baseline):
-    cache = baseline(budget=BUDGET)
+def test_a_first_forward_that_was_interrupted_leaves_a_cache_that_says_so_until_reset(model, method):
+    cache = method(budget=BUDGET)
     with pytest.raises(Interrupted):
         interrupted(model, cache, tokens(PROMPT), 11)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"its first forward was interrupted.*call cache\.reset\(\)"):
             forward(model, cache, tokens(3))
     cache.reset()
-    expected = read(model, baseline(budget=BUDGET))
+    expected = read(model, method(budget=BUDGET))
     assert_same_state(read(model, cache), expected)
 
 
@@ -383,40 +411,46 @@ def test_a_cache_holds_nothing_beside_its_tokens_between_forwards(model, baselin
     assert all(layer.storage.before is None for layer in cache.layers if layer.evicts)
 
 
-def test_a_model_with_fewer_layers_is_noticed_and_undone(model, baseline):
-    cache, other = read(model, baseline(budget=BUDGET)), make_model(num_hidden_layers=3)
+def test_a_model_with_fewer_layers_is_noticed_and_undone(model, method):
+    cache, other = read(model, method(budget=BUDGET)), make_model(num_hidden_layers=3)
     forward(other, cache, tokens(1))
     with pytest.raises(QuestError, match=r"its model has fewer layers.*put back to the 154 tokens"):
         forward(model, cache, tokens(1))
-    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
+    assert_same_state(cache, read(model, method(budget=BUDGET)))
 
 
-def test_a_model_with_more_layers_is_refused(model, baseline):
-    cache = read(model, baseline(budget=BUDGET))
-    for other in (make_model(num_hidden_layers=5), model):
-        with pytest.raises((ValueError, QuestError), match=r"cannot be used on"):
+def test_a_model_with_more_layers_is_refused(model, method):
+    cache = read(model, method(budget=BUDGET))
+    other = make_model(num_hidden_layers=5)
+    if method not in EVICTING:
+        with pytest.raises(ValueError, match=r"this model has more.*content of this one is unchanged"):
             forward(other, cache, tokens(1))
+        assert_same_state(cache, read(model, method(budget=BUDGET)))
+        return
+    for each in (other, model):
+        with pytest.raises((ValueError, QuestError), match="cannot be used on"):
+            forward(each, cache, tokens(1))
 
 
 @pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"head_dim": 32}], ids=str)
-def test_a_model_of_another_shape_is_refused_and_changes_nothing(model, baseline, options):
-    cache = read(model, baseline(budget=BUDGET))
+def test_a_model_of_another_shape_is_refused_and_changes_nothing(model, method, options):
+    cache = read(model, method(budget=BUDGET))
     with pytest.raises(ValueError, match="it is another model's cache"):
         forward(make_model(**options), cache, tokens(1))
-    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
+    assert_same_state(cache, read(model, method(budget=BUDGET)))
 
 
-def test_another_attention_is_refused_and_changes_nothing(model, baseline):
-    other, empty, cache = make_model(attn_implementation="sdpa"), baseline(), read(model, baseline(budget=BUDGET))
+def test_another_attention_is_refused_and_changes_nothing(model, method):
+    other, empty, cache = make_model(attn_implementation="sdpa"), method(), read(model, method(budget=BUDGET))
     with pytest.raises(QuestError, match=r"never reached Quest's attention.*put back to the 0 tokens"):
         forward(other, empty, tokens(PROMPT))
     with pytest.raises(QuestError, match=r"never reached Quest's attention.*put back to the 154 tokens"):
         forward(other, cache, tokens(1))
-    assert_same_state(cache, read(model, baseline(budget=BUDGET)))
+    assert_same_state(cache, read(model, method(budget=BUDGET)))
 
 
-def test_a_batch_of_another_size_is_refused(model, baseline):
-    cache = baseline(budget=BUDGET)
+def test_a_batch_of_another_size_is_refused(model, method):
+    cache = method(budget=BUDGET)
     generate(model, tokens(PROMPT), cache)
     with pytest.raises(ValueError, match="The cache holds 1 rows and this batch has 2"):
         forward(model, cache, tokens(1, batch_size=2))
@@ -445,8 +479,8 @@ HIDDEN = {  # of the newest token, by step
 
 @pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("padding", [0, 7])
-def test_the_mask_of_a_single_token_is_obeyed(model, baseline, hide, padding):
-    caches = [baseline(budget=EVERYTHING), DynamicCache()]
+def test_the_mask_of_a_single_token_is_obeyed(model, method, hide, padding):
+    caches = [method(budget=EVERYTHING), DynamicCache()]
     mask = (torch.arange(PROMPT) >= torch.tensor([[padding], [0]])).long()
     for cache in caches:
         forward(model, cache, tokens(PROMPT, batch_size=2), mask)
@@ -516,17 +550,17 @@ def saved(cache):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_goes_on_as_the_original(model, baseline, copied):
-    cache = read(model, baseline(budget=BUDGET))
+def test_a_copy_goes_on_as_the_original(model, method, copied):
+    cache = read(model, method(budget=BUDGET))
     copied_cache = copied(cache)
     logits = forward(model, copied_cache, tokens(9, seed=5))
     assert torch.equal(logits, forward(model, cache, tokens(9, seed=5)))
     assert_same_state(copied_cache, cache)
 
 
-def test_rows_that_were_reordered_repeated_and_selected_go_on_as_they_would_alone(model, baseline):
+def test_rows_that_were_reordered_repeated_and_selected_go_on_as_they_would_alone(model, method):
     prompts = tokens(PROMPT, batch_size=3)
-    cache, alone = baseline(budget=BUDGET), [baseline(budget=BUDGET) for _ in range(3)]
+    cache, alone = method(budget=BUDGET), [method(budget=BUDGET) for _ in range(3)]
     forward(model, cache, prompts)
     for row, other in enumerate(alone):
         forward(model, other, prompts[row : row + 1])
@@ -541,8 +575,8 @@ def test_rows_that_were_reordered_repeated_and_selected_go_on_as_they_would_alon
 
 
 @pytest.mark.parametrize("act", ["reset", "reorder_cache", "batch_repeat_interleave", "deepcopy", "step", "budget"])
-def test_what_inference_mode_made_serves_outside_of_it(model, baseline, act):
-    cache, expected = baseline(budget=BUDGET), read(model, baseline(budget=BUDGET))
+def test_what_inference_mode_made_serves_outside_of_it(model, method, act):
+    cache, expected = method(budget=BUDGET), read(model, method(budget=BUDGET))
     with torch.inference_mode():
         read(model, cache)
     for each in (cache, expected):
@@ -564,9 +598,9 @@ def test_what_inference_mode_made_serves_outside_of_it(model, baseline, act):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prompt", ["read inside", "read outside"])
-def test_autocast(baseline, weights, prompt):
+def test_autocast(method, weights, prompt):
     model, logits = make_model(dtype=weights), []
-    for cache in (baseline(budget=EVERYTHING), baseline(budget=BUDGET), DynamicCache()):
+    for cache in (method(budget=EVERYTHING), method(budget=small_budget(method)), DynamicCache()):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prompt == "read inside"):
             forward(model, cache, tokens(PROMPT))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -595,21 +629,21 @@ def test_gradients_are_those_of_a_stock_cache(baseline):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # float32 sums in another order
 
 
-def test_a_cache_that_trained_can_be_copied_and_goes_on(model, baseline):
-    cache = baseline(budget=BUDGET)
+def test_a_cache_that_trained_can_be_copied_and_goes_on(model, method):
+    cache = method(budget=BUDGET)
     model(tokens(PROMPT), **{CACHE_NAME: cache})
-    expected = baseline(budget=BUDGET)
+    expected = method(budget=BUDGET)
     forward(model, expected, tokens(PROMPT))
     assert_same_state(copy.deepcopy(cache), expected)
 
 
-def test_offloaded_layers_come_back(model, baseline):
-    cache, expected = (read(model, baseline(budget=BUDGET)) for _ in range(2))
+def test_offloaded_layers_come_back(model, method):
+    cache, expected = (read(model, method(budget=BUDGET)) for _ in range(2))
     for layer in cache.layers:
         layer.offload()
         layer.prefetch()
     assert_same_state(cache, expected)
-    baseline().reset()
+    method().reset()
 
 
 def test_a_cache_filled_by_hand_is_one_that_a_model_filled(model, baseline):
@@ -673,13 +707,14 @@ def translate(model, cache):
     return [model(encoder_outputs=encoded, decoder_input_ids=ids, **{CACHE_NAME: cache}).logits for ids in target]
 
 
-def test_an_encoder_decoder_takes_it_for_self_attention(translator, baseline):
+def test_an_encoder_decoder_takes_it_for_self_attention(translator, method):
     quest, stock = translator
     dense = translate(stock, EncoderDecoderCache(DynamicCache(), DynamicCache()))
-    everything = translate(quest, EncoderDecoderCache(baseline(budget=EVERYTHING), DynamicCache()))
+    everything = translate(quest, EncoderDecoderCache(method(budget=EVERYTHING), DynamicCache()))
     torch.testing.assert_close(everything, dense, rtol=1e-4, atol=1e-4)  # float32 sums in another order
-    few = translate(quest, EncoderDecoderCache(baseline(budget=BUDGET), DynamicCache()))
-    assert (few[-1] - dense[-1]).abs().max() > 1e-2
+    few = translate(quest, EncoderDecoderCache(method(budget=small_budget(method)), DynamicCache()))
+    has_bias = quest.config.model_type == "t5"  # by which nobody chooses
+    assert (few[-1] - dense[-1]).abs().max() > 1e-2 or (has_bias and method not in EVICTING)
 
 
 def test_a_position_bias_of_what_was_kept_is_refused(baseline):
@@ -691,12 +726,12 @@ def test_a_position_bias_of_what_was_kept_is_refused(baseline):
         translate(model, EncoderDecoderCache(baseline(budget=BUDGET, dense_layers=0), DynamicCache()))
 
 
-def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, baseline):
+def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, method):
     quest, _ = translator
     for cache in (
-        EncoderDecoderCache(DynamicCache(), baseline()),
-        EncoderDecoderCache(baseline(), baseline()),
-        baseline(),
+        EncoderDecoderCache(DynamicCache(), method()),
+        EncoderDecoderCache(method(), method()),
+        method(),
     ):
         with pytest.raises(
             QuestError, match=r"cross-attention.*EncoderDecoderCache\(\w+Cache\(\.\.\.\), DynamicCache\(\)\)"
