@@ -3,6 +3,8 @@
 import sys
 import types
 
+from .watch import PageReads, SegmentsRead
+
 # Former modules that are whole modules elsewhere, and former modules whose names are in several.
 MOVED = {
     "_build": "kernels.build",
@@ -41,6 +43,40 @@ def keep_names():
 def keep(package, name, module):
     sys.modules[f"{package.__name__}.{name}"] = module
     setattr(package, name, module)
+
+
+class Cache:
+    """What caches had in version 0.1."""
+
+    @property
+    def settings(self):
+        return Settings(self)
+
+    @property
+    def recorder(self):
+        watcher = self.watcher
+        return watcher.recorder if isinstance(watcher, Watcher) else watcher
+
+    @recorder.setter
+    def recorder(self, recorder):
+        self.watcher = recorder if recorder is None or isinstance(recorder, PageReads) else Watcher(recorder=recorder)
+
+    def watch_prefill(self, watch):
+        self.watcher = None if watch is None else Watcher(watch=watch)
+
+
+class Watcher:
+    """A watcher that tells a recorder, or who watched a prompt, of version 0.1."""
+
+    def __init__(self, recorder=None, watch=None):
+        self.recorder, self.watch = recorder, watch
+
+    def __call__(self, read):
+        if isinstance(read, SegmentsRead):
+            if self.watch is not None:
+                self.watch(read.layer.layer_idx, read.position, read.query, read.keys, read.block_ids)
+        elif self.recorder is not None and read.choice is not None:
+            self.recorder(read.layer, read.query, read.choice.ids, *read.logits)
 
 
 class Settings:

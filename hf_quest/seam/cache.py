@@ -25,7 +25,7 @@ from .stock import tokens_of
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class MethodCache(Forwards):
+class MethodCache(Forwards, former.Cache):
     """A key/value cache for `model.generate(cache=MethodCache(method))` of a model that was loaded with
     `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
@@ -149,20 +149,6 @@ class MethodCache(Forwards):
     @watcher.setter
     def watcher(self, watcher: Watcher | None):
         self.shared.watch(watcher)
-
-    @property
-    def settings(self):
-        """As in version 0.1; goes with 0.3."""
-        return former.Settings(self)
-
-    @property
-    def recorder(self):
-        """`watcher`, as it was called in version 0.1; goes with 0.3."""
-        return self.watcher
-
-    @recorder.setter
-    def recorder(self, recorder):
-        self.watcher = recorder
 
     @property
     def page_size(self) -> int:
