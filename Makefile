@@ -4,7 +4,7 @@ TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS:%=-transformers-%)
 SOURCES = $(wildcard csrc/* tests/*.cpp)
 
-.PHONY: demo app test notebooks pictures lint format clean
+.PHONY: demo app test docs dist notebooks pictures lint format clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/hf-quest demo
@@ -14,6 +14,15 @@ app: $(VENV)/app
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2  # a thread for each of the two, or they wait for each other
+
+# The site, in build/docs. Any warning fails it, as does a public name that no page documents.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# A wheel and an sdist, in dist. tests/try_wheel.py tries the wheel in a fresh environment.
+dist: $(VENV)/dist
+	rm -rf dist
+	$(VENV)/bin/python -m build
 
 notebooks: $(VENV)/installed $(VENV)/notebooks
 	$(VENV)/bin/python notebooks/execute.py
@@ -37,7 +46,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/app $(VENV)/notebooks: pyproject.toml constraints.txt
+$(VENV)/app $(VENV)/dist $(VENV)/docs $(VENV)/notebooks: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[$(@F)]'
 	touch $@
@@ -51,4 +60,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .venv-*
+	rm -rf .venv .venv-* build dist

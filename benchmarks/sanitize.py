@@ -6,7 +6,7 @@
 What a process found is kept once it has ended, failures too. What failed, or had not ended when the seconds were over,
 is left to the next call, which goes on from the results of the same commit. The tools look at our kernels alone, but
 for initcheck, which would take what PyTorch's kernels wrote for unwritten. racecheck leaves the tests of CritiPrefill's
-published score out, whose 16-bit products are PyTorch's: it fails on them (NOTES.md).
+published score out, whose 16-bit products are PyTorch's: it fails on them (docs/notes/sanitizers.md).
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Prints the README's tables from the results that are kept in `benchmarks/results`, or writes them into it.
+"""Prints the tables of README.md and docs/ from the results that are kept in `benchmarks/results`, or writes them.
 
 python benchmarks/tables.py           prints them
-python benchmarks/tables.py --write   puts them where the README has <!-- results: NAME --> before a table
+python benchmarks/tables.py --write   puts them where a page has <!-- results: NAME --> before a table
 """
 
 import json
@@ -16,8 +16,9 @@ from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.report import markdown
 from hf_quest.evaluation.selection import means
 
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
@@ -116,6 +117,22 @@ def selection_table(report):
     return table
 
 
+def loss_table(report):
+    """By how much perplexity rises with what a QuestCache does by default, at every length and budget."""
+    rows = means(report)
+    budgets = sorted({way.budget for _, way in rows if way.method == "default"})
+    table = Table("tokens", *(f"budget {budget:,}" for budget in budgets))
+    for length in dict.fromkeys(length for length, _ in rows):
+        rises = {
+            way.budget: values["loss_rise"]
+            for (of, way), values in rows.items()
+            if (of, way.method) == (length, "default")
+        }
+        cells = [f"{100 * math.expm1(rises[budget]):+.1f} %" if budget in rises else "-" for budget in budgets]
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
 KINDS = {
     **TABLES,
     "decode": decode_table,
@@ -132,24 +149,27 @@ def tables():
     for kind, as_table in KINDS.items():
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             found[path.stem] = markdown(as_table(json.loads(path.read_text())))
+    for path in sorted(RESULTS.glob("selection*.json")):
+        found[path.stem.replace("selection", "loss")] = markdown(loss_table(json.loads(path.read_text())))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found
 
 
-def written(readme, found):
-    """The README's text with the tables that it names as they are now."""
+def written(page, found):
+    """A page's text with the tables that it names as they are now."""
     for name, table in found.items():
         marker = f"<!-- results: {name} -->\n\n"
         text = f"{marker}{table}\n"
-        readme = re.sub(rf"{re.escape(marker)}((\|.*\n)+\n)?", lambda _, text=text: text, readme)
-    return readme
+        page = re.sub(rf"{re.escape(marker)}((\|.*\n)+\n)?", lambda _, text=text: text, page)
+    return page
 
 
 def main():
     found = tables()
     if sys.argv[1:] == ["--write"]:
-        README.write_text(written(README.read_text(), found))
+        for page in PAGES:
+            page.write_text(written(page.read_text(), found))
     else:
         print("\n".join(found.values()))
 

@@ -9,6 +9,7 @@ from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import H2OCache, QuestCache, StreamingLLMCache, TOVACache
 from .seam.capture import capture
 from .seam.progress import prefill_progress
+from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
@@ -16,6 +17,7 @@ __all__ = [
     "H2OCache",
     "Method",
     "MethodCache",
+    "PageReads",
     "QuestCache",
     "QuestError",
     "StreamingLLMCache",

@@ -186,7 +186,7 @@ def estimate(query, keys, start, scaling, prefill, has_kernels=False):
     weights = logits.softmax(dim=-1)
     if prefill.score == "mass":
         # The mean of squares: a block that one query needs more than anything is worth more than one that all look at a
-        # little. In float32, since squares of 16 bits come to 0. benchmarks/NOTES.md has what was measured.
+        # little. In float32, since squares of 16 bits come to 0. docs/notes/critiprefill.md has what was measured.
         scores = torch.linalg.vector_norm(weights, dim=2, dtype=torch.float32).square_().div_(weights.shape[2])
     else:
         scores = weights.mean(dim=2, dtype=torch.float32)

@@ -233,6 +233,8 @@ class MethodCache(Forwards, former.Cache):
             QuestError: for more than layers with a window can take back. Either way the cache is as it was.
         """
         self._settle()
+        if self.method.evicts and tokens_to_remove != 0:
+            refuse_crop()
         tokens_to_remove = int(tokens_to_remove)  # a tensor from Transformers 5.17 in assisted decoding
         for layer in self.layers:
             check_crop(layer, -tokens_to_remove)

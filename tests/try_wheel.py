@@ -1,0 +1,87 @@
+"""What a user gets: the wheel, and nothing of the checkout, runs the README's ten lines and the demo.
+
+    make dist
+    python tests/try_wheel.py                          # with this Python
+    python tests/try_wheel.py python3.10 python3.13    # with these
+
+Only the standard library is needed. What the wheel holds is looked at first.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEN_LINES = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+SAID = re.search(r"print\(.*# (.*)", TEN_LINES)[1]
+NAMES_THE_CACHE = "from hf_quest import CACHE_NAME; print(CACHE_NAME)"
+FINDS_ITS_SOURCES = """
+import pathlib, hf_quest
+package = pathlib.Path(hf_quest.__file__).parent
+assert "site-packages" in package.parts, package
+assert (package / "csrc" / "bindings.cpp").exists()
+"""
+MOST_BYTES = 14 << 20  # of which the model inside is 12
+
+
+def look_into(wheel):
+    """Fail for what is in the wheel and should not be, or is missing."""
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {f"hf_quest/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    missing = sources - set(names)
+    stray = [name for name in names if not re.match(r"hf_quest(-[\d.]+\w*\.dist-info)?/", name) or "test" in name]
+    size = wheel.stat().st_size
+    if missing or stray or size > MOST_BYTES:
+        sys.exit(f"{wheel.name}: {size:,} bytes, without {sorted(missing)}, with {stray}")
+    print(f"{wheel.name}: {size:,} bytes, {len(names)} files", flush=True)
+
+
+def run(command, folder):
+    """The output of a command, which is shown if it fails."""
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def try_with(python, wheel):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        start = time.perf_counter()
+        run([python, "-m", "venv", folder / "venv"], folder)
+        programs = folder / "venv" / "bin"
+        run([programs / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel], folder)
+        installed = time.perf_counter()
+        run([programs / "python", "-c", FINDS_ITS_SOURCES], folder)
+        name = run([programs / "python", "-c", NAMES_THE_CACHE], folder).split()[-1]
+        (folder / "ten_lines.py").write_text(re.sub(r"\bcache=", f"{name}=", TEN_LINES))
+        printed = run([programs / "python", "ten_lines.py"], folder)
+        if SAID not in printed:
+            sys.exit(f"The ten lines print {printed!r} and not {SAID}.")
+        shown = run([programs / "hf-quest", "demo", "--device", "cpu"], folder)
+        (points,) = re.findall(r"key points right\W+(\d+ of \d+)\W+(\d+ of \d+)", shown)
+        version = run([programs / "python", "--version"], folder).strip()
+        print(
+            f"{version}: installed in {installed - start:.0f} s, the ten lines and the demo in "
+            f"{time.perf_counter() - installed:.0f} s; key points right: {points[0]} dense, {points[1]} with Quest",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pythons", nargs="*", default=[sys.executable], help="interpreters to try it with")
+    arguments = parser.parse_args()
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    look_into(wheel)
+    for python in arguments.pythons:
+        try_with(python, wheel)
+
+
+if __name__ == "__main__":
+    main()
