@@ -255,7 +255,7 @@ def test_a_layer_on_the_cpu_is_not_served_and_nothing_is_said():
 
 
 def test_importingbuilds_nothing_and_imports_nobuilder():
-    code = "import sys, hf_quest.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    code = "import sys, hf_quest.kernels.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
