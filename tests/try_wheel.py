@@ -35,7 +35,7 @@ def look_into(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"hf_quest/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     missing = sources - set(names)
-    stray = [name for name in names if not re.match(r"hf_quest(-[\d.]+\w*\.dist-info)?/", name) or "test" in name]
+    stray = [name for name in names if not re.match(r"hf_quest(_cli|-[\d.]+\w*\.dist-info)?/", name) or "test" in name]
     size = wheel.stat().st_size
     if missing or stray or size > MOST_BYTES:
         sys.exit(f"{wheel.name}: {size:,} bytes, without {sorted(missing)}, with {stray}")
