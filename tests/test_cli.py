@@ -26,7 +26,6 @@ from hf_quest.evaluation.real_models import SOURCES
 from hf_quest.evaluation.ruler import TASKS
 from hf_quest.evaluation.selection import BUDGETS
 from hf_quest.prompts import segments
-from hf_quest.seam import attention
 from hf_quest_cli.show import layer_kinds
 
 BUDGET = 64
@@ -189,8 +188,8 @@ def test_the_quest_answer_is_generate_with_a_quest_cache_behind_the_question(mod
 
 def test_quest_decodes_everything_after_the_document(models, document, encoded, monkeypatch):
     attended = []
-    attend = QuestLayer.attend
-    monkeypatch.setattr(QuestLayer, "attend", lambda *args: attended.append(args[0]) or attend(*args))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: attended.append(args[0]) or attend(*args))
     run = compared(models, document)
     num_sparse = models[0].config.num_hidden_layers - 2
     num_forwards = len(run.quest.token_ids) + run.quest.has_ended

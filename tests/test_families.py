@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, field
 from functools import cache
 
-import hf_quest.cache
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import hf_quest
 from hf_quest import H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
 
 PAGE_SIZE = 4
