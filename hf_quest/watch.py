@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from . import reference
 from .reference import Choice, Logits
@@ -94,8 +95,8 @@ class PageReads:
     Layers that read everything, as all do while the context is within the budget, select nothing and have none.
     """
 
-    def __init__(self):
-        self.selections = defaultdict(list)
+    def __init__(self) -> None:
+        self.selections: dict[int, list[Selection]] = defaultdict(list)
 
     def __call__(self, read: Read | SegmentsRead) -> None:
         if isinstance(read, Read) and read.choice is not None:
@@ -103,11 +104,13 @@ class PageReads:
             self.selections[read.layer.layer_idx].append(selection)
 
     @property
-    def layers(self):
+    def layers(self) -> list[int]:
         """Indices of the layers that selected pages, ascending."""
         return sorted(self.selections)
 
-    def share(self, num_pages, layer_idx=None, slots=None, row=0):
+    def share(
+        self, num_pages: int, layer_idx: int | None = None, slots: range | None = None, row: int = 0
+    ) -> torch.Tensor:
         """The share of reads, from 0 to 1, that each of the first `num_pages` pages was part of.
 
         Args:
@@ -121,14 +124,16 @@ class PageReads:
         """
         return self._average(num_pages, layer_idx, slots, row, lambda selection: torch.ones(selection.page_ids.shape))
 
-    def attention(self, num_pages, layer_idx=None, slots=None, row=0):
+    def attention(
+        self, num_pages: int, layer_idx: int | None = None, slots: range | None = None, row: int = 0
+    ) -> torch.Tensor:
         """The attention, averaged over reads, that each page got; arguments and result as of `share`.
 
         Their sum is 1 less what the pages after the first `num_pages` and attention sinks got.
         """
         return self._average(num_pages, layer_idx, slots, row, lambda selection: selection.weights)
 
-    def weigh(self, cache):
+    def weigh(self, cache: Cache) -> None:
         """Compute the attention that each selected page got, averaged over the query heads that share it.
 
         It is not done while a step runs, so that recording costs the step nothing, but it needs the keys: call it while

@@ -26,6 +26,7 @@ from hf_quest.evaluation.real_models import SOURCES
 from hf_quest.evaluation.ruler import TASKS
 from hf_quest.evaluation.selection import BUDGETS
 from hf_quest.prompts import segments
+from hf_quest.seam import attention
 from hf_quest_cli.show import layer_kinds
 
 BUDGET = 64

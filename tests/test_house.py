@@ -15,7 +15,7 @@ ARROWS = {
     "kernels": {"reference"},
     "storage": {"errors", "kernels", "reference"},
     "prompts": {"kernels", "reference"},
-    "methods": {"kernels", "reference"},
+    "methods": {"kernels", "reference", "storage"},
     "watch": {"reference"},
     "former": {"watch"},
     "seam": {"errors", "kernels", "methods", "prompts", "reference", "storage", "watch", "former"},
@@ -24,7 +24,7 @@ ARROWS = {
 GIVEN = {
     "kernels/build.py": {"CUDA_HOME"},  # of PyTorch's compiler
     "seam/layer.py": {"quest_layer"},  # of the tensors that the model hands on to its attention
-    "seam/capture/recording.py": {"_compiled_call", "get_compiled_call"},  # of the model, for `generate`
+    "seam/capture/recording.py": {"_compiled_call"},  # of the model, for `generate`
 }
 
 

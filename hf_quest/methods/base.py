@@ -1,11 +1,12 @@
 """Method: one way to choose what a decode step reads, or what is kept."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from ..reference import Choice, Logits
+from ..reference import Choice, Length, Logits
+from ..storage import Kept, Pages
 
 
 @dataclass
@@ -37,16 +38,20 @@ class Method:
     budget: int = 2048
 
     min_budget: ClassVar[int] = 1  # tokens
-    page_size: ClassVar[int] = 16  # tokens
     evicts: ClassVar[bool] = False  # what `keep` leaves out is gone
-    fused: ClassVar = None  # kernels that store, choose and attend in one, see `methods.quest.Chain`
+    fused: ClassVar[Any] = None  # kernels that store, choose and attend in one, see `methods.quest.Chain`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not is_int(self.budget) or self.budget < self.min_budget:
             raise ValueError(
                 f"budget of {type(self).__name__}Cache is a number of tokens, {self.min_budget} or more, not "
                 f"{self.budget!r}."
             )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page of storage."""
+        return 16
 
     @property
     def num_attended(self) -> int:
@@ -63,23 +68,23 @@ class Method:
         """What is kept beside every page, as in `beside_tokens`."""
         return {}
 
-    def stored(self, pages, num_new: int, length) -> None:
+    def stored(self, pages: Pages, num_new: int, length: Length) -> None:
         """The newest `num_new` of `length` slots are new, or were cut anew: bring what is beside them up to date.
 
         `length` is an int, or in a graph, which does not know it, [1] int64.
         """
 
-    def choose(self, pages, query: torch.Tensor, logits: Logits, length) -> Choice | None:
+    def choose(self, pages: Pages, query: torch.Tensor, logits: Logits, length: Length) -> Choice | None:
         """What the queries [B, Hq, T, D] of the newest T of `length` tokens attend; None for everything."""
         return None
 
-    def attended(self, pages, attended: Attended) -> None:
+    def attended(self, pages: Kept, attended: Attended) -> None:
         """The newest tokens have attended: take note of it."""
 
-    def keep(self, pages) -> torch.Tensor | None:
+    def keep(self, pages: Kept) -> torch.Tensor | None:
         """[B, Hkv, n] float32: the `budget` tokens of highest priority outlive the forward; None for all."""
         return None
 
 
-def is_int(value) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """Quest: the pages whose bounds say that they may matter most to the query (arXiv 2406.10774)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,7 +51,7 @@ class Quest(Method):
     score: Score = reference.DEFAULT
     bounds_dtype: torch.dtype | None = torch.int8
 
-    fused: ClassVar = Chain
+    fused: ClassVar[Any] = Chain
 
     def __post_init__(self):
         if not is_int(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):

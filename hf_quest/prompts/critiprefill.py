@@ -38,7 +38,7 @@ class CritiPrefill:
     layer_fusion: float = 0.0
     score: str = "mass"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, lowest in (("budget", 1), ("segment_size", 1), ("block_size", 1), ("threshold", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
@@ -62,16 +62,16 @@ class CritiPrefill:
             raise ValueError(f"score is one of {', '.join(SCORES)}, not {self.score!r}.")
 
     @property
-    def num_selected(self):
+    def num_selected(self) -> int:
         """K: blocks that a segment attends beside itself."""
         return -(-self.budget // self.block_size)
 
-    def segments(self, first, end):
+    def segments(self, first: int, end: int) -> tuple[int, int]:
         """(start, stop): the whole segments among the queries in positions `first` to `end` - 1 that are sparse."""
         start = -(-max(first, self.threshold) // self.segment_size) * self.segment_size
         return start, max(start, end // self.segment_size * self.segment_size)
 
-    def read_share(self, num_tokens):
+    def read_share(self, num_tokens: int) -> float:
         """Products q·k of a prompt of `num_tokens` in a sparse layer, over those of dense attention."""
         start, stop = self.segments(0, num_tokens)
         pairs = num_tokens * (num_tokens + 1) // 2
@@ -81,7 +81,7 @@ class CritiPrefill:
         per_query = self.num_selected * self.block_size + (self.segment_size + 1) / 2
         return (pairs - of_segments + (stop - start) * per_query) / pairs
 
-    def is_sparse(self, num_queries, num_keys):
+    def is_sparse(self, num_queries: int, num_keys: int) -> bool:
         """Whether the newest `num_queries` of `num_keys` tokens have a sparse segment."""
         start, stop = self.segments(num_keys - num_queries, num_keys)
         return stop > start
@@ -94,7 +94,7 @@ class BlockScores:
     layer_idx: int = -1
     scores: dict = field(default_factory=dict)
 
-    def enter(self, layer_idx):
+    def enter(self, layer_idx: int) -> None:
         if layer_idx <= self.layer_idx:  # a forward goes up
             self.scores = {}
         self.layer_idx = layer_idx

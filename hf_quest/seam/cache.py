@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import Self
 
 from .. import former
 from ..errors import QuestError
@@ -86,7 +87,7 @@ class MethodCache(Forwards, former.Cache):
         return {**self.__dict__, "config": None}  # a copy is for whatever model has the same
 
     @classmethod
-    def from_cache(cls, cache: Cache, *args, **options):
+    def from_cache(cls, cache: Cache, *args: Any, **options: Any) -> Self:
         """A cache of this class with the tokens of another cache, which is left as it is.
 
         So a prompt may be read without Quest, come from a disk or from a compressor of keys and values. Left padding is
@@ -168,13 +169,13 @@ class MethodCache(Forwards, former.Cache):
         return self.shared.prefill
 
     @property
-    def tokens_attended(self):
+    def tokens_attended(self) -> list[int]:
         """Tokens that one decode step attends per KV head with what is stored now, for each layer."""
         self._settle()
         return [layer.num_attended for layer in self.layers]
 
     @property
-    def read_share(self):
+    def read_share(self) -> float:
         """Bytes of keys, values and bounds that a decode step reads now, over the bytes that a dense one would."""
         self._settle()
         stored = sum(layer.num_dense for layer in self.layers)
@@ -184,7 +185,7 @@ class MethodCache(Forwards, former.Cache):
         return (sum(self.tokens_attended) + beside) / stored
 
     @property
-    def is_compileable(self):
+    def is_compileable(self) -> bool:
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
         is_out = self.watcher is not None or self.method.fused is None or self.shared.step.is_captured
         return self.compile and not is_out and generate.may_compile_for_caller()
@@ -216,16 +217,16 @@ class MethodCache(Forwards, former.Cache):
             self._prepare_step()
         return MaskLength(num_keys, self), offset
 
-    def get_max_length(self, layer_idx=None):
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if self.max_cache_len is None else self.max_cache_len
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget every token; storage is kept for the next prompt, of whatever batch size."""
         self._settle()
         super().reset()
         self.shared.reset()
 
-    def crop(self, tokens_to_remove):
+    def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens.
 
         Raises:
@@ -241,7 +242,7 @@ class MethodCache(Forwards, former.Cache):
         super().crop(tokens_to_remove)
         self.masks.forget()
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows take the tokens of the rows `beam_idx` [B], in place."""
         self._settle()
         sources = beam_idx.tolist()
@@ -249,17 +250,17 @@ class MethodCache(Forwards, former.Cache):
         for layer in self.layers:
             layer.reorder(sources, start)
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         self._settle()
         super().batch_repeat_interleave(repeats)
         self.masks.forget()
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._settle()
         super().batch_select_indices(indices)
         self.masks.forget()
 
-    def activate_past_recording(self):
+    def activate_past_recording(self) -> None:
         """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
         if self.method.evicts:
             refuse_crop()

@@ -52,7 +52,7 @@ class QuestCache(MethodCache):
             method, dense_layers=dense_layers, max_cache_len=max_cache_len, compile=compile, prefill=prefill
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return super().__repr__().replace(", dense_layers", f", page_size={self.page_size}, dense_layers", 1)
 
 

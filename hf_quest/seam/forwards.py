@@ -24,7 +24,7 @@ class Forwards(Cache):
     """What models, and the mask and attention functions, ask of a cache in a forward. See `MethodCache`."""
 
     shared: State
-    layers: list[Layer]
+    layers: list[Any]  # of Layer
     config: Any  # of the model, as its mask function knows it
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

@@ -1,13 +1,16 @@
 """How far a prompt has been read, while a model reads it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 
 @contextmanager
-def prefill_progress(model, num_tokens, **options):
+def prefill_progress(model: PreTrainedModel, num_tokens: int, **options: Any) -> Iterator[tqdm]:
     """A tqdm bar of the prompt's tokens while `model` reads them, chunk by chunk with `prefill_chunk_size`.
 
     Args:

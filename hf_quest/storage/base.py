@@ -1,5 +1,7 @@
 """Storage: what Pages, Ring and Kept share."""
 
+from typing import ClassVar
+
 import torch
 
 from .rows import Rows
@@ -13,16 +15,17 @@ class Storage:
     token: B ints.
     """
 
-    names = ("keys", "values")  # of the tensors that move together; those of `beside` do too
-    reach = None  # tokens that the layer attends, the query's own included; None: all
+    names: ClassVar[tuple[str, ...]] = ("keys", "values")  # of the tensors that move together; those of `beside` do too
+    reach: int | None = None  # tokens that the layer attends, the query's own included; None: all
 
     def __init__(self, rows: Rows, max_cache_len: int | None = None):
         self.rows = rows
         self.max_cache_len = max_cache_len  # tokens to allocate at once, or None
-        self.keys = self.values = None
-        self.beside = {}  # tensors that a method keeps, by name
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.beside: dict[str, torch.Tensor] = {}  # what a method keeps, by name
         self.length = 0
-        self.left_padding = ()
+        self.left_padding: tuple[int, ...] = ()
         self.on_device = None  # rows.on the device of this storage
         self.device = None  # where the model computes
         self.is_away = False  # on the CPU, see `offload`

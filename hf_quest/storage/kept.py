@@ -1,5 +1,7 @@
 """Kept: the tokens of a layer that a method that evicts has kept."""
 
+from typing import ClassVar
+
 import torch
 
 from ..reference import order_of
@@ -18,7 +20,7 @@ class Kept(Storage):
         beside_tokens: as of `Pages`.
     """
 
-    names = ("keys", "values", "positions", "is_visible", "is_token")
+    names: ClassVar[tuple[str, ...]] = ("keys", "values", "positions", "is_visible", "is_token")
 
     def __init__(self, rows, beside_tokens):
         super().__init__(rows)

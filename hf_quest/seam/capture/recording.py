@@ -17,7 +17,7 @@ from .graphs import one_at_a_time, recorded_into
 from .rehearsal import Rehearsal
 
 
-def capture(model, compile=False):
+def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
     """Let `model.generate` record its decode step as a CUDA graph, and replay that for every token.
 
     Compiling takes up to a minute and fuses the small operations between the matrix products; recording takes a second
@@ -58,7 +58,7 @@ def capture(model, compile=False):
     # What `generate` looks for before it compiles, with the configuration that it was compiled for.
     model._compiled_call = step
     model.__dict__.pop("_last_compile_config", None)
-    model.get_compiled_call = step.get_compiled_call
+    vars(model)["get_compiled_call"] = step.get_compiled_call
     return model
 
 
@@ -157,7 +157,7 @@ def can_be_recorded(cache, inputs):
     """Whether these are the inputs of a decode step that no layer does otherwise than by the kernels."""
     if not isinstance(cache, MethodCache) or cache.shared.step.state != PREPARED or torch.is_grad_enabled():
         return False
-    mask, *others = inputs.get("attention_mask"), *(inputs[name] for name in inputs if name != "attention_mask")
+    mask, others = inputs.get("attention_mask"), [inputs[name] for name in inputs if name != "attention_mask"]
     # One that is there hides tokens of this step, or is that of layers which attend a window.
     is_unmasked = all(each is None for each in mask.values()) if isinstance(mask, dict) else mask is None
     is_flat = all(value is None or isinstance(value, (bool, int, torch.Tensor)) for value in others)
