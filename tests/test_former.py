@@ -12,12 +12,12 @@ from hf_quest.watch import PageReads
 
 
 def test_former_modules_are_there():
+    from hf_quest.baselines import H2OCache
     from hf_quest.cache import CACHE_NAME, PREPARED
     from hf_quest.pages import PageReads as Reads
     from hf_quest.prefill import BlockScores, attend
 
     from hf_quest import _build, ops
-    from hf_quest.baselines import H2OCache
     from hf_quest.kernels import build
     from hf_quest.kernels import ops as operators
 

@@ -11,7 +11,8 @@ PACKAGE = Path(hf_quest.__file__).parent
 # What the files of each room may import of this package, besides their own room.
 ARROWS = {
     "errors": set(),
-    "reference": set(),
+    "rounding": set(),
+    "reference": {"rounding"},
     "kernels": {"reference"},
     "storage": {"errors", "kernels", "reference"},
     "prompts": {"kernels", "reference"},

@@ -26,7 +26,7 @@ from .stock import tokens_of
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class MethodCache(Forwards, former.Cache):
+class MethodCache(generate.Events, Forwards, former.Cache):
     """A key/value cache for `model.generate(cache=MethodCache(method))` of a model that was loaded with
     `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
@@ -184,11 +184,10 @@ class MethodCache(Forwards, former.Cache):
         beside = sum(layer.storage.beside_in_tokens for layer in self.layers if layer.selects)
         return (sum(self.tokens_attended) + beside) / stored
 
-    @property
-    def is_compileable(self) -> bool:
+    def can_be_compiled(self) -> bool:
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.
         is_out = self.watcher is not None or self.method.fused is None or self.shared.step.is_captured
-        return self.compile and not is_out and generate.may_compile_for_caller()
+        return self.compile and not is_out
 
     def get_seq_length(self, layer_idx=0):
         if self.shared.step.is_prepared():
@@ -260,17 +259,11 @@ class MethodCache(Forwards, former.Cache):
         super().batch_select_indices(indices)
         self.masks.forget()
 
-    def activate_past_recording(self) -> None:
-        """`generate` enters assisted decoding: what follows the prompt is drafts, each of which selects for itself."""
+    def generate_begins(self) -> None:
+        self.masks.forget()
+
+    def assisted_begins(self, num_prompt: int) -> None:
+        """What follows the prompt is drafts, each of which selects for itself."""
         if self.method.evicts:
             refuse_crop()
-        self.shared.expect_drafts(generate.prompt_length_of_caller() or self.get_seq_length() or None)
-
-    @property
-    def _is_user_defined(self):
-        return True
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value):
-        # Every call of `generate` sets this first, and may bring another mask than the last one.
-        self.masks.forget()
+        self.shared.expect_drafts(num_prompt or self.get_seq_length() or None)

@@ -122,3 +122,37 @@ def length_or_read_again(cache, length):
         )
     cache.reset()
     return limit + 1
+
+
+class Events:
+    """What `generate` does to a cache, of which it tells nothing else: a cache takes it for events."""
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        """Every call of `generate` sets this first, and may bring another mask than the last one."""
+        self.generate_begins()
+
+    def activate_past_recording(self) -> None:
+        """`generate` enters assisted decoding."""
+        self.assisted_begins(prompt_length_of_caller())
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` and models ask whether to compile the next forward."""
+        return self.can_be_compiled() and may_compile_for_caller()
+
+    def generate_begins(self) -> None:
+        """A `generate` begins that was given this cache."""
+        raise NotImplementedError
+
+    def assisted_begins(self, num_prompt: int) -> None:
+        """Several new tokens after `num_prompt` tokens of a prompt, 0 where that is not known, may be drafts."""
+        raise NotImplementedError
+
+    def can_be_compiled(self) -> bool:
+        """Whether the cache can be part of a graph."""
+        raise NotImplementedError
