@@ -171,35 +171,40 @@ def quest_mask(
 
 @torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
 def mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk):
-    """`quest_mask` for a forward with a QuestCache, whose masks it tells of what it makes."""
+    """`quest_mask` for a forward with a QuestCache: its meaning is decided, then it is built and marked."""
     cache = arguments["kv_length"].cache
     cache.take_config(arguments["config"], max_positions)
     cache.masks.prepare()
-    if is_local:
-        mask, left_padding = local_mask(**arguments), None
-    else:
-        mask, left_padding = full_mask(cache, arguments, is_plain, is_own_chunk)
-    if mask is not None:
-        cache.masks.remember(mask, left_padding)
-    if left_padding is not None and arguments["q_length"] == 1:  # a graph may hold this step
-        cache.set_left_padding(left_padding)
+    left_padding = decide(cache, arguments) if is_plain and not is_local else None
+    mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
+    mark(cache, mask, left_padding, arguments["q_length"])
     return mask
 
 
-def full_mask(cache, arguments, is_plain, is_own_chunk):
-    """The mask of a layer that reaches everything, None where the cache knows what it would say; and its left padding,
-    None if it hides anything else.
-    """
-    left_padding, num_new, num_keys = None, arguments["q_length"], int(arguments["kv_length"])
-    if is_plain:
-        batch_size, attention_mask = arguments["batch_size"], arguments["attention_mask"]
-        left_padding = cache.masks.decide(num_new, num_keys, attention_mask, batch_size, cache.left_padding)
+def decide(cache, arguments):
+    """The left padding of a causal forward, a tuple of B ints, or None if its mask hides anything else."""
+    where = (arguments["q_length"], int(arguments["kv_length"]), arguments["attention_mask"], arguments["batch_size"])
+    return cache.masks.decide(*where, cache.left_padding)
+
+
+def build(cache, arguments, left_padding, is_local, is_own_chunk):
+    """The mask, or None where the cache knows what it would say."""
+    if is_local:
+        return local_mask(**arguments)
     if left_padding is not None and not cache.masks.are_changed:
         # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
         is_on_gpu = torch.device(arguments.get("device") or "cpu").type == "cuda"
-        if num_new == 1 or (is_own_chunk and is_on_gpu and not any(left_padding)):
-            return None, left_padding
-    return sdpa_mask(**arguments), left_padding
+        if arguments["q_length"] == 1 or (is_own_chunk and is_on_gpu and not any(left_padding)):
+            return None
+    return sdpa_mask(**arguments)
+
+
+def mark(cache, mask, left_padding, num_new):
+    """Have the cache know the mask, wherever it turns up, by what it means."""
+    if mask is not None:
+        cache.masks.remember(mask, left_padding)
+    if left_padding is not None and num_new == 1:  # a graph may hold this step
+        cache.set_left_padding(left_padding)
 
 
 def local_mask(q_length, kv_length, kv_offset, local_size, **arguments):
