@@ -1,7 +1,9 @@
-"""Names of version 0.1 that keep working in 0.2, for users and their scripts. This file goes with 0.3."""
+"""Names of version 0.1 that work in 0.2, for users, their scripts and their pickles. This file goes with 0.3."""
 
 import sys
 import types
+
+import torch
 
 from .watch import PageReads, SegmentsRead
 
@@ -21,6 +23,8 @@ MOVED = {
 GATHERED = {
     "baselines": ("seam.caches",),
     "cache": ("seam.cache", "seam.caches", "seam.step", "storage.rows", "errors"),
+    "layers": (),
+    "local": (),
     "pages": ("watch",),
     "prefill": ("prompts.dense", "prompts.segments", "prompts.critiprefill", "seam.progress"),
     "settings": ("seam.state", "seam.step", "storage.rows"),
@@ -38,6 +42,9 @@ def keep_names():
             found = vars(sys.modules[f"{__package__}.{place}"])
             vars(module).update({key: value for key, value in found.items() if not key.startswith("__")})
         keep(package, name, module)
+    for module, name in (("layers", "QuestLayer"), ("local", "LocalLayer")):
+        setattr(sys.modules[f"{__package__}.{module}"], name, Layer)
+    setattr(sys.modules[f"{__package__}.settings"], "Settings", Pickled)
 
 
 def keep(package, name, module):
@@ -45,8 +52,28 @@ def keep(package, name, module):
     setattr(package, name, module)
 
 
+class Pickled:
+    """The settings of a QuestCache in a pickle of version 0.1."""
+
+
+class Layer:
+    """A layer of a QuestCache in a pickle of version 0.1: what it held, by name."""
+
+    def tokens(self):
+        """(keys, values) of the newest tokens that it holds, and how many it has seen."""
+        slots = torch.arange(getattr(self, "first", 0), self.length, device=self.keys.device) % self.keys.shape[2]
+        return self.keys.index_select(2, slots), self.values.index_select(2, slots), self.length
+
+
 class Cache:
     """What caches had in version 0.1."""
+
+    def __setstate__(self, state):
+        """Go on from a copy or a pickle, of version 0.1 too."""
+        if "shared" in state or "settings" not in state:
+            self.__dict__.update(state)
+        else:
+            self.take_former(vars(state["settings"]), state["layers"], state["compile"])
 
     @property
     def settings(self):

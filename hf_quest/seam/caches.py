@@ -1,12 +1,16 @@
 """The caches by the names that users type: each a method, with its options."""
 
+from typing import Any
+
 import torch
 
+from .. import former
 from ..methods import H2O, TOVA, Quest, StreamingLLM
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
 from .cache import MethodCache
+from .stock import Tokens
 
 
 class QuestCache(MethodCache):
@@ -51,6 +55,13 @@ class QuestCache(MethodCache):
         super().__init__(
             method, dense_layers=dense_layers, max_cache_len=max_cache_len, compile=compile, prefill=prefill
         )
+
+    def take_former(self, settings: dict[str, Any], layers: list[former.Layer], compile: bool) -> None:
+        """Become what a pickle of version 0.1 held."""
+        names = ("page_size", "dense_layers", "max_cache_len", "prefill", "bounds_dtype", "score")
+        self.__init__(settings["budget"], **{name: settings[name] for name in names}, compile=compile)  # type: ignore[misc]
+        self._take([Tokens(*layer.tokens(), reach=getattr(layer, "reach", None)) for layer in layers])
+        self.set_left_padding(settings["left_padding"])
 
     def __repr__(self) -> str:
         return super().__repr__().replace(", dense_layers", f", page_size={self.page_size}, dense_layers", 1)
