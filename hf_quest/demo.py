@@ -6,12 +6,13 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from . import CritiPrefill, QuestCache, tiny
+from . import CritiPrefill, QuestCache, models, tiny
 from .cache import CACHE_NAME
 from .evaluation.documents import Library, documents, heldout_text
+from .models import first_line
 
 DOCUMENT_LENGTH = 24_000  # tokens
 PREFILL_CHUNK = 512  # tokens
@@ -100,12 +101,9 @@ def choose_device(device):
 def load(name, device):
     """A model with `attn_implementation="quest"` and its tokenizer, from the hub or a folder."""
     try:
-        dtype = "auto" if device == "cuda" else torch.float32  # many CPUs are slow at bfloat16
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="quest", dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever Transformers, the hub or the model's own code raise
-        raise DemoError(f"{name} cannot be loaded: {first_line(error)}") from error
-    return model.to(device).eval(), tokenizer
+        return models.load(name, device)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
 
 
 def encode(tokenizer, document, question):
@@ -224,7 +222,3 @@ def num_common(answer, other):
     """How many tokens two answers share from their beginning on."""
     pairs = zip(answer.token_ids, other.token_ids, strict=False)
     return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
-def first_line(error):
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -73,11 +73,11 @@ def run(tab):
 
 def open_settings(tab):
     tab.get_by_text("Model and length", exact=True).click()
+    tab.wait_for_timeout(1_000)  # Gradio draws the settings now, and sets their first values again some 100 ms later
 
 
 def shorten(tab, num_tokens):
     open_settings(tab)
-    tab.wait_for_timeout(1_000)  # Gradio draws the settings now, and sets their first values again some 100 ms later
     tab.locator("#longest input[type=number]").fill(str(num_tokens))
     tab.locator("#longest input[type=number]").press("Tab")
     expect(tab.locator("#longest input[type=range]")).to_have_value(str(num_tokens))  # the page has taken it

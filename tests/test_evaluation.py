@@ -36,12 +36,13 @@ from hf_quest.evaluation.calibration import (
     write_html,
 )
 from hf_quest.evaluation.documents import heldout_text
-from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, load, make_ways, new_cache, prefill, read
+from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, make_ways, new_cache, prefill, read
 from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
 from hf_quest.evaluation.perplexity import draw_over_length, hub_text, losses, windows
 from hf_quest.evaluation.plots import draw_over_budget
 from hf_quest.evaluation.report import merged, read_text, spread
 from hf_quest.evaluation.top10 import top_tokens
+from hf_quest.models import load
 
 TEXT = heldout_text()[:40_000]
 

@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 from hf_quest import tiny
 from hf_quest.cli import app
 from hf_quest.evaluation.documents import Library, documents, heldout_text
-from hf_quest.evaluation.methods import Way, answer, load, new_cache, prefill
+from hf_quest.evaluation.methods import Way, answer, new_cache, prefill
 
 pytest.importorskip("lm_eval")
 
 from hf_quest.evaluation.harness import MethodLM, evaluate_harness, harness_table
+from hf_quest.models import load
 
 TASK = """
 task: {name}

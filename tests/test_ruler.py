@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from hf_quest import tiny
 from hf_quest.evaluation import evaluate_ruler, ruler
-from hf_quest.evaluation.methods import load
 from hf_quest.evaluation.ruler import TASKS, encode, make_samples, ruler_table, score
+from hf_quest.models import load
 
 pytest.importorskip("wonderwords")
 

@@ -16,8 +16,8 @@ from hf_quest.evaluation import evaluate_selection, scores
 from hf_quest.evaluation.choices import CHOICES, Choice, attended_tokens, grouped_logits, parse_choice
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.forced import Forced, chosen_attention, is_causal
-from hf_quest.evaluation.methods import load
 from hf_quest.evaluation.selection import means, selection_table
+from hf_quest.models import load
 from hf_quest.reference import PUBLISHED, Score
 
 TEXT = heldout_text()[:40_000]

@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 
 from .. import demo, tiny
+from ..models import load
 from .calibration import calibrate, calibration_table, limit_of, line_of_code, write_html
 from .choices import CHOICES
 from .documents import HELDOUT_TEXT, JOBS
 from .harness import evaluate_harness, harness_table
 from .longbench import SETS, evaluate_longbench, longbench_table
-from .methods import CACHES, METHODS, load
+from .methods import CACHES, METHODS
 from .passkey import evaluate_passkey, passkey_table
 from .perplexity import draw_over_length, evaluate_perplexity, hub_text, perplexity_table
 from .plots import draw_over_budget, save

@@ -12,14 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .. import QuestCache
 from ..baselines import H2OCache, StreamingLLMCache, TOVACache
@@ -68,24 +61,6 @@ def make_ways(methods: Iterable[str], budgets: Iterable[int]) -> list[Way]:
     if not ways:
         raise ValueError("There is nothing to compare: give at least one method, and a budget for all but dense.")
     return ways
-
-
-def load(name: str, device: str, dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model for every method and its tokenizer, from the hub or a folder.
-
-    Without `dtype`: the model's own on a GPU, float32 on a CPU, of which many are slow at bfloat16.
-
-    Raises:
-        ValueError: with the reason in one line, where there is no such model or it has no use for Quest.
-    """
-    dtype = dtype or ("auto" if device == "cuda" else "float32")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="quest", dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever Transformers, the hub or the model's own code raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{name} cannot be loaded: {reason}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def check_length(model: PreTrainedModel, num_tokens: int, ways: Sequence[Way], num_context: int | None = None) -> None:
