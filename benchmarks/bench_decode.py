@@ -11,6 +11,7 @@ rounds of each round's median.
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -18,9 +19,33 @@ from environment import describe
 from rich.console import Console
 from rich.progress import track
 from tables import RESULTS, decode_table, markdown
+from transformers.generation.streamers import BaseStreamer
 
 from hf_quest import QuestCache, demo, tiny
+from hf_quest.cache import CACHE_NAME
 from hf_quest.evaluation.documents import Library, heldout_text
+
+
+class Stopwatch(BaseStreamer):
+    """A streamer for `generate` that keeps the seconds of each new token."""
+
+    def __init__(self):
+        self.seconds = []
+        self.last = None
+
+    def put(self, value):
+        now = time.perf_counter()
+        if self.last is not None:  # the first call brings the prompt
+            self.seconds.append(now - self.last)
+        self.last = time.perf_counter()
+
+    def end(self):
+        pass
+
+    @property
+    def milliseconds(self):
+        """The median. The first token is left out, as it can come with a prompt."""
+        return 1000 * statistics.median(self.seconds[1:])
 
 
 class Way:
@@ -33,16 +58,23 @@ class Way:
         self.budget = budget
         self.round_ms = []
 
-    def run(self, model, tokenizer, input_ids, num_steps):
+    def run(self, model, input_ids, num_steps):
         """Decode `num_steps` tokens on top of the context, time each, and put the cache back."""
         model.set_attn_implementation(self.attn_implementation)
         if self.budget is not None:
             self.cache.budget = self.budget
-        answer = demo.Answer(tokenizer)
-        # The first token is not timed, as it can come with a prompt.
-        demo.generate(model, self.cache, input_ids, answer, num_steps + 1, min_new_tokens=num_steps + 1)
+        stopwatch = Stopwatch()
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            **{CACHE_NAME: self.cache},
+            streamer=stopwatch,
+            max_new_tokens=num_steps + 1,
+            min_new_tokens=num_steps + 1,
+            do_sample=False,
+        )
         self.read_share = getattr(self.cache, "read_share", 1.0)
-        self.round_ms.append(answer.milliseconds)
+        self.round_ms.append(stopwatch.milliseconds)
         self.cache.crop(input_ids.shape[1] - 1 - self.cache.get_seq_length())
 
     def result(self):
@@ -55,7 +87,7 @@ class Way:
         }
 
 
-def measure(model, tokenizer, token_ids, budgets, num_steps, num_rounds):
+def measure(model, token_ids, budgets, num_steps, num_rounds):
     """One context: a dict with its length in tokens and the results of every way."""
     cache = QuestCache()
     demo.prefill(model, cache, token_ids[:, :-1])
@@ -68,7 +100,7 @@ def measure(model, tokenizer, token_ids, budgets, num_steps, num_rounds):
     ]
     for _ in track(range(num_rounds), f"{num_tokens} tokens", transient=True):
         for way in ways:
-            way.run(model, tokenizer, token_ids, num_steps)
+            way.run(model, token_ids, num_steps)
     return {"context": num_tokens, "results": [way.result() for way in ways]}
 
 
@@ -98,7 +130,7 @@ def main():
     model, tokenizer = demo.load(tiny.PATH, arguments.device)
     text_ids = torch.tensor(Library(tokenizer, heldout_text()).ids.astype("int64"), device=arguments.device)
     contexts = [
-        measure(model, tokenizer, text_ids[None, :length], arguments.budgets, arguments.steps, arguments.rounds)
+        measure(model, text_ids[None, :length], arguments.budgets, arguments.steps, arguments.rounds)
         for length in arguments.lengths
     ]
     report = {"environment": describe(arguments.device), "contexts": contexts}

@@ -1,18 +1,15 @@
-"""What `hf-quest demo` does: a document is read once, then dense attention and Quest answer a question about it."""
+"""What a comparison of dense attention and Quest needs: a document, its tokens, checks, and the reading of it."""
 
-import statistics
-import time
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from . import CritiPrefill, QuestCache, models, tiny
 from .cache import CACHE_NAME
 from .evaluation.documents import Library, documents, heldout_text
 from .models import first_line
+from .reading import Document
 
 DOCUMENT_LENGTH = 24_000  # tokens
 PREFILL_CHUNK = 512  # tokens
@@ -20,68 +17,19 @@ CRITICAL = CritiPrefill(budget=1024)
 QUESTION = "what are the key points of this document, in order?"
 # Stands between document and question while a chat template is applied.
 SEPARATOR = "<<the document ends here>>"
+PIECE = 4  # characters that a token has, at about
 
 
 class DemoError(Exception):
     """Why the demo cannot go on, in one line."""
 
 
-class Answer(BaseStreamer):
-    """A streamer for `generate` that keeps the new tokens and the seconds that each took, and shows the text so far."""
-
-    def __init__(self, tokenizer, show=lambda: None):
-        self.tokenizer = tokenizer
-        self.show = show
-        self.token_ids = []
-        self.seconds = []
-        self.last = None
-
-    def put(self, value):
-        now = time.perf_counter()
-        if self.last is not None:  # the first call brings the prompt
-            self.token_ids += value.tolist()
-            self.seconds.append(now - self.last)
-            self.show()
-        self.last = time.perf_counter()  # what it takes to show the text is not the model's time
-
-    def end(self):
-        if len(self.seconds) < 2:
-            raise DemoError(f"The model's whole answer is {self.text!r}, too short to time. Ask another question.")
-
-    @property
-    def text(self):
-        return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-
-    def count(self, points):
-        """How many of the lines `points` the answer has, word for word."""
-        return len(set(points) & set(self.text.splitlines()))
-
-    @property
-    def milliseconds(self):
-        """The median of a decode step. The first token is left out: its forward may have read the question too."""
-        return 1000 * statistics.median(self.seconds[1:] or self.seconds)
-
-
-def read_document(path):
-    """The text of a UTF-8 file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DemoError(f"{path} is not UTF-8 text. The demo reads .txt and .md files.") from None
-    except OSError as error:
-        raise DemoError(f"{path} cannot be read: {error.strerror}.") from None
-    if "\0" in text:
-        raise DemoError(f"{path} is a binary file. The demo reads .txt and .md files.")
-    if not text.strip():
-        raise DemoError(f"{path} is empty.")
-    return text
-
-
 def make_document():
-    """Real text that was held out of the tiny model's training, and the lines in it that mark a key point."""
+    """Real text that was held out of the tiny model's training, with lines in it that mark a key point."""
     library = Library(AutoTokenizer.from_pretrained(tiny.PATH), heldout_text())
-    (document,) = documents(library, "digest", DOCUMENT_LENGTH, 1, seed=1)
-    return document.context, document.answer.split("\n")[1:]
+    (made,) = documents(library, "digest", DOCUMENT_LENGTH, 1, seed=1)
+    name = "real text that the model never saw, with key points marked in it"
+    return Document(name, made.context, key_points=tuple(made.answer.split("\n")[1:]))
 
 
 def make_cache(budget, prefill=None):
@@ -106,14 +54,23 @@ def load(name, device):
         raise DemoError(str(error)) from error
 
 
-def encode(tokenizer, document, question):
-    """Token ids of the document and of the question, each [1, N], in the model's chat template if it has one."""
+def encode(tokenizer, document, question, limit=None):
+    """Token ids of the document and of the question, each [1, N], in the model's chat template if it has one.
+
+    A document that has surely more than `limit` tokens is refused before it is made into tokens as a whole.
+    """
+    if not question.strip():
+        raise DemoError("There is no question. Write one.")
+    check_is_short(tokenizer, document, limit)
     if tokenizer.chat_template is None:
         document, question = document.rstrip() + "\n", f"Question: {question} Answer:"
     else:
-        message = {"role": "user", "content": f"{document.rstrip()}\n\n{SEPARATOR}{question}"}
+        separator = unused(SEPARATOR, document + question)
+        message = {"role": "user", "content": f"{document.rstrip()}\n\n{separator}{question}"}
         chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        document, question = chat.split(SEPARATOR)
+        if chat.count(separator) != 1:
+            raise DemoError("The model's chat template does not write a message once, as it is. Give another model.")
+        document, question = chat.split(separator)
     # A template writes its own special tokens.
     document_ids = tokenizer(
         document, add_special_tokens=tokenizer.chat_template is None, return_tensors="pt"
@@ -122,9 +79,36 @@ def encode(tokenizer, document, question):
     return document_ids, question_ids
 
 
+def unused(separator, text):
+    """The separator, with as many more brackets as make it one that the text does not have."""
+    while separator in text:
+        separator = f"<{separator}>"
+    return separator
+
+
+def check_is_short(tokenizer, document, limit):
+    """Raise for a document of more than `limit` tokens, of which only the first are made into tokens."""
+    if limit is None or len(document) <= PIECE * limit:
+        return
+    num_tokens = 0
+    for first in range(0, len(document), PIECE * 4096):
+        num_tokens += len(tokenizer(document[first : first + PIECE * 4096], add_special_tokens=False).input_ids)
+        if num_tokens > limit:
+            share = min(first + PIECE * 4096, len(document)) / len(document)
+            raise DemoError(
+                f"The document has about {num_tokens / share:,.0f} tokens, and the model's context ends at {limit:,}. "
+                "Give a shorter document or another model."
+            )
+
+
+def context_of(config):
+    """The most tokens that the model takes, or None."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def check_length(num_document, num_total, budget, config):
     """Raise for a document that leaves no room in the model's context, or nothing for Quest to leave out."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_of(config)
     if limit is not None and num_total > limit:
         raise DemoError(
             f"The document has {num_document:,} tokens, {num_total:,} with the question and the answer, and the "
@@ -184,38 +168,6 @@ def tokens_attended(tokens, config):
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     windows += [None] * (len(tokens) - len(windows))
     return [min(number, window or number) for number, window in zip(tokens, windows, strict=True)]
-
-
-def answer_dense(model, cache, document_ids, question_ids, answer, max_new_tokens):
-    """Stream a greedy answer into `answer` the way Transformers does it by default."""
-    try:
-        model.set_attn_implementation("sdpa")
-    except ValueError:  # GPT-OSS, for one, has no SDPA
-        model.set_attn_implementation("eager")
-    generate(model, cache, torch.cat([document_ids, question_ids], dim=1), answer, max_new_tokens)
-
-
-def answer_quest(model, cache, document_ids, question_ids, answer, max_new_tokens):
-    """Stream a greedy answer into `answer`, with everything after the document decoded by Quest."""
-    model.set_attn_implementation("quest")
-    # `generate` would feed the question in one forward, which is dense as every prompt is, and finding what it is about
-    # would not be Quest's work. Fed one by one, its tokens select their pages as those of the answer do.
-    with torch.inference_mode():
-        for token in question_ids[:, :-1].split(1, dim=1):
-            model.base_model(token, **{CACHE_NAME: cache}, use_cache=True)
-    generate(model, cache, torch.cat([document_ids, question_ids], dim=1), answer, max_new_tokens)
-
-
-def generate(model, cache, input_ids, answer, max_new_tokens, **kwargs):
-    model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        **{CACHE_NAME: cache},
-        streamer=answer,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        **kwargs,
-    )
 
 
 def num_common(answer, other):

@@ -1,5 +1,6 @@
-"""`hf-quest demo` really reads a document and answers twice, or says in one line why it does not."""
+"""`hf-quest` really reads a document and answers twice, or says in one line why it does not."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,12 +10,23 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
+from written_files import pages_of, pdf
 
 import hf_quest
+import hf_quest_cli
+import hf_quest_cli.evaluation as options
 from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
-from hf_quest.cache import QuestLayer
-from hf_quest.cli import app, layer_kinds
-from hf_quest.evaluation.documents import heldout_text
+from hf_quest.cache import CACHE_NAME, QuestLayer
+from hf_quest.cli import app
+from hf_quest.comparison import compare, dense_twin
+from hf_quest.evaluation.choices import CHOICES
+from hf_quest.evaluation.documents import JOBS, heldout_text
+from hf_quest.evaluation.longbench import SETS
+from hf_quest.evaluation.methods import CACHES, METHODS
+from hf_quest.evaluation.real_models import SOURCES
+from hf_quest.evaluation.ruler import TASKS
+from hf_quest.evaluation.selection import BUDGETS
+from hf_quest_cli.show import layer_kinds
 
 BUDGET = 64
 NUM_NEW = 12
@@ -44,11 +56,14 @@ def encoded(loaded, document):
     return demo.encode(loaded[1], document.read_text(), demo.QUESTION)
 
 
-@pytest.fixture
-def prefilled(loaded, encoded):
-    cache = QuestCache(budget=BUDGET)
-    demo.prefill(loaded[0], cache, encoded[0])
-    return cache
+@pytest.fixture(scope="module")
+def models(loaded):
+    return loaded[0], dense_twin(loaded[0]), loaded[1]
+
+
+def compared(models, document, budget=BUDGET, question=demo.QUESTION, **options):
+    *_, run = compare(models, document.read_text(), question, budget, NUM_NEW, **options)
+    return run
 
 
 def run(*arguments):
@@ -69,19 +84,74 @@ def test_demo_answers_twice_and_compares(document):
     dense_ms, quest_ms = map(float, rows["ms per token, median"])
     speedup = float(rows["speedup"][1].rstrip("×"))
     assert speedup == pytest.approx(dense_ms / quest_ms, abs=0.1)
+    assert "\x1b" not in result.output  # a pipe gets plain text
     assert re.fullmatch(r"yes|for \d+ of \d+ tokens", rows["answers agree"][1])
 
 
-def test_demo_runs_as_a_program(document):
-    command = [sys.executable, "-m", "hf_quest.cli", "demo", document, "--budget", str(BUDGET), "--max-new-tokens", "4"]
+def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
+    path = tmp_path / "report.pdf"
+    path.write_bytes(pdf([*pages_of(heldout_text()[:4000]), b"q Q"]))
+    command = [sys.executable, "-m", "hf_quest_cli", "demo", path, "--budget", "64", "--max-new-tokens", "4", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "answers agree" in result.stdout
-    assert "\x1b" not in result.stdout  # a pipe gets plain text
+    found = json.loads(result.stdout)
+    assert found["document"]["notes"] == ["Left out: 1 page of 3 without text (a picture, perhaps): 3."]
+    assert found["dense"]["tokens"] == found["quest"]["tokens"] == 4
+    assert found["tokens_attended"][2]["quest"] == 64
+    # What there is on stderr is about this document, and no library's complaint.
+    assert re.fullmatch(
+        r"Document .*\n(.*report\.pdf\n)?\s+Left out: .*\nQuestion .*\nPrefill .*\n", result.stderr, re.MULTILINE
+    )
 
 
 def test_version():
     assert run("--version").output == f"hf-quest {hf_quest.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["app"], ["eval"], ["eval", "ruler"]], ids=" ".join)
+def test_help_needs_no_torch(arguments):
+    code = "import sys, hf_quest_cli\ntry: hf_quest_cli.app()\nfinally: print({*sys.modules} & {'torch', 'numpy'})"
+    command = [sys.executable, "-c", code, *arguments, "--help"]
+    began = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.endswith("set()\n")
+    assert time.monotonic() - began < 2
+
+
+def test_options_are_those_of_the_library():
+    def values(enum):
+        return [each.value for each in enum]
+
+    assert values(options.Job) == list(JOBS)
+    assert values(options.Method) == list(METHODS)
+    assert values(options.BudgetedMethod) == list(CACHES)
+    assert values(options.LongBenchSet) == list(SETS)
+    assert values(options.Task) == list(TASKS)
+    assert values(options.RealModel) == list(SOURCES)
+    assert tuple(CHOICES) == options.CHOICES
+    assert tuple(BUDGETS) == options.BUDGETS
+    assert hf_quest_cli.QUESTION == demo.QUESTION
+
+
+def test_doctor_says_what_is_there():
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["PyTorch"] == torch.__version__
+    assert found["hf_quest"].startswith(hf_quest.__version__)
+    assert found["advice"]
+    assert "Transformers" in run("doctor").stdout
+
+
+def test_an_unforeseen_error_is_one_line_too(document, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("what\nnever")
+
+    monkeypatch.setattr(demo, "encode", broken)
+    assert_error(run("demo", document), r"KeyError: 'what\\nnever' \(HF_QUEST_DEBUG=1 shows where\.\)")
+    monkeypatch.setenv("HF_QUEST_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run("demo", document)
 
 
 def test_import_of_the_package_is_lean():
@@ -96,24 +166,34 @@ def test_import_of_the_package_is_lean():
     assert result.stdout == "[]\n"
 
 
-def test_the_dense_answer_is_stock_generate(loaded, encoded, prefilled):
-    model, tokenizer = loaded
-    answer = demo.Answer(tokenizer)
-    demo.answer_dense(model, demo.stock_copy(prefilled, model.config), *encoded, answer, NUM_NEW)
+def test_the_dense_answer_is_stock_generate(models, document, encoded):
+    run = compared(models, document)
     prompt = torch.cat(encoded, dim=1)
-    stock = model.generate(prompt, max_new_tokens=NUM_NEW, do_sample=False)
-    assert answer.token_ids == stock[0, prompt.shape[1] :].tolist()
+    stock = models[1].generate(prompt, max_new_tokens=NUM_NEW, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert run.dense.token_ids == [token for token in stock if token not in run.dense.stop_ids]
 
 
-def test_quest_decodes_everything_after_the_document(loaded, encoded, prefilled, monkeypatch):
+def test_the_quest_answer_is_generate_with_a_quest_cache_behind_the_question(models, document, encoded):
+    run = compared(models, document)
+    cache = QuestCache(budget=BUDGET)
+    demo.prefill(models[0], cache, encoded[0])
+    with torch.inference_mode():
+        for token in encoded[1][:, :-1].split(1, dim=1):
+            models[0](token, **{CACHE_NAME: cache})
+    prompt = torch.cat(encoded, dim=1)
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, CACHE_NAME: cache}
+    stock = models[0].generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    assert run.quest.token_ids == [token for token in stock if token not in run.quest.stop_ids]
+
+
+def test_quest_decodes_everything_after_the_document(models, document, encoded, monkeypatch):
     attended = []
     attend = QuestLayer.attend
     monkeypatch.setattr(QuestLayer, "attend", lambda *args: attended.append(args[0]) or attend(*args))
-    model, tokenizer = loaded
-    answer = demo.Answer(tokenizer)
-    demo.answer_quest(model, prefilled, *encoded, answer, NUM_NEW)
-    num_sparse = model.config.num_hidden_layers - prefilled.dense_layers
-    assert len(attended) == num_sparse * (encoded[1].shape[1] + len(answer.token_ids) - 1)
+    run = compared(models, document)
+    num_sparse = models[0].config.num_hidden_layers - 2
+    num_forwards = len(run.quest.token_ids) + run.quest.has_ended
+    assert len(attended) == num_sparse * (encoded[1].shape[1] + num_forwards - 1)
 
 
 def test_critical_prefill_is_refused_for_a_document_that_it_would_read_dense(document):
@@ -136,20 +216,9 @@ def test_both_halves_at_work(document, monkeypatch):
     assert "Prefill, CritiPrefill" in result.output
 
 
-def test_a_budget_that_covers_everything_answers_like_dense(loaded, encoded, prefilled):
-    model, tokenizer = loaded
-    dense, quest = demo.Answer(tokenizer), demo.Answer(tokenizer)
-    demo.answer_dense(model, demo.stock_copy(prefilled, model.config), *encoded, dense, NUM_NEW)
-    prefilled.budget = 10_000
-    demo.answer_quest(model, prefilled, *encoded, quest, NUM_NEW)
-    assert demo.num_common(dense, quest) == len(dense.token_ids) == len(quest.token_ids)
-
-
-def test_time_to_show_an_answer_is_not_counted(loaded):
-    answer = demo.Answer(loaded[1], show=lambda: time.sleep(0.1))
-    for token in range(5):
-        answer.put(torch.tensor([token]))
-    assert max(answer.seconds) < 0.05
+def test_a_budget_that_covers_nearly_everything_answers_like_dense(models, document, encoded):
+    run = compared(models, document, budget=encoded[0].shape[1] - 16)
+    assert run.common == (len(run.dense.token_ids), len(run.dense.token_ids))
 
 
 def test_the_question_is_the_one_that_the_tiny_model_learned(loaded, encoded):
@@ -157,18 +226,46 @@ def test_the_question_is_the_one_that_the_tiny_model_learned(loaded, encoded):
     assert loaded[1].decode(encoded[1][0]) == question
 
 
-def test_document_and_question_are_one_chat(document):
+@pytest.mark.parametrize("inserted", ["", demo.SEPARATOR, f"<{demo.SEPARATOR}>{demo.SEPARATOR}"])
+def test_document_and_question_are_one_chat(document, inserted):
     tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
     tokenizer.chat_template = CHAT_TEMPLATE
-    text = document.read_text().rstrip()
-    document_ids, question_ids = demo.encode(tokenizer, text, "Why?")
+    text = (inserted + document.read_text()).rstrip()
+    document_ids, question_ids = demo.encode(tokenizer, text, f"Why{inserted}?")
     assert tokenizer.decode(torch.cat([document_ids, question_ids], dim=1)[0]) == (
-        f"<|end|>user\n{text}\n\nWhy?\nAssistant:"
+        f"<|end|>user\n{text}\n\nWhy{inserted}?\nAssistant:"
     )
 
 
+def test_a_chat_template_that_leaves_the_message_out_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
+    tokenizer.chat_template = "{{ messages[0].role }}"
+    with pytest.raises(demo.DemoError, match="chat template does not write a message once"):
+        demo.encode(tokenizer, "text", "Why?")
+
+
+def test_a_long_text_is_refused_before_it_is_tokens_as_a_whole(loaded):
+    tokenizer = loaded[1]
+    read = []
+
+    class Counting:
+        chat_template = None
+
+        def __call__(self, text, **options):
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    text = (heldout_text() * 5)[:5_000_000]
+    with pytest.raises(demo.DemoError, match=r"has about [\d,]{9} tokens, and the model's context ends at 40,960\."):
+        demo.encode(Counting(), text, "Why?", limit=40_960)
+    assert sum(read) < 250_000
+    # What a limit cannot refuse by its first part is counted exactly.
+    assert demo.encode(tokenizer, "a" * 300, "Why?", limit=80)[0].shape[1] > 80
+
+
 def test_the_made_document_is_long_and_marks_its_key_points():
-    text, points = demo.make_document()
+    made = demo.make_document()
+    text, points = made.text, made.key_points
     num_tokens = len(AutoTokenizer.from_pretrained(tiny.PATH)(text).input_ids)
     assert 0.99 * demo.DOCUMENT_LENGTH < num_tokens <= demo.DOCUMENT_LENGTH
     assert len(points) >= 5
@@ -188,13 +285,14 @@ def assert_error(result, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r".*document\.md cannot be read: No such file or directory\."),
+        (None, r".*document\.md is not there\."),
         (b"", r".*document\.md is empty\."),
-        (b" \n\n", r".*document\.md is empty\."),
-        (b"\x89PNG\r\n\xff\x00", r".*document\.md is not UTF-8 text\. The demo reads \.txt and \.md files\."),
-        (b"PK\x03\x04\x00\x00", r".*document\.md is a binary file\. The demo reads \.txt and \.md files\."),
+        (b" \n\n", r".*document\.md holds no text that can be seen: it is blank\."),
+        (b"\x89PNG\r\n\xff\x00", r".*document\.md is a binary file.*"),
+        (b"PK\x03\x04\x00\x00", r".*document\.md is a ZIP file, by what it holds\. .*"),
+        (b"%PDF-1.4\n", r".*document\.md is a PDF, by what it holds\. Give it a name that ends in \.pdf\."),
     ],
-    ids=["missing", "empty", "blank", "not UTF-8", "binary"],
+    ids=["missing", "empty", "blank", "picture", "ZIP", "PDF"],
 )
 def test_unreadable_file(tmp_path, content, message):
     path = tmp_path / "document.md"
@@ -204,15 +302,19 @@ def test_unreadable_file(tmp_path, content, message):
 
 
 def test_folder_as_file(tmp_path):
-    assert_error(run("demo", tmp_path), ".* cannot be read: Is a directory.")
+    assert_error(run("demo", tmp_path), ".* is a folder, and not a file.")
+
+
+def test_no_question():
+    assert_error(run("demo", "--question", " "), "There is no question. Write one, or leave out --question.")
 
 
 def test_document_beyond_the_models_context(tmp_path):
     path = tmp_path / "long.txt"
     path.write_text(heldout_text()[:400_000])
     message = (
-        r"The document has [\d,]+ tokens, [\d,]+ with the question and the answer, and the model's context ends at "
-        r"40,960\. Give a shorter document or another model\."
+        r"The document has about 1\d\d,\d{3} tokens, and the model's context ends at 40,960\. Give a shorter document "
+        r"or another model\."
     )
     assert_error(run("demo", path), message)
 
@@ -228,12 +330,6 @@ def test_budget_that_leaves_nothing_out(document):
         "The document has .* tokens, which a budget of 4,096 covers: .* Give a longer document or a smaller budget."
     )
     assert_error(run("demo", document, "--budget", 4096), message)
-
-
-def test_answer_too_short_to_time(document, monkeypatch):
-    monkeypatch.setattr(demo, "generate", lambda model, cache, input_ids, answer, max_new_tokens: answer.end())
-    message = "The model's whole answer is '', too short to time. Ask another question."
-    assert_error(run("demo", document, "--budget", BUDGET), message)
 
 
 def test_device_that_is_not_there(document, monkeypatch):

@@ -506,9 +506,9 @@ class TestCommands:
             (["passkey", "--model", "/nowhere/at/all"], r"/nowhere/at/all cannot be loaded: .+"),
             (["recall", "--length", 512, "--budget", 512], r"A budget of 512 tokens covers all 512 tokens .*"),
             (["top10", "--budget", 20_000], r"A budget of 20,000 tokens covers all 10,240 tokens .*"),
-            (["perplexity", "--text", "nowhere.txt"], r"nowhere\.txt cannot be read: No such file or directory\."),
-            (["perplexity", "--text", "EMPTY"], r".*empty\.txt is empty\."),
-            (["perplexity", "--text", "BINARY"], r".*binary\.txt is not UTF-8 text\."),
+            (["perplexity", "--text", "nowhere.txt"], r"nowhere\.txt is not there\."),
+            (["perplexity", "--text", "EMPTY"], r".*empty\.txt holds no text that can be seen: it is blank\."),
+            (["perplexity", "--text", "BINARY"], r".*binary\.txt is a binary file.*"),
             (["perplexity", "--text", "SHORT"], r"The text has 3 tokens, fewer than the length of 16,384\."),
             (["perplexity", "--length", 512, "--scored", 512], r"Of 512 tokens 512 cannot be scored: .*"),
             (["perplexity", "--budget", 64, "--share", 0.5], r"Give budgets in tokens or a share of each length.*"),
@@ -521,7 +521,7 @@ class TestCommands:
     )
     def test_one_line_for_what_cannot_be_done(self, tmp_path, arguments, message):
         (tmp_path / "empty.txt").write_text(" \n")
-        (tmp_path / "binary.txt").write_bytes(b"\xff\x00")
+        (tmp_path / "binary.txt").write_bytes(b"\xff\x00\x01\x02" * 9)
         (tmp_path / "short.txt").write_text("One two.")
         (tmp_path / "qasper.jsonl").write_text('{"context": "A story."}\n')
         paths = {"EMPTY": "empty.txt", "BINARY": "binary.txt", "SHORT": "short.txt", "NOWHERE": "nowhere", "FOLDER": ""}
@@ -533,7 +533,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--text", "nowhere.txt"], r"nowhere\.txt cannot be read: No such file or directory\."),
+            (["--text", "nowhere.txt"], r"nowhere\.txt is not there\."),
             (["--text", "TEXT", "--budget", 4096], r"A budget of 4,096 tokens covers all \d+ tokens of .*"),
             (["--text", "TEXT", "--max-tokens", 40, "--scored", 8], r"The context has 31 tokens, which the .*"),
             (["--text", "TEXT", "--tolerance", 0], r"tolerance is a share above 0, such as 0\.01, not 0\.0\."),

@@ -1,104 +1,15 @@
-"""One model, and what happens in a visitor's run: a document is read once, then dense attention and Quest race."""
+"""The model that all visitors share, and where Quest looked in a run."""
 
-import copy
 import re
-import statistics
-import threading
-import time
-from dataclasses import dataclass, field
-from itertools import chain
-
-import torch
+from dataclasses import dataclass
 
 from .. import demo, tiny
-from ..cache import CACHE_NAME
-from ..pages import PageReads
+from ..comparison import compare, dense_twin
 
 MAX_NEW_TOKENS = 512
 NUM_SOURCES = 3  # pages named for each sentence
 FAINT = 0.25  # of the best page's attention: less is not named
 SENTENCE = re.compile(r"\n+|(?<=[.!?])\s+")
-
-
-class Contestant:
-    """One greedy answer, token by token, with a stopwatch that runs only while its own forwards do."""
-
-    def __init__(self, model, cache, pending, tokenizer):
-        self.model = model
-        self.cache = cache
-        self.pending = pending  # list of [1, T] token ids, one forward each; the last one's logits choose a token
-        self.tokenizer = tokenizer
-        stop_ids = model.generation_config.eos_token_id
-        self.stop_ids = set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
-        self.first_slot = cache.get_seq_length() + sum(ids.shape[1] for ids in pending)  # of the answer
-        self.token_ids = []
-        self.step_seconds = []
-        self.seconds = 0.0
-        self.first_token_seconds = None  # without the document's prefill
-        self.has_ended = False
-
-    @torch.inference_mode()
-    def step(self):
-        """One forward."""
-        began = time.perf_counter()
-        logits = self.model(self.pending.pop(0), **{CACHE_NAME: self.cache}, use_cache=True).logits
-        if self.pending:
-            self.seconds += time.perf_counter() - began
-            return
-        next_ids = logits[:, -1:].argmax(dim=-1)
-        token_id = next_ids.item()  # waits for the device
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
-        if self.first_token_seconds is None:
-            self.first_token_seconds = self.seconds
-        else:
-            self.step_seconds.append(seconds)
-        self.pending = [next_ids]
-        if token_id in self.stop_ids:
-            self.has_ended = True
-        else:
-            self.token_ids.append(token_id)
-
-    @property
-    def text(self):
-        return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-
-    @property
-    def milliseconds(self):
-        """The median of a decode step, or None before the second token."""
-        return 1000 * statistics.median(self.step_seconds) if self.step_seconds else None
-
-
-@dataclass
-class Run:
-    """What a visitor sees of a run. Only `dense.cache` and `quest.cache` are large, and they go when it ends."""
-
-    budget: int
-    phase: str = "loading"  # then reading, answering, weighing, and at last finished or stopped
-    page_size: int = 16
-    document_ids: list = field(default_factory=list)
-    num_read: int = 0
-    prefill_seconds: float = 0.0
-    dense: Contestant | None = None
-    quest: Contestant | None = None
-    reads: PageReads = field(default_factory=PageReads)
-    read_share: float | None = None  # of the KV cache, by one step of Quest
-
-    @property
-    def num_pages(self):
-        """Pages of the document."""
-        return -(-len(self.document_ids) // self.page_size)
-
-    @property
-    def speedup(self):
-        """How much faster Quest's decode step is, or None before both have made one."""
-        if self.dense is None or self.dense.milliseconds is None or self.quest.milliseconds is None:
-            return None
-        return self.dense.milliseconds / self.quest.milliseconds
-
-    def answer_slots(self, first, last):
-        """The slots of the queries that chose the answer's tokens `first` to `last - 1`."""
-        return range(self.quest.first_slot + first - 1, self.quest.first_slot + last - 1)
 
 
 class Engine:
@@ -127,78 +38,9 @@ class Engine:
         self.model, self.dense_model = model, dense_twin(model)
 
     def run(self, text, question, budget, max_new_tokens=MAX_NEW_TOKENS, stopped=None):
-        """Yield one Run again and again, after every forward, until both answers have ended or `stopped` is set.
-
-        Raises DemoError for a document, question or budget that the model cannot take.
-        """
-        run = Run(budget)
-        stopped = stopped or threading.Event()
-        model, dense_model, tokenizer = self.model, self.dense_model, self.tokenizer
-        try:
-            cache = demo.make_cache(budget)
-            document_ids, question_ids = demo.encode(tokenizer, text, question)
-            num_document, num_question = document_ids.shape[1], question_ids.shape[1]
-            demo.check_length(num_document, num_document + num_question + max_new_tokens, budget, model.config)
-            run.document_ids, run.page_size, run.phase = document_ids[0].tolist(), cache.page_size, "reading"
-            yield run
-            for chunk in demo.chunks(document_ids):
-                if stopped.is_set():
-                    break
-                began = time.perf_counter()
-                demo.read(model, cache, chunk.to(self.device))
-                self.wait()
-                run.prefill_seconds += time.perf_counter() - began
-                run.num_read += chunk.shape[1]
-                yield run
-            else:
-                question_ids = question_ids.to(self.device)
-                stock = demo.stock_copy(cache, model.config)
-                run.dense = Contestant(dense_model, stock, [question_ids], tokenizer)
-                # Token by token, so that finding what the question is about is Quest's work too.
-                run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
-                del stock
-                cache.recorder = run.reads
-                run.phase = "answering"
-                for _ in race((run.quest, run.dense), max_new_tokens):
-                    run.read_share = cache.read_share
-                    yield run
-                    if stopped.is_set():
-                        break
-            if not stopped.is_set():
-                run.phase = "weighing"
-                yield run
-                run.reads.weigh(cache)
-        finally:
-            cache = None
-            for contestant in filter(None, (run.dense, run.quest)):
-                contestant.model = contestant.cache = contestant.pending = None
-        run.phase = "finished" if run.phase == "weighing" else "stopped"
-        yield run
-
-    def wait(self):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def race(contestants, max_new_tokens):
-    """Yield after every forward, until all have ended.
-
-    They share the machine and not a stopwatch: the one whose own is behind goes next, so that both texts appear in
-    proportion to what their own forwards take.
-    """
-    while racing := [each for each in contestants if not each.has_ended and len(each.token_ids) < max_new_tokens]:
-        min(racing, key=lambda contestant: contestant.seconds).step()
-        yield
-
-
-def dense_twin(model):
-    """The same weights, not a copy of them, with the attention that Transformers takes by default."""
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
-    try:
-        twin.set_attn_implementation("sdpa")
-    except ValueError:  # GPT-OSS, for one, has no SDPA
-        twin.set_attn_implementation("eager")
-    return twin
+        """Yield one comparison.Run after every forward, until both answers have ended or `stopped` is set."""
+        models = (self.model, self.dense_model, self.tokenizer)
+        return compare(models, text, question, budget, max_new_tokens, is_recorded=True, stopped=stopped)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -72,7 +73,9 @@ class Results:
         units = list(units)
         done = {record["unit"] for record in self.records}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True, console=Console(stderr=True)
+        ) as progress:
             task = progress.add_task("", total=len(units))
             for unit in units:
                 progress.update(task, description=unit)
