@@ -33,7 +33,7 @@ MOST_BYTES = 14 << 20  # of which the model inside is 12
 def look_into(wheel):
     """Fail for what is in the wheel and should not be, or is missing."""
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {f"hf_quest/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    sources = {f"hf_quest/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     missing = sources - set(names)
     stray = [name for name in names if not re.match(r"hf_quest(_cli|-[\d.]+\w*\.dist-info)?/", name) or "test" in name]
     size = wheel.stat().st_size
@@ -75,6 +75,7 @@ def try_with(python, wheel, is_quick):
         printed = run([programs / "python", "ten_lines.py"], folder)
         if SAID not in printed:
             sys.exit(f"The ten lines print {printed!r} and not {SAID}.")
+        run([programs / "hf-quest", "doctor"], folder)
         said = demo(programs, folder, is_quick)
         version = run([programs / "python", "--version"], folder).strip()
         print(
