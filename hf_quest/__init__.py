@@ -25,7 +25,7 @@ __all__ = [
     "capture",
     "prefill_progress",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register()
 former.keep_names()

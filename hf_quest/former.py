@@ -42,9 +42,12 @@ def keep_names():
             found = vars(sys.modules[f"{__package__}.{place}"])
             vars(module).update({key: value for key, value in found.items() if not key.startswith("__")})
         keep(package, name, module)
-    for module, name in (("layers", "QuestLayer"), ("local", "LocalLayer")):
-        setattr(sys.modules[f"{__package__}.{module}"], name, Layer)
-    setattr(sys.modules[f"{__package__}.settings"], "Settings", Pickled)
+    for module, name, kind in (
+        ("layers", "QuestLayer", Layer),
+        ("local", "LocalLayer", Layer),
+        ("settings", "Settings", Pickled),
+    ):
+        vars(sys.modules[f"{__package__}.{module}"])[name] = kind
 
 
 def keep(package, name, module):
@@ -60,9 +63,14 @@ class Layer:
     """A layer of a QuestCache in a pickle of version 0.1: what it held, by name."""
 
     def tokens(self):
-        """(keys, values) of the newest tokens that it holds, and how many it has seen."""
+        """(keys, values, tokens seen, reach), as a `stock.Tokens` has them: the newest that it holds."""
         slots = torch.arange(getattr(self, "first", 0), self.length, device=self.keys.device) % self.keys.shape[2]
-        return self.keys.index_select(2, slots), self.values.index_select(2, slots), self.length
+        return (
+            self.keys.index_select(2, slots),
+            self.values.index_select(2, slots),
+            self.length,
+            getattr(self, "reach", None),
+        )
 
 
 class Cache:

@@ -60,7 +60,7 @@ class QuestCache(MethodCache):
         """Become what a pickle of version 0.1 held."""
         names = ("page_size", "dense_layers", "max_cache_len", "prefill", "bounds_dtype", "score")
         self.__init__(settings["budget"], **{name: settings[name] for name in names}, compile=compile)  # type: ignore[misc]
-        self._take([Tokens(*layer.tokens(), reach=getattr(layer, "reach", None)) for layer in layers])
+        self._take([Tokens(*layer.tokens()) for layer in layers])
         self.set_left_padding(settings["left_padding"])
 
     def __repr__(self) -> str:
