@@ -73,6 +73,9 @@ class Layer:
         )
 
 
+PICKLED = (("layers", "QuestLayer", Layer), ("local", "LocalLayer", Layer), ("settings", "Settings", Pickled))
+
+
 class Cache:
     """What caches had in version 0.1."""
 
