@@ -254,7 +254,7 @@ def test_a_layer_on_the_cpu_is_not_served_and_nothing_is_said():
         assert not ops.serves(keys, keys, S)
 
 
-def test_importingbuilds_nothing_and_imports_nobuilder():
+def test_importing_builds_nothing_and_imports_no_builder():
     code = "import sys, hf_quest.kernels.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -291,7 +291,7 @@ class TestBuild:
             assert not build.load()
         assert not calls
 
-    def test_a_failedbuild_is_one_warning(self, monkeypatch, calls):
+    def test_a_failed_build_is_one_warning(self, monkeypatch, calls):
         def fail(name, **options):
             raise RuntimeError("Error building extension: no compiler")
 

@@ -84,9 +84,10 @@ class Forwards(Cache):
 
     def _add_layer(self, layer_idx, num_new):
         if layer_idx > len(self.layers):
+            name = type(self).__name__
             raise QuestError(
                 f"Layer {len(self.layers)} of this model caches no keys and values: a hybrid of attention with linear "
-                f"attention or convolutions, which {type(self).__name__} does not serve. Use the model without it."
+                f"attention or convolutions, which {name} does not serve. Use the model without {name}."
             )
         if self.layers and self.layers[0].length != num_new and generate.called_by_module():
             num_layers = len(self.layers)
@@ -143,7 +144,7 @@ class Forwards(Cache):
         if cross_layers := getattr(config, "cross_attention_layers", None):
             raise QuestError(
                 f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
-                f"{type(self).__name__} does not serve it. Use the model without it."
+                f"{type(self).__name__} does not serve it. Use the model without {type(self).__name__}."
             )
         self.config = config
         reaches = reaches_of(config, max_positions)
@@ -168,7 +169,7 @@ class Forwards(Cache):
     def _no_state(self, *args, **kwargs):
         raise QuestError(
             "This model keeps states beside keys and values (linear attention, convolutions or an indexer), which "
-            f"{type(self).__name__} does not serve. Use the model without it."
+            f"{type(self).__name__} does not serve. Use the model without {type(self).__name__}."
         )
 
     has_previous_state = _no_state
