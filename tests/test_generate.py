@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_quest import QuestCache, reference
+from hf_quest.codes import encode, grid
 from hf_quest.storage.pages import copies_in_order
 
 
@@ -34,7 +35,8 @@ def model():
 
 
 @pytest.fixture(
-    params=[{}, {"max_cache_len": 512}, {"bounds_dtype": None}], ids=["growing", "max_cache_len", "wide bounds"]
+    params=[{}, {"max_cache_len": 512}, {"bounds_dtype": None}, {"codes": 2, "candidates": 2}],
+    ids=["growing", "max_cache_len", "wide bounds", "codes"],
 )
 def new_cache(request):
     return lambda budget=BUDGET: QuestCache(budget=budget, **request.param)
@@ -50,6 +52,10 @@ def assert_bounds_are_true(cache):
                     expected, scales = reference.to_8_bits(expected)
                     assert torch.equal(layer.scales[row, :, page], scales)
                 assert torch.equal(layer.bounds[row, :, page], expected)
+                if cache.method.codes is not None and keys.shape[1] == 16:
+                    lowest, step = (each[:, None] for each in grid(expected, scales, 2))
+                    found = layer.storage.beside["codes"][row, :, padding + 16 * page : padding + 16 * page + 16]
+                    assert torch.equal(found, encode(keys, lowest, step, 2))
 
 
 def left_padded(rows):

@@ -35,7 +35,11 @@ def quest_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, **options)
 
 
-METHODS = [quest_cache, exact_top_k_cache, *EVICTING]
+def codes_cache(budget=2048, **options):
+    return QuestCache(budget, page_size=4, codes=2, candidates=2, **options)
+
+
+METHODS = [quest_cache, codes_cache, exact_top_k_cache, *EVICTING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 

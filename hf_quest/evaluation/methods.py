@@ -23,6 +23,7 @@ CACHES = {
     "tova": TOVACache,
     "streamingllm": StreamingLLMCache,
     "quest-published": functools.partial(QuestCache, score="published"),
+    "quest-codes": functools.partial(QuestCache, codes=2),
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document

@@ -68,6 +68,10 @@ class Method:
         """What is kept beside every page, as in `beside_tokens`."""
         return {}
 
+    def read_beside(self, pages: Pages) -> float:
+        """Bytes that a step reads of one KV head besides keys and values."""
+        return pages.num_pages(pages.length) * pages.bytes_beside_pages
+
     def stored(self, pages: Pages, num_new: int, length: Length) -> None:
         """The newest `num_new` of `length` slots are new, or were cut anew: bring what is beside them up to date.
 

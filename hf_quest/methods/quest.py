@@ -1,14 +1,19 @@
 """Quest: the pages whose bounds say that they may matter most to the query (arXiv 2406.10774)."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 
 from .. import reference
+from ..codes import BITS, refine, refresh_codes
 from ..kernels import ops
 from ..reference import Choice, Score
 from .base import Method, is_int
+
+# How the query heads of a KV head agree on tokens, whatever the pages are found by: by the attention that a token would
+# get from all of them.
+TOKEN_GROUP = "sum"
 
 
 class Chain:
@@ -44,14 +49,19 @@ class Quest(Method):
 
     Args:
         budget: tokens, rounded up to whole pages, at least two pages.
-        page_size, score, bounds_dtype: see `QuestCache`.
+        page_size, score, bounds_dtype, codes, candidates: see `QuestCache`.
     """
 
     page_size: int = 16
     score: Score = reference.DEFAULT
     bounds_dtype: torch.dtype | None = torch.int8
+    codes: int | None = None
+    candidates: int | None = 8
 
-    fused: ClassVar[Any] = Chain
+    @property
+    def fused(self):
+        """The kernels choose pages; by codes nothing is fused."""
+        return None if self.codes else Chain
 
     def __post_init__(self):
         if not is_int(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
@@ -71,6 +81,16 @@ class Quest(Method):
             raise ValueError(
                 f"A Score has a width from 0 to 1 and a group of {reference.GROUPS}, unlike {self.score!r}."
             )
+        self.check_codes()
+
+    def check_codes(self):
+        if self.codes is not None and (not is_int(self.codes) or self.codes not in BITS):
+            raise ValueError(f"codes is a number of bits per channel, one of {BITS}, or None, not {self.codes!r}.")
+        if self.candidates is not None and (not is_int(self.candidates) or self.candidates < 1):
+            raise ValueError(
+                "candidates says how many times the budget's pages are looked at by their codes, 1 or more, or None "
+                f"for all pages, not {self.candidates!r}."
+            )
 
     @property
     def num_selected(self) -> int:
@@ -78,8 +98,16 @@ class Quest(Method):
         return -(-self.budget // self.page_size)
 
     @property
+    def num_candidates(self) -> float:
+        """Pages whose tokens are looked at by their codes."""
+        return math.inf if self.candidates is None else self.candidates * self.num_selected
+
+    @property
     def num_attended(self):
         return self.num_selected * self.page_size
+
+    def beside_tokens(self, head_dim, dtype):
+        return {} if self.codes is None else {"codes": ((head_dim * self.codes // 8,), torch.uint8)}
 
     def beside_pages(self, head_dim, dtype):
         if self.bounds_dtype is None:
@@ -89,7 +117,10 @@ class Quest(Method):
 
     def stored(self, pages, num_new, length):
         bounds = (pages.beside["bounds"], pages.beside.get("scales"))
-        reference.refresh_bounds(pages.keys, *bounds, num_new, length, pages.padding, self.page_size)
+        where = (num_new, length, pages.padding, self.page_size)
+        reference.refresh_bounds(pages.keys, *bounds, *where)
+        if self.codes is not None:
+            refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
@@ -97,8 +128,19 @@ class Quest(Method):
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
         where = (length, pages.padding, self.page_size)
         scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
-        ids = reference.select(scores, *where[:2], self.num_selected, self.page_size, self.score.keeps_first)
-        return Choice(ids, self.page_size)
+        num_found = min(self.num_candidates, scores.shape[-1]) if self.codes else self.num_selected
+        ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
+        if self.codes is None:
+            return Choice(ids, self.page_size)
+        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
+        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
+
+    def read_beside(self, pages):
+        if self.codes is None:
+            return super().read_beside(pages)
+        of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
+        num_looked_at = min(self.num_candidates * self.page_size, pages.length)
+        return pages.num_pages(pages.length) * of_pages + num_looked_at * pages.beside["codes"][0, 0, 0].nbytes
 
 
 def score_named(score) -> Score:

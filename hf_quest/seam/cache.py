@@ -181,7 +181,11 @@ class MethodCache(generate.Events, Forwards, former.Cache):
         stored = sum(layer.num_dense for layer in self.layers)
         if stored == 0:
             return 1.0
-        beside = sum(layer.storage.beside_in_tokens for layer in self.layers if layer.selects)
+        beside = sum(
+            self.method.read_beside(layer.storage) / layer.storage.bytes_of_token
+            for layer in self.layers
+            if layer.selects
+        )
         return (sum(self.tokens_attended) + beside) / stored
 
     def can_be_compiled(self) -> bool:

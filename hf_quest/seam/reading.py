@@ -5,7 +5,7 @@ import functools
 import torch
 
 from .. import prompts
-from ..errors import say_if_constant
+from ..errors import say_if_constant, say_once
 from ..kernels import ops
 from ..reference import Choice
 from ..watch import Read, SegmentsRead
@@ -38,6 +38,8 @@ def attend(layer, query, logits):
         sinks = None if logits.sinks is None else logits.sinks.detach().to(query.dtype)
         query, logits = query.detach(), logits._replace(sinks=sinks)
         return attend_in_graph(layer, query, logits) if is_captured else attend_one_by_one(layer, query, logits)
+    if layer.has_kernels and layer.is_sparse and layer.method.fused is None:
+        say_once(f"There are no CUDA kernels for {layer.method}: the layers that choose by it run in PyTorch.")
     layer.store_handed()
     length = layer.storage.on_device.length if is_captured else layer.length
     choice = layer.method.choose(layer.storage, query, logits, length) if layer.is_sparse else None

@@ -144,7 +144,10 @@ class Pages(Storage):
         first_page = max(0, start - max(self.left_padding, default=0)) // self.page_size
         pages = slice(first_page, self.num_pages(self.length))
         of_tokens = self.beside_tokens(self.keys.shape[-1], self.keys.dtype)
-        beside = [tensor[:, :, slots if name in of_tokens else pages] for name, tensor in self.beside.items()]
+        of_their_pages = slice(
+            max(0, start - self.page_size), self.length
+        )  # what is beside a token may hang on its page
+        beside = [tensor[:, :, of_their_pages if name in of_tokens else pages] for name, tensor in self.beside.items()]
         return [self.keys[:, :, slots], self.values[:, :, slots], *beside]
 
     def allocate(self, like_keys, like_values, batch_size, num_slots, dtype):
@@ -172,11 +175,15 @@ class Pages(Storage):
         return -(-num_tokens // self.page_size)
 
     @property
-    def beside_in_tokens(self):
-        """The bytes of what is beside pages, in those of one token's key and value."""
-        of_tokens = self.keys[0, 0, 0].nbytes + self.values[0, 0, 0].nbytes
+    def bytes_of_token(self):
+        """Of one token's key and value in one KV head."""
+        return self.keys[0, 0, 0].nbytes + self.values[0, 0, 0].nbytes
+
+    @property
+    def bytes_beside_pages(self):
+        """Of what is beside one page of one KV head."""
         names = self.beside_pages(self.keys.shape[-1], self.keys.dtype)
-        return self.length / self.page_size * sum(self.beside[name][0, 0, 0].nbytes for name in names) / of_tokens
+        return sum(self.beside[name][0, 0, 0].nbytes for name in names)
 
     def find_addresses(self):
         if not self.has_kernels:
