@@ -1,6 +1,7 @@
 """`hf-quest` really reads a document and answers twice, or says in one line why it does not."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     path = tmp_path / "report.pdf"
     path.write_bytes(pdf([*pages_of(heldout_text()[:4000]), b"q Q"]))
     command = [sys.executable, "-m", "hf_quest_cli", "demo", path, "--budget", "64", "--max-new-tokens", "4", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "300"}  # or the path's end would be on a line of its own
+    result = subprocess.run(command, capture_output=True, text=True, env=wide)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["document"]["notes"] == ["Left out: 1 page of 3 without text (a picture, perhaps): 3."]
