@@ -1,5 +1,6 @@
 """Codes of keys choose the tokens that they say matter most: by laws, and by the formula in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_quest import QuestCache, QuestError, reference
 from hf_quest.codes import BITS, decode, encode, grid, refine, refresh_codes
+from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
 
 PAGE = 4
 ODD = [(0,), (0, 3), (5, 0, 1)]  # left padding of the rows
@@ -162,6 +164,27 @@ def test_where_candidates_have_fewer_tokens_than_are_asked_for_all_are_chosen():
     page_ids = torch.tensor([[[[0, 3, 7, -1]]]]).expand(1, 2, 1, 4)
     ids = stored.refine(torch.randn(1, 4, 1, 16), page_ids, 20)
     assert ids[0, 0, 0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 28, 29] + 10 * [-1]
+
+
+@pytest.mark.parametrize("candidates", [2, 0])
+def test_it_chooses_what_eval_selection_measures(candidates):
+    """The table of real weights is of what a QuestCache does, with pages found by the sum over heads."""
+    length, budget = 200, 64
+    keys = torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, 8, 1, 32, generator=torch.Generator().manual_seed(1))
+    measured = dataclasses.replace(CHOICES["codes-tokens"], candidates=candidates)
+    expected = attended_tokens(measured, budget, query, keys, grouped_logits(query, keys, 0.2), 0.2)[:, :, 0]
+
+    cache = QuestCache(budget, codes=2, candidates=candidates or None, score=measured.score, dense_layers=0)
+    cache.update(keys, keys, 0)
+    choice = cache.method.choose(cache.layers[0].storage, query, reference.Logits(0.2), length)
+    ids = choice.ids[:, :, 0]
+    chosen = torch.zeros(1, 2, length + 1, dtype=torch.bool).scatter(2, ids.masked_fill(ids < 0, length), True)[
+        ..., :-1
+    ]
+    assert choice.size == 1
+    assert (choice.ids >= 0).sum() == 2 * (budget - 16 + 8)  # the newest page holds 8 of its 16 tokens
+    assert torch.equal(chosen, expected)
 
 
 @pytest.fixture(scope="module")
