@@ -494,7 +494,7 @@ def calibrate_command(
 ):
     """Find the budget that your own document needs in your own model."""
     from hf_quest.evaluation import calibrate
-    from hf_quest.evaluation.calibration import limit_of, line_of_code
+    from hf_quest.evaluation.calibration_report import limit_of, line_of_code
     from hf_quest.evaluation.commands import conclude
     from hf_quest.reading import read_document
 

@@ -24,7 +24,7 @@ from hf_quest.evaluation.documents import JOBS, heldout_text
 from hf_quest.evaluation.longbench import SETS
 from hf_quest.evaluation.methods import CACHES, METHODS
 from hf_quest.evaluation.real_models import SOURCES
-from hf_quest.evaluation.ruler import TASKS
+from hf_quest.evaluation.ruler_tasks import TASKS
 from hf_quest.evaluation.selection import BUDGETS
 from hf_quest.prompts import segments
 from hf_quest.seam import attention

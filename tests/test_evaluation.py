@@ -24,9 +24,9 @@ from hf_quest.evaluation import (
     longbench,
     passkey,
 )
-from hf_quest.evaluation.calibration import (
+from hf_quest.evaluation.calibration import default_budgets
+from hf_quest.evaluation.calibration_report import (
     calibration_table,
-    default_budgets,
     limit_of,
     line_of_code,
     of_method,
