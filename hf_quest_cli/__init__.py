@@ -77,6 +77,7 @@ def silence_libraries():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     import huggingface_hub.utils.logging

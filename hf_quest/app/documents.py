@@ -7,11 +7,12 @@ from transformers import AutoTokenizer
 
 from .. import demo, tiny
 from ..evaluation.documents import Library, documents, heldout_text
+from ..reading import Document
 
 TASKS = ("Summarize", "Key points", "Question")
 PROMPTS = {
     "Summarize": "Summarize this document in at most ten sentences.",
-    "Key points": "List the key points of this document, in order.",
+    "Key points": "List the key points of this document, in order, one short line for each.",
 }
 
 
@@ -30,10 +31,11 @@ class Sample:
 
 
 SAMPLES = (
-    Sample("Manual, 12K tokens, key points", "digest", 12_000),
-    Sample("Manual, 24K tokens, key points", "digest", 24_000, seed=1),
-    Sample("Manual, 16K tokens, secret codes", "facts", 16_000, seed=1),
-    Sample("Haystack, 8K tokens, a pass key", "passkey", 8_000),
+    Sample("A manual with marked key points, 12,000 tokens", "digest", 12_000),
+    Sample("A manual with marked key points, 24,000 tokens", "digest", 24_000, seed=1),
+    Sample("A manual with secret codes, 16,000 tokens", "facts", 16_000, seed=1),
+    Sample("A haystack with a pass key, 8,000 tokens", "passkey", 8_000),
+    Sample("A manual for small models, 6,000 tokens", "digest", 6_000, seed=2),
 )
 
 
@@ -44,12 +46,13 @@ def library():
 
 @cache
 def write(sample):
-    """The text of a sample and a question for it."""
-    (document,) = documents(library(), sample.job, sample.length, 1, sample.seed)
+    """The Document of a sample, and a question for it."""
+    (made,) = documents(library(), sample.job, sample.length, 1, sample.seed)
+    document = Document(sample.title, made.context)
     if sample.job == "digest":
-        return document.context, ""
-    question = document.question.removeprefix("Question: ").removesuffix(" Answer:").removesuffix(" The pass key is")
-    return document.context, question[:1].upper() + question[1:]
+        return document, ""
+    question = made.question.removeprefix("Question: ").removesuffix(" Answer:").removesuffix(" The pass key is")
+    return document, question[:1].upper() + question[1:]
 
 
 def prompt(task, question, is_tiny):

