@@ -58,7 +58,8 @@ FAINT = """() => {
     (element.matches('input, textarea') ? element.value
       : [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()))
     && element.checkVisibility({ opacityProperty: true, visibilityProperty: true })
-    && element.getBoundingClientRect().width > 1 && !element.closest('script, style, :disabled, input[type=range], input[type=radio]'));
+    && element.getBoundingClientRect().width > 1
+    && !element.closest('script, style, :disabled, input[type=range], input[type=radio]'));
   return shown.map((element) => {
     const back = behind(element);
     const [a, b] = [light(over(parse(getComputedStyle(element).color), back)), light(back)];
