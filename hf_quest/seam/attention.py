@@ -177,9 +177,9 @@ def kept_attention(layer, module, query, key, value, attention_mask, **kwargs):
     handed = layer.handed
     if query.shape[2] == 1 and handed.num_new == 1:
         attention_mask = with_padding(attention_mask, layer)
-    mask = at_positions(attention_mask, handed.positions, query, layer.length)
+    mask = at_positions(attention_mask, key.quest_positions, query, layer.length)
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = at_positions(kwargs["position_bias"], handed.positions, query, layer.length)
+        kwargs["position_bias"] = at_positions(kwargs["position_bias"], key.quest_positions, query, layer.length)
     attend_all = dense_decode if query.shape[2] == 1 else dense_attention
     output = attend_all(module, query, key, value, mask, **kwargs)
     if not handed.is_seen:  # else it was by the layer whose keys and values this call shares

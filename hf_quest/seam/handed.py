@@ -12,7 +12,6 @@ class Handed:
     num_new: int = 0  # tokens of the forward
     is_under_way: bool = False  # the attention is not done with it
     is_seen: bool = True  # a method that evicts has taken note of it
-    positions: torch.Tensor | None = None  # [B, Hkv, n] of a layer that evicts: the slots of the keys handed over
     is_plain: bool = True  # the forward's mask is causal with left padding at most
     new: tuple[torch.Tensor, torch.Tensor] | None = None  # of a captured step: the key and value that are not stored
 

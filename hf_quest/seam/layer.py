@@ -108,8 +108,7 @@ class Layer(CacheLayerMixin):
         keys, values = storage.append(keys, values)
         self._has_stored(num_new)
         by_module = generate.called_by_module()
-        positions = storage.positions if self.evicts else None
-        self.handed = Handed(num_new, by_module, is_seen=not self.evicts, positions=positions)
+        self.handed = Handed(num_new, by_module, is_seen=not self.evicts)
         if self.evicts and by_module:
             self.shared.to_settle.append(storage)
         else:
@@ -181,6 +180,8 @@ class Layer(CacheLayerMixin):
         # Fresh views: the attribute on a stored buffer would be a reference cycle, freed late.
         keys, values = keys.view_as(keys), values.view_as(values)
         keys.quest_layer = values.quest_layer = self
+        if self.evicts:  # before it does
+            keys.quest_positions = self.storage.positions
         return keys, values
 
     def receive(self, attention_mask):
