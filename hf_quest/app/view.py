@@ -64,8 +64,8 @@ def subject(document=None):
     size = f"{document.num_pages:,} PDF pages, " if document.num_pages else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in document.notes)
     return (
-        f'<div class="hq-subject">The answers below are about <b>{escape(document.name)}</b> '
-        f"({size}{len(document.text):,} characters).{f'<ul>{notes}</ul>' if notes else ''}</div>"
+        f'<div class="hq-subject">Document: <b>{escape(document.name)}</b> '
+        f"({size}{len(document.text):,} characters){f'<ul>{notes}</ul>' if notes else ''}</div>"
     )
 
 
@@ -166,7 +166,7 @@ def strip(shares, page_size=16, look=None):
         f'<div class="hq-legend"><span>never read</span><b></b><span>read by {100 * highest:.0f} % of the steps</span>'
         f"<span>{len(shares):,} passages of {page_size} tokens</span></div>"
         '<p class="hq-explained">Quest reads the first passage and the newest tokens in every step, whatever is asked, '
-        f"and models look at what is near: that is why both ends are red.</p>{contents(headings)}"
+        f"and models look at what is near: that is why both ends stand out.</p>{contents(headings)}"
     )
 
 
