@@ -21,8 +21,7 @@ from rich.progress import track
 from tables import RESULTS, decode_table, markdown
 from transformers.generation.streamers import BaseStreamer
 
-from hf_quest import QuestCache, demo, tiny
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, demo, tiny
 from hf_quest.evaluation.documents import Library, heldout_text
 
 

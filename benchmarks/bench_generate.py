@@ -25,8 +25,7 @@ from rich.console import Console
 from tables import RESULTS, generate_table, markdown
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hf_quest import QuestCache, capture
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, capture
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -132,7 +131,7 @@ def fill(cache, config, batch_size, num_tokens):
         keys, values = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
         handed_over, _ = cache.update(keys, values, layer_idx)
         if isinstance(cache, QuestCache):
-            handed_over.quest_layer.pending = False  # no attention follows
+            handed_over.quest_layer.handed.is_under_way = False  # no attention follows
 
 
 def answer(model, cache, input_ids, num_tokens, options):
@@ -156,7 +155,7 @@ def answer(model, cache, input_ids, num_tokens, options):
 def verify_ms(model, cache, num_rounds):
     """Milliseconds of a forward of drafted tokens, and of their removal."""
     if isinstance(cache, QuestCache):
-        cache.settings.draft_start = cache.get_seq_length()
+        cache.shared.draft_start = cache.get_seq_length()
     drafts = torch.randint(1, model.config.vocab_size, (cache.layers[0].keys.shape[0], NUM_DRAFTS), device="cuda")
     times = []
     for _ in range(2 + 3 * num_rounds):

@@ -26,8 +26,7 @@ from tables import RESULTS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_quest import QuestCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache
 
 SHAPES["llama-3.1-70b"] = {
     "vocab_size": 128256,
@@ -93,7 +92,7 @@ def fill(cache, config, batch_size, num_tokens):
         shape = (batch_size, num_kv_heads, num_tokens, config.head_dim)
         keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
         handed_over, _ = cache.update(keys, values, layer_idx)
-        handed_over.quest_layer.pending = False  # no attention follows
+        handed_over.quest_layer.handed.is_under_way = False  # no attention follows
 
 
 @torch.no_grad()

@@ -26,8 +26,7 @@ from tables import RESULTS, STOCK, first_token_table, markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from hf_quest import CritiPrefill, QuestCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache
 
 CASES = ["llama-3.1-8b:32768", "llama-3.1-8b:131072", "yi-9b:131072", "llama-3.1-8b:262144:32768"]
 TITLES = {

@@ -26,7 +26,7 @@ from rich.table import Table
 from tables import RESULTS, markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_quest import ops
+from hf_quest.kernels import ops
 from hf_quest.reference import DEFAULT, PUBLISHED, Score
 
 try:

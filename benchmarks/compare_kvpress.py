@@ -56,7 +56,7 @@ def theirs(folder):
 
 
 def ours(folder):
-    from hf_quest.baselines import StreamingLLMCache, TOVACache
+    from hf_quest import StreamingLLMCache, TOVACache
 
     caches = {"StreamingLLM": StreamingLLMCache, "TOVA": TOVACache, PROTECTED: TOVACache}
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="quest").eval()
@@ -67,7 +67,8 @@ def ours(folder):
             model(prompt(seed)[:, :-1], **{CACHE_NAME: cache})
             if method == PROTECTED:
                 for layer in cache.layers:
-                    layer.scores = layer.scores.clone().index_fill_(2, torch.tensor([NUM_TOKENS - 1]), torch.inf)
+                    scores = layer.storage.beside["scores"]
+                    scores[:, :, NUM_TOKENS - 1] = torch.inf
             cache.budget = budget
             outcomes[method, budget, seed] = outcome(model, cache, prompt(seed))
     return outcomes

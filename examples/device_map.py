@@ -6,8 +6,7 @@ python examples/device_map.py --model meta-llama/Llama-3.1-70B-Instruct report.t
 from task import parse_arguments, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_quest import QuestCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache
 
 
 def main():

@@ -10,8 +10,7 @@ from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from hf_quest import QuestCache, capture
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, capture
 
 
 def weights():

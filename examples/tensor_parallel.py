@@ -9,8 +9,7 @@ import torch.distributed as dist
 from task import parse_arguments, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_quest import QuestCache, capture
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, capture
 
 
 def main():

@@ -1,17 +1,22 @@
 """Quest sparse attention for Hugging Face Transformers: `attn_implementation="quest"` and `QuestCache`."""
 
-from .attention import register
-from .baselines import H2OCache, StreamingLLMCache, TOVACache
-from .cache import CACHE_NAME, QuestCache
+from . import former
 from .errors import QuestError
-from .pages import PageReads
-from .prefill import CritiPrefill, prefill_progress
-from .recording import capture
+from .methods import Method
+from .prompts import CritiPrefill
+from .seam.attention import register
+from .seam.cache import CACHE_NAME, MethodCache
+from .seam.caches import H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from .seam.capture import capture
+from .seam.progress import prefill_progress
+from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
     "CritiPrefill",
     "H2OCache",
+    "Method",
+    "MethodCache",
     "PageReads",
     "QuestCache",
     "QuestError",
@@ -20,6 +25,7 @@ __all__ = [
     "capture",
     "prefill_progress",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register()
+former.keep_names()

@@ -12,9 +12,8 @@ from itertools import chain
 
 import torch
 
-from . import demo
-from .cache import CACHE_NAME
-from .pages import PageReads
+from . import CACHE_NAME, demo
+from .watch import PageReads
 
 SETTLED = 5  # decode steps after which a median is worth showing
 WEIGHED = 16  # selections, between two looks at whether to stop
@@ -176,7 +175,7 @@ def answer(run, models, caches, question_ids, max_new_tokens, is_recorded, stopp
     run.dense = Contestant(dense_model, stock, [question_ids], tokenizer)
     # Token by token, so that finding what the question is about is Quest's work too.
     run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
-    cache.recorder = run.reads if is_recorded else None
+    cache.watcher = run.reads if is_recorded else None
     run.phase = "answering"
     for _ in race((run.quest, run.dense), max_new_tokens):
         run.read_share = cache.read_share

@@ -5,8 +5,7 @@ from itertools import takewhile
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from . import CritiPrefill, QuestCache, models, tiny
-from .cache import CACHE_NAME
+from . import CACHE_NAME, CritiPrefill, QuestCache, models, tiny
 from .evaluation.documents import Library, documents, heldout_text
 from .models import first_line
 from .reading import Document

@@ -13,3 +13,12 @@ class QuestError(RuntimeError):
 def say_once(message):
     if not torch.compiler.is_compiling():
         logger.warning_once(message)
+
+
+def say_if_constant(tensor):
+    """Say that `tensor` is taken for a constant, where gradients are asked for."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        say_once(
+            "Decode steps and CritiPrefill give keys and values no gradients. For inference use torch.no_grad(); for "
+            "training forwards of several tokens, without CritiPrefill."
+        )

@@ -17,9 +17,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .rounding import SCALE_BLOCK, from_8_bits, to_8_bits
+
+__all__ = ["SCALE_BLOCK", "from_8_bits", "to_8_bits"]  # of `rounding`, which belongs to the specification
 
 INT64 = torch.iinfo(torch.int64)
-SCALE_BLOCK = 32  # neighbouring channels that share a scale in bounds of 8 bits
+Length = int | Tensor  # slots filled: in a captured graph, which outlives it, [1] int64 on the device
 LARGEST_SCORE = 1e30  # what infinite scores, and those that are not numbers, count as in a softmax
 
 
@@ -31,6 +36,21 @@ class Score(NamedTuple):
     group: str  # how the query heads of a KV head agree, see reduce_group: "max", "sum" or "share"
 
 
+class Logits(NamedTuple):
+    """What a model makes of q·k before the softmax; the last arguments of `attend`."""
+
+    scaling: float
+    softcap: float | None = None  # logits become softcap·tanh(logit / softcap) (Gemma 2)
+    sinks: Tensor | None = None  # [Hq], a logit per head that takes part and has no value (GPT-OSS)
+
+
+class Choice(NamedTuple):
+    """What queries attend: the third argument of `attend` and its `page_size`."""
+
+    ids: Tensor  # [B, Hkv, T, K] int64, ascending, -1 for none
+    size: int  # tokens that an id stands for: those of a page, or 1
+
+
 PUBLISHED = Score(width=1.0, keeps_first=False, group="max")  # Quest, section 3.3
 GROUPS = ("max", "sum", "share")
 # What loses least on pretrained models of what costs a step nothing more.
@@ -38,7 +58,17 @@ DEFAULT = Score(width=0.5, keeps_first=True, group="max")
 SCORES = {"default": DEFAULT, "published": PUBLISHED}  # by the names that a QuestCache knows
 
 
-def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
+def append(
+    keys: Tensor,
+    values: Tensor,
+    bounds: Tensor | None,
+    scales: Tensor | None,
+    new_keys: Tensor,
+    new_values: Tensor,
+    length: Length,
+    padding: Tensor,
+    page_size: int,
+) -> None:
     """Store the keys and values of the newest tokens and bring the bounds of their pages up to date.
 
     Args:
@@ -59,7 +89,15 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
         refresh_bounds(keys, bounds, scales, num_new, length, padding, page_size)
 
 
-def refresh_bounds(keys, bounds, scales, num_new, length, padding, page_size):
+def refresh_bounds(
+    keys: Tensor,
+    bounds: Tensor,
+    scales: Tensor | None,
+    num_new: int,
+    length: Length,
+    padding: Tensor,
+    page_size: int,
+) -> None:
     """Compute again, from the keys stored in the first `length` slots, the bounds of the pages of the newest `num_new`.
 
     A minimum cannot be un-merged, so what shortens a page (a crop, a rejected draft) calls this too. A page without a
@@ -88,37 +126,14 @@ def refresh_bounds(keys, bounds, scales, num_new, length, padding, page_size):
         bounds[batch, :, page_idx], scales[batch, :, page_idx] = to_8_bits(extremes)
 
 
-def to_8_bits(bounds):
-    """Bounds in 8 bits, the minimum rounded down and the maximum up, so that they stay bounds.
-
-    A power of two is the scale of 32 neighbouring channels, of minimum and maximum alike: the smallest with which none
-    exceeds 127 (OCP Microscaling formats, MXINT8). So dividing by it is exact, and widening what is rounded already
-    gives what rounding the widened bounds would. What is infinite or not a number is unbounded; what float32 loses
-    beside the scale, not even 2^-149 of it, is zero.
-
-    Args:
-        bounds: [..., 2, D], in any floating-point dtype.
-
-    Returns:
-        int8 [..., 2, D], and uint8 [..., D / 32], rounded up, e for a scale of 2^(e - 127).
-    """
-    blocks = F.pad(bounds.float(), (0, -bounds.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
-    largest = blocks.abs().amax(dim=(-3, -1)).nan_to_num(torch.inf, torch.inf)
-    # One more than the exponent bits, if the mantissa is above that of 127.
-    scales = (((largest.view(torch.int32) + 0x1FFFF) >> 23) - 6).clamp(min=1)
-    inverse = ((254 - scales) << 23).view(torch.float32)[..., None, :, None]
-    lowest, highest = (blocks * inverse).split(1, dim=-3)
-    rounded = torch.cat([lowest.floor().nan_to_num(-128.0), highest.ceil().nan_to_num(127.0)], dim=-3).clamp(-128, 127)
-    return rounded.flatten(-2)[..., : bounds.shape[-1]].to(torch.int8), scales.to(torch.uint8)
-
-
-def from_8_bits(bounds, scales):
-    """[..., 2, D] float32: what the result of `to_8_bits` stands for."""
-    by_channel = (scales.int() << 23).view(torch.float32).repeat_interleave(SCALE_BLOCK, dim=-1)
-    return bounds.float().mul_(by_channel[..., None, : bounds.shape[-1]])
-
-
-def estimate(query, bounds, scales, scaling, score=PUBLISHED, where=None):
+def estimate(
+    query: Tensor,
+    bounds: Tensor,
+    scales: Tensor | None,
+    scaling: float,
+    score: Score = PUBLISHED,
+    where: tuple[Length, Tensor, int] | None = None,
+) -> Tensor:
     """Score every page by its bounds: an upper bound of the attention logit of any key in it (Quest, section 3.3,
     algorithm 1), or something below that, which says more about the keys.
 
@@ -150,12 +165,13 @@ def estimate(query, bounds, scales, scaling, score=PUBLISHED, where=None):
     scores = scores.view(batch_size, num_kv_heads, -1, num_queries, num_pages)
     if score.group == "max" or scores.shape[2] == 1:
         return reduce_group(scores, score.group) * scaling
+    assert where is not None, "by shares a query's newest page has to be known"
     page_idx = torch.arange(num_pages, device=scores.device)
     is_later = page_idx >= newest_page(num_queries, *where)[:, None, None, :, None]
     return reduce_group(scores * scaling, score.group, is_later)
 
 
-def reduce_group(scores, group, is_later=None):
+def reduce_group(scores: Tensor, group: str, is_later: Tensor | None = None) -> Tensor:
     """[B, Hkv, G, T, P] to [B, Hkv, T, P]: how the query heads that share a KV head agree on its pages.
 
     By their largest score (`max`), so that a page that one head needs is read for all; or by shares, each head's
@@ -167,11 +183,20 @@ def reduce_group(scores, group, is_later=None):
         return scores.amax(dim=2)
     # What is not finite is chosen first, and takes nothing from the others' order among themselves but the weight.
     scores = scores.nan_to_num(torch.inf).clamp(-LARGEST_SCORE, LARGEST_SCORE)
-    shares = scores.masked_fill(is_later, -torch.inf).softmax(dim=-1)
+    if is_later is not None:
+        scores = scores.masked_fill(is_later, -torch.inf)
+    shares = scores.softmax(dim=-1)
     return shares.sum(dim=2) if group == "sum" else shares.amax(dim=2)
 
 
-def select(scores, length, padding, num_selected, page_size, keeps_first=False):
+def select(
+    scores: Tensor,
+    length: Length,
+    padding: Tensor,
+    num_selected: int,
+    page_size: int,
+    keeps_first: bool = False,
+) -> Tensor:
     """Choose, for every query, its newest page and the highest-scoring earlier ones (Quest, section 3.3).
 
     Args:
@@ -196,13 +221,24 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     return F.pad(page_ids, (0, num_selected - page_ids.shape[-1]), value=-1)
 
 
-def order_of(scores):
+def order_of(scores: Tensor) -> Tensor:
     """int64 numbers in the order of the float32 `scores`, at least 2^32 apart where those differ."""
     bits = (scores + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0, and they are equal scores
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32
 
 
-def attend(query, keys, values, page_ids, length, padding, page_size, scaling, softcap=None, sinks=None):
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_ids: Tensor | None,
+    length: Length,
+    padding: Tensor,
+    page_size: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Exact softmax attention of every query over the tokens of its pages; no other slot is read.
 
     Args:
@@ -231,7 +267,7 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     row = torch.arange(batch_size * num_kv_heads, device=query.device).view(batch_size, num_kv_heads, 1, 1)
     slot = (row * capacity + slot).flatten()
 
-    def gather(stored):
+    def gather(stored: Tensor) -> Tensor:
         tokens = stored.flatten(0, 2).index_select(0, slot).float()
         return tokens.view(batch_size, num_kv_heads, num_queries, -1, stored.shape[-1])
 
@@ -248,11 +284,11 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
     return output.transpose(2, 3).reshape(batch_size, num_heads, num_queries, -1).to(query.dtype)
 
 
-def visible_tokens(num_queries, length, padding):
+def visible_tokens(num_queries: int, length: Length, padding: Tensor) -> Tensor:
     """[B, T]: how many tokens of its row each query sees, itself included and padding left out."""
     return torch.arange(1 - num_queries, 1, device=padding.device) + length - padding[:, None]
 
 
-def newest_page(num_queries, length, padding, page_size):
+def newest_page(num_queries: int, length: Length, padding: Tensor, page_size: int) -> Tensor:
     """[B, T]: the page of each query's own token."""
     return (visible_tokens(num_queries, length, padding) - 1) // page_size

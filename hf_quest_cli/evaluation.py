@@ -26,8 +26,8 @@ def choices(name: str, values: str) -> type[Enum]:
 
 # As in hf_quest.evaluation, which is slow to import; a test holds them together.
 Job = choices("Job", "passkey facts digest")
-Method = choices("Method", "dense quest h2o tova streamingllm quest-published")
-BudgetedMethod = choices("BudgetedMethod", "quest h2o tova streamingllm quest-published")
+Method = choices("Method", "dense quest h2o tova streamingllm quest-published quest-codes")
+BudgetedMethod = choices("BudgetedMethod", "quest h2o tova streamingllm quest-published quest-codes")
 LongBenchSet = choices("LongBenchSet", "qasper hotpotqa multifieldqa_en gov_report narrativeqa triviaqa")
 Task = choices("Task", "niah_single_1 niah_multikey_2 niah_multikey_3 vt cwe fwe")
 RealModel = choices("RealModel", "smollm2 gemma3")
@@ -494,7 +494,7 @@ def calibrate_command(
 ):
     """Find the budget that your own document needs in your own model."""
     from hf_quest.evaluation import calibrate
-    from hf_quest.evaluation.calibration import limit_of, line_of_code
+    from hf_quest.evaluation.calibration_report import limit_of, line_of_code
     from hf_quest.evaluation.commands import conclude
     from hf_quest.reading import read_document
 

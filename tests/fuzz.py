@@ -23,7 +23,7 @@ from fuzz_operations import Operations
 from fuzz_run import Skip, Wrong
 from fuzz_truth import Unsure
 
-from hf_quest import local
+from hf_quest.storage import ring
 
 # Local layers with and without full ones among them, softcaps, sinks, norms of queries and keys, no rotary embedding.
 LOCAL_FAMILIES = ("mistral-window", "gemma2", "gemma3", "gpt_oss", "cohere2", "olmo3")
@@ -151,9 +151,9 @@ def new_config(r, kinds, families, caches):
 
 def run(program, counts=None):
     """None, or how the program failed: the index of an operation, and the error. `counts` is a Counter."""
-    counts, room, operations = Counter() if counts is None else counts, local.ROOM, program["operations"]
+    counts, room, operations = Counter() if counts is None else counts, ring.ROOM, program["operations"]
     index = -1
-    local.ROOM = program["config"]["room"]
+    ring.ROOM = program["config"]["room"]
     try:
         state = Operations(program["config"])
         while index + 1 < len(operations):
@@ -166,7 +166,7 @@ def run(program, counts=None):
     except Exception as error:
         return index, error
     finally:
-        local.ROOM = room
+        ring.ROOM = room
     return None
 
 

@@ -7,8 +7,7 @@ from fuzz_run import LONGEST, MAX_ROWS, TOLERANCE, Run, Skip, Wrong
 from fuzz_truth import positions_of
 from test_families import build
 
-from hf_quest import QuestError
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestError
 
 
 class Generating(Run):

@@ -12,8 +12,7 @@ from fuzz_generate import Generating
 from fuzz_run import MAX_ROWS, Interrupted, Skip, Wrong
 from fuzz_truth import positions_of
 
-from hf_quest import QuestCache, QuestError
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, QuestError
 
 
 class Operations(Generating):

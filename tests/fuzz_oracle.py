@@ -7,8 +7,8 @@ from test_families import FAMILIES, WINDOW, build
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from hf_quest import prefill as prompts
 from hf_quest import reference
+from hf_quest.prompts import segments
 
 
 @dataclass
@@ -144,9 +144,9 @@ class Oracle:
             slots = (text.segment[row] == begin).nonzero()[:, 0]
             start = text.start[row, slots[0]].item()
             tokens = key[:, start : slots[-1] + 1]
-            scores = prompts.estimate(query[:, slots], tokens, begin, scaling, prefill)
-            scores = prompts.fuse(scores, self.earlier, (row, begin), prefill.layer_fusion)
-            block_ids = prompts.select(scores, prefill.num_selected, prefill.score == "mass")[:, 0]  # [Hkv, K]
+            scores = segments.estimate(query[:, slots], tokens, begin, scaling, prefill)
+            scores = segments.fuse(scores, self.earlier, (row, begin), prefill.layer_fusion)
+            block_ids = segments.select(scores, prefill.num_selected, prefill.score == "mass")[:, 0]  # [Hkv, K]
             position = torch.arange(len(text)) - start
             block = position.div(prefill.block_size, rounding_mode="floor")
             is_chosen = (block[None, :, None] == block_ids[:, None]).any(dim=-1) | (position >= begin)

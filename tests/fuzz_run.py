@@ -7,9 +7,7 @@ import torch
 from fuzz_truth import Truth, TruthAlone, build_in, positions_of
 from test_families import FAMILIES, POSITIONS
 
-from hf_quest import CritiPrefill, QuestCache
-from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, H2OCache, QuestCache, StreamingLLMCache, TOVACache
 
 CACHES = {"quest": QuestCache, "h2o": H2OCache, "tova": TOVACache, "streaming_llm": StreamingLLMCache}
 BEYOND = 4096  # tokens of budget, more than any context here

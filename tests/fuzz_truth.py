@@ -7,7 +7,7 @@ import torch
 from fuzz_oracle import Oracle, Text, is_left_padding, leading_zeros, masks
 from test_families import COMMON, FAMILIES, build
 
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME
 
 NOISE = 1e-6  # of weights or of what selects, in shares of its size: the rounding of float32 and some more
 

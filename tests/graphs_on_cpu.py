@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from small_llama import on_any_device
 
-from hf_quest import capture, recording
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, capture
+from hf_quest.seam.capture import recording
 
 
 def emulate(monkeypatch):

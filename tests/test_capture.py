@@ -21,9 +21,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, 
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from hf_quest import QuestCache, capture
-from hf_quest.fingerprint import fingerprint
-from hf_quest.recording import copied
-from hf_quest.rehearsal import Rehearsal
+from hf_quest.seam.capture.fingerprint import fingerprint
+from hf_quest.seam.capture.recording import copied
+from hf_quest.seam.capture.rehearsal import Rehearsal
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -438,16 +438,16 @@ def test_a_copy_of_a_cache_has_addresses_of_its_own(copied):
     cache = new_cache()
     generate(make_model(**LAYERS), tokens(PROMPT), cache, max_new_tokens=2)
     for layer in cache.layers:
-        layer.has_kernels = True  # as on a GPU, where they find storage by its address
-        layer.has_moved()
+        layer.storage.has_kernels = True  # as on a GPU, where they find storage by its address
+        layer.storage.has_moved()
     cache.get_mask_sizes(1, 0)
     copy_of_it = copied(cache)
     for each in (cache, copy_of_it):
         each.get_mask_sizes(1, 0)
-        rows = each.layers[0].on_device.addresses.tolist()
+        rows = each.layers[0].storage.on_device.addresses.tolist()
         assert [row[0] for row in rows] == [layer.keys.data_ptr() for layer in each.layers]
-        assert rows == [layer.find_addresses() for layer in each.layers]
-    assert cache.settings.addresses != copy_of_it.settings.addresses
+        assert rows == [layer.storage.find_addresses() for layer in each.layers]
+    assert cache.shared.rows.addresses != copy_of_it.shared.rows.addresses
 
 
 class TestThreads:

@@ -11,9 +11,8 @@ from small_llama import generate, make_model, tokens
 from test_gpu import agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
 from transformers import GPT2LMHeadModel, MistralForCausalLM
 
-from hf_quest import QuestCache, capture, tiny
-from hf_quest.cache import CACHE_NAME
-from hf_quest.graphs import recorded_into
+from hf_quest import CACHE_NAME, QuestCache, capture, tiny
+from hf_quest.seam.capture.graphs import recorded_into
 
 pytestmark = [
     pytest.mark.gpu,

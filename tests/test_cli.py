@@ -1,6 +1,7 @@
 """`hf-quest` really reads a document and answers twice, or says in one line why it does not."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,7 @@ from written_files import pages_of, pdf
 import hf_quest
 import hf_quest_cli
 import hf_quest_cli.evaluation as options
-from hf_quest import CritiPrefill, QuestCache, demo, prefill, tiny
-from hf_quest.cache import CACHE_NAME, QuestLayer
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, demo, tiny
 from hf_quest.cli import app
 from hf_quest.comparison import compare, dense_twin
 from hf_quest.evaluation.choices import CHOICES
@@ -24,8 +24,10 @@ from hf_quest.evaluation.documents import JOBS, heldout_text
 from hf_quest.evaluation.longbench import SETS
 from hf_quest.evaluation.methods import CACHES, METHODS
 from hf_quest.evaluation.real_models import SOURCES
-from hf_quest.evaluation.ruler import TASKS
+from hf_quest.evaluation.ruler_tasks import TASKS
 from hf_quest.evaluation.selection import BUDGETS
+from hf_quest.prompts import segments
+from hf_quest.seam import attention
 from hf_quest_cli.show import layer_kinds
 
 BUDGET = 64
@@ -92,7 +94,8 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     path = tmp_path / "report.pdf"
     path.write_bytes(pdf([*pages_of(heldout_text()[:4000]), b"q Q"]))
     command = [sys.executable, "-m", "hf_quest_cli", "demo", path, "--budget", "64", "--max-new-tokens", "4", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "300"}  # or the path's end would be on a line of its own
+    result = subprocess.run(command, capture_output=True, text=True, env=wide)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["document"]["notes"] == ["Left out: 1 page of 3 without text (a picture, perhaps): 3."]
@@ -156,7 +159,7 @@ def test_an_unforeseen_error_is_one_line_too(document, monkeypatch):
 
 def test_import_of_the_package_is_lean():
     heavy = "{'rich', 'typer', 'matplotlib', 'datasets', 'torchmetrics', 'hf_quest.cli', 'hf_quest.demo'} | "
-    heavy += "{'hf_quest.evaluation', 'hf_quest.baselines', 'hf_quest.tiny'}"
+    heavy += "{'hf_quest.evaluation', 'hf_quest.tiny'}"
     needed = (
         "transformers, transformers.cache_utils, transformers.models.auto.modeling_auto, transformers.masking_utils"
     )
@@ -188,8 +191,8 @@ def test_the_quest_answer_is_generate_with_a_quest_cache_behind_the_question(mod
 
 def test_quest_decodes_everything_after_the_document(models, document, encoded, monkeypatch):
     attended = []
-    attend = QuestLayer.attend
-    monkeypatch.setattr(QuestLayer, "attend", lambda *args: attended.append(args[0]) or attend(*args))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: attended.append(args[0]) or attend(*args))
     run = compared(models, document)
     num_sparse = models[0].config.num_hidden_layers - 2
     num_forwards = len(run.quest.token_ids) + run.quest.has_ended
@@ -205,8 +208,8 @@ def test_both_halves_at_work(document, monkeypatch):
     critical = CritiPrefill(budget=64, segment_size=64, block_size=16, threshold=128)
     monkeypatch.setattr(demo, "CRITICAL", critical)
     slabs = []
-    select = prefill.select
-    monkeypatch.setattr(prefill, "select", lambda *args, **kwargs: slabs.append(1) or select(*args, **kwargs))
+    select = segments.select
+    monkeypatch.setattr(segments, "select", lambda *args, **kwargs: slabs.append(1) or select(*args, **kwargs))
     result = run("demo", document, "--budget", BUDGET, "--prefill", "critical", "--max-new-tokens", NUM_NEW)
     assert result.exit_code == 0, result.output
     assert slabs

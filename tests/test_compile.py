@@ -12,8 +12,9 @@ from small_llama import ANSWER, BUDGET, PROMPT, generate, greedy, make_model, on
 from torch._dynamo.utils import counters
 from transformers import Gemma3ForCausalLM, GptOssForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from hf_quest import QuestCache, capture, recording, tiny
+from hf_quest import QuestCache, capture, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
+from hf_quest.seam.capture import recording
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -52,7 +53,7 @@ def model():
 def test_a_captured_step_is_dense_where_the_budget_covers_all_to_come(budget, max_cache_len, reads_everything):
     cache = QuestCache(budget, max_cache_len=max_cache_len)
     greedy(make_model(**LAYERS), cache, tokens(PROMPT))
-    assert cache.settings.reads_everything == reads_everything
+    assert cache.shared.step.reads_everything == reads_everything
 
 
 def test_a_captured_model_is_given_the_cache_and_takes_steps_that_it_cannot_record(monkeypatch):
@@ -190,9 +191,9 @@ def test_a_forward_that_generate_did_not_prepare_is_right_outside_of_the_graph(f
 
 
 @torch.no_grad()
-def test_the_tiny_model_writes_the_same_256_tokens_after_16k(forget_graphs):
+def test_the_tiny_model_writes_the_same_256_tokens_after_8k(forget_graphs):
     model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.float32)
-    document = next(documents(Library(tokenizer, heldout_text()[:300_000]), "digest", 16384, 1, seed=3))
+    document = next(documents(Library(tokenizer, heldout_text()[:300_000]), "digest", 8192, 1, seed=3))
     ids = torch.tensor([document.ids])
     cache = QuestCache(budget=512)
     model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)

@@ -81,7 +81,7 @@ def test_batch_that_changed_size(model, prefilled, num_tokens):
 @pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"head_dim": 32}, {"dtype": torch.bfloat16}], ids=str)
 def test_cache_of_a_model_of_another_shape(model, prefilled, options):
     other = make_model(**options)
-    with pytest.raises(ValueError, match=r"it is another model's cache\. Use a new QuestCache"):
+    with pytest.raises(ValueError, match=r"it is another model's cache\. Use a new one"):
         other(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
     prefilled.reset()
@@ -171,7 +171,7 @@ def test_model_loaded_with_another_attention(model):
 def test_document_survives_a_model_loaded_with_another_attention(model, prefilled):
     other = make_model()
     other.set_attn_implementation("sdpa")
-    with pytest.raises(QuestError, match="The content of the cache is unchanged"):
+    with pytest.raises(QuestError, match="The cache has been put back to the 150 tokens before"):
         other(tokens(20), past_key_values=prefilled)
     assert_usable(model, prefilled)
 

@@ -12,9 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from hf_quest import QuestCache, tiny
-from hf_quest.baselines import TOVACache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, TOVACache, tiny
 from hf_quest.cli import app
 from hf_quest.evaluation import (
     calibrate,
@@ -26,9 +24,9 @@ from hf_quest.evaluation import (
     longbench,
     passkey,
 )
-from hf_quest.evaluation.calibration import (
+from hf_quest.evaluation.calibration import default_budgets
+from hf_quest.evaluation.calibration_report import (
     calibration_table,
-    default_budgets,
     limit_of,
     line_of_code,
     of_method,
@@ -37,11 +35,10 @@ from hf_quest.evaluation.calibration import (
 )
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.methods import METHODS, Way, answer, left_padded, make_ways, new_cache, prefill, read
-from hf_quest.evaluation.observation import OBSERVED, attended, logits, observe, share_found
 from hf_quest.evaluation.perplexity import draw_over_length, hub_text, losses, windows
 from hf_quest.evaluation.plots import draw_over_budget
 from hf_quest.evaluation.report import merged, read_text, spread
-from hf_quest.evaluation.top10 import top_tokens
+from hf_quest.evaluation.top10 import share_found, top_tokens
 from hf_quest.models import load
 
 TEXT = heldout_text()[:40_000]
@@ -230,26 +227,27 @@ class TestPerplexity:
         assert hub_text(str(tmp_path)) == "The first book."
 
 
-class TestObservation:
+class TestWatching:
     @pytest.mark.parametrize("make_cache", [QuestCache, TOVACache], ids=lambda cache: cache.__name__)
     def test_nothing_else_is_read(self, small, make_cache):
         """Another value of what is not said to be attended changes nothing."""
         outputs, counts = [], []
 
-        def note(layer, query, scaling):
-            tokens_attended = attended(layer, query, scaling)
+        def note(read):
+            if read.layer.layer_idx < 2:
+                return
+            tokens_attended = read.tokens()
             counts.append(tokens_attended.sum(dim=-1))
             if outputs and make_cache is QuestCache:
-                layer.values[:, :, : layer.length][~tokens_attended] = 1e4
+                read.layer.values[:, :, : read.layer.length][~tokens_attended] = 1e4
 
         for _ in range(2):
             cache = make_cache(budget=48)
             with torch.no_grad():
-                small.set_attn_implementation(OBSERVED)
-                small(tokens(150), past_key_values=cache)
-                observe(cache, [None, None, note, note])
-                outputs.append(small(tokens(1, seed=3), past_key_values=cache).logits)
                 small.set_attn_implementation("quest")
+                small(tokens(150), past_key_values=cache)
+                cache.watcher = note
+                outputs.append(small(tokens(1, seed=3), past_key_values=cache).logits)
         assert torch.equal(*outputs)
         # Quest's newest page holds 7 of its 16 tokens; an evicting cache attends to the new one too.
         expected = 2 * 16 + 7 if make_cache is QuestCache else 49
@@ -264,9 +262,8 @@ class TestObservation:
             small(ids[:, :-1], past_key_values=cache)
             (tops,) = top_tokens(small, cache, ids)
             cache.crop(-1)
-            observe(cache, [lambda *seen: rows.append(logits(*seen).softmax(dim=-1))] * 4)
+            cache.watcher = lambda read: rows.append(read.all_logits().softmax(dim=-1))
             small(ids[:, -1:], past_key_values=cache)
-            small.set_attn_implementation("quest")
         for top, row, expected in zip(tops, rows, weights, strict=True):
             torch.testing.assert_close(row, expected[:, :, -1], rtol=1e-3, atol=1e-5)  # float32, other order of sums
             assert torch.equal(top, expected[:, :, -1].topk(10, dim=-1).indices)

@@ -23,9 +23,8 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import hf_quest.cache
-from hf_quest import QuestCache, QuestError
-from hf_quest.baselines import H2OCache, StreamingLLMCache, TOVACache
+import hf_quest
+from hf_quest import H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
 
 PAGE_SIZE = 4
 SMALL_BUDGET = 4 * PAGE_SIZE

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from hf_quest import QuestCache, reference
-from hf_quest.layers import copies_in_order
+from hf_quest.codes import encode, grid
+from hf_quest.storage.pages import copies_in_order
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def model():
 
 
 @pytest.fixture(
-    params=[{}, {"max_cache_len": 512}, {"bounds_dtype": None}], ids=["growing", "max_cache_len", "wide bounds"]
+    params=[{}, {"max_cache_len": 512}, {"bounds_dtype": None}, {"codes": 2, "candidates": 2}],
+    ids=["growing", "max_cache_len", "wide bounds", "codes"],
 )
 def new_cache(request):
     return lambda budget=BUDGET: QuestCache(budget=budget, **request.param)
@@ -50,6 +52,10 @@ def assert_bounds_are_true(cache):
                     expected, scales = reference.to_8_bits(expected)
                     assert torch.equal(layer.scales[row, :, page], scales)
                 assert torch.equal(layer.bounds[row, :, page], expected)
+                if cache.method.codes is not None and keys.shape[1] == 16:
+                    lowest, step = (each[:, None] for each in grid(expected, scales, 2))
+                    found = layer.storage.beside["codes"][row, :, padding + 16 * page : padding + 16 * page + 16]
+                    assert torch.equal(found, encode(keys, lowest, step, 2))
 
 
 def left_padded(rows):
@@ -307,7 +313,7 @@ def append_random(cache, num_tokens):
     """What was appended to each of two layers: keys and values, [2, B = 3, Hkv = 2, T, D = 4]."""
     appended = torch.randn(2, 2, 3, 2, num_tokens, 4).unbind()
     for layer_idx, (keys, values) in enumerate(appended):
-        cache.update(keys, values, layer_idx)[0].quest_layer.pending = False  # no attention follows
+        cache.update(keys, values, layer_idx)[0].quest_layer.handed.is_under_way = False  # no attention follows
     return appended
 
 
@@ -343,7 +349,7 @@ def test_rows_hold_what_those_held_that_they_took_the_place_of(num_tokens, paddi
             stored = [tensor[:, :, :, :-1] for tensor in stored]
     expected = small_pages()
     for layer_idx, (keys, values) in enumerate(stored):
-        expected.update(keys, values, layer_idx)[0].quest_layer.pending = False
+        expected.update(keys, values, layer_idx)[0].quest_layer.handed.is_under_way = False
         expected.layers[layer_idx].set_left_padding(padding)
     num_tokens = stored[0].shape[3]
     for layer, other in zip(cache.layers, expected.layers, strict=True):
@@ -464,7 +470,7 @@ def test_dtypes(new_cache, dtype):
     cache = new_cache()
     assert torch.equal(generate(model, tokens(PROMPT), cache), greedy(model, new_cache(), tokens(PROMPT)))
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
-    assert {layer.bounds.dtype for layer in cache.layers[2:]} == {cache.settings.bounds_dtype or dtype}
+    assert {layer.bounds.dtype for layer in cache.layers[2:]} == {cache.method.bounds_dtype or dtype}
     assert_bounds_are_true(cache)
     dense = generate(model, tokens(PROMPT), DynamicCache(), return_dict_in_generate=True, output_logits=True)
     covered = feed(model, new_cache(2048), tokens(PROMPT), dense.sequences[:, PROMPT:])

@@ -15,8 +15,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
-from hf_quest import QuestCache, capture, ops, tiny
+from hf_quest import QuestCache, capture, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
+from hf_quest.kernels import ops
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from test_select_on_cpu import LOWEST, scores_of_every_size
 
-from hf_quest import ops, reference
+from hf_quest import reference
+from hf_quest.kernels import ops
 from hf_quest.reference import DEFAULT, PUBLISHED, Score
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -20,11 +20,12 @@ from transformers import (
     Olmo3ForCausalLM,
 )
 
-from hf_quest import QuestCache, QuestError
-from hf_quest import local as local_module
-from hf_quest.cache import CACHE_NAME
-from hf_quest.local import ROOM, LocalLayer
-from hf_quest.settings import Settings
+from hf_quest import CACHE_NAME, QuestCache, QuestError
+from hf_quest.methods import Quest
+from hf_quest.seam.layer import Layer
+from hf_quest.seam.state import State
+from hf_quest.storage import ring as local_module
+from hf_quest.storage.ring import ROOM
 
 WINDOW = 32  # tokens
 BEYOND = 2048  # tokens, a budget that covers every context here
@@ -59,7 +60,7 @@ def copies(cache):
 
 
 class EverythingKept:
-    """What a LocalLayer answers, of a list of all tokens: [B] lists of numbers that stand for tokens."""
+    """What a Ring answers, of a list of all tokens: [B] lists of numbers that stand for tokens."""
 
     def __init__(self, reach, room):
         self.reach, self.room = reach, room
@@ -94,14 +95,14 @@ class TestRing:
 
     def crop(self, layer, model, num_removed):
         length, before = model.length - num_removed, copy.deepcopy(layer)
-        was_before = layer.before is not None and layer.before[3] == length
+        was_before = layer.storage.is_before(length)
         if model.can_crop_to(length):
             layer.crop(-num_removed)
             model.most = min(model.most, length) if length == 0 else model.most
         elif not was_before:
             with pytest.raises(QuestError, match=f"crop cannot take back {num_removed} tokens.*content.*is unchanged"):
                 layer.crop(-num_removed)
-            assert (layer.length, layer.first) == (before.length, before.first)
+            assert (layer.length, layer.storage.first) == (before.length, before.storage.first)
             assert torch.equal(layer.keys, before.keys)
             return
         else:  # of the last forward, all of it
@@ -134,7 +135,8 @@ class TestRing:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(local_module, "ROOM", room)
             # As after autocast, so that keys of a layer may come in several dtypes.
-            layer = LocalLayer(Settings(BUDGET, 16, 0, max_cache_len, saw_autocast=True), 0, reach)
+            state = State(Quest(BUDGET), 0, max_cache_len, reaches={0: reach}, saw_autocast=True)
+            layer = Layer(state, 0)
             model = EverythingKept(reach, room)
             for name, argument in [("append", 3), *operations, ("append", 1)]:
                 if name == "append" and model.length + argument <= (max_cache_len or 10**6):
@@ -153,7 +155,7 @@ class TestRing:
                 elif name == "copy":
                     layer = argument(layer)
                 elif name == "widen" and model.length:
-                    layer._reallocate(slice(None), layer.capacity, torch.float64)
+                    layer.storage.move(slice(None), layer.capacity, torch.float64)
                 elif name == "offload":
                     layer.offload()
                 elif name == "reset":
@@ -219,7 +221,7 @@ def gemma():
 
 def content(cache):
     """What is stored, of every layer and in order."""
-    keys = [layer._newest(layer.length - layer.first)[0] if layer.is_sliding else layer.keys for layer in cache.layers]
+    keys = [layer.storage.newest_keys() if layer.is_sliding else layer.keys for layer in cache.layers]
     return [layer.length for layer in cache.layers], [stored.clone() for stored in keys]
 
 
@@ -281,7 +283,7 @@ class TestCrop:
         cache.crop(-2 * ROOM)
         for each in (cache, straight):
             each.get_mask_sizes(1, 0)
-        assert cache.settings.room == straight.settings.room < 20 + 2 * ROOM
+        assert cache.shared.rows.room == straight.shared.rows.room < 20 + 2 * ROOM
 
 
 def test_a_first_prompt_that_ended_before_its_attention_is_put_back(monkeypatch):

@@ -8,8 +8,9 @@ from small_llama import BUDGET, PROMPT, generate, make_model, on_any_device, tok
 from test_local import BEYOND, CLOSE, MODELS, build
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessorList
 
-from hf_quest import CritiPrefill, QuestCache, masks
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache
+from hf_quest.seam import masks
+from hf_quest.watch import SegmentsRead
 
 ANSWER = 12  # tokens
 PADDINGS = (0, 37, 5)  # of three rows
@@ -121,7 +122,7 @@ class TestCopies:
         def read(paddings=(0, 0, 0), **options):
             cache, watched, logits = QuestCache(BUDGET, **options), [], []
             if "prefill" in options:
-                cache.watch_prefill(lambda *_: watched.append(1))
+                cache.watcher = lambda read: isinstance(read, SegmentsRead) and watched.append(1)
             input_ids, mask = padded_rows(paddings=paddings)
             for first, end in ((0, 64), (64, 148), (148, 149), (149, 150)):
                 logits.append(forward(model, cache, input_ids[:, first:end], mask[:, :end]))
@@ -184,7 +185,7 @@ class TestCritiPrefillOfRows:
         """Of a padded row a chunk ends elsewhere in its segments than alone: it gets the same chunks."""
         input_ids, mask = padded_rows(230, paddings)
         batch, watched = QuestCache(BEYOND, prefill=self.PREFILL), []
-        batch.watch_prefill(lambda *of_slab: watched.append(of_slab[1]))
+        batch.watcher = lambda read: isinstance(read, SegmentsRead) and watched.append(read.position)
         for first, end in ((0, chunk), (chunk, 170), (170, 230)):
             logits = forward(model, batch, input_ids[:, first:end], mask[:, :end])
             assert watched or first == 0
@@ -202,7 +203,9 @@ class TestCritiPrefillOfRows:
     def test_generate_reads_the_chunks_and_turns_of_unpadded_rows_by_it(self, model):
         watched, prompt = [], tokens(160, batch_size=2)
         cache = QuestCache(BEYOND, prefill=self.PREFILL)
-        cache.watch_prefill(lambda layer_idx, position, *_: watched.append((layer_idx, position)))
+        cache.watcher = lambda read: (
+            isinstance(read, SegmentsRead) and watched.append((read.layer.layer_idx, read.position))
+        )
         output = answer(model, cache, prompt, prefill_chunk_size=64)
         assert {position for _, position in watched} == {32, 64, 128}
         assert torch.equal(output, answer(model, QuestCache(BEYOND, prefill=self.PREFILL), prompt))

@@ -25,9 +25,7 @@ from transformers import (
     StaticCache,
 )
 
-from hf_quest import CritiPrefill, QuestCache, QuestError
-from hf_quest.baselines import StreamingLLMCache
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, QuestError, StreamingLLMCache
 
 ANSWER = 10  # tokens
 PREFILL = CritiPrefill(budget=64, segment_size=32, threshold=64)
@@ -287,7 +285,7 @@ class TestRotaryFactorsThatChange:
     def test_after_the_crossing_it_is_sparse_and_says_what_happened(self, models, caplog):
         transformers.utils.logging.warning_once.cache_clear()
         cache, reads = QuestCache(BUDGET), []
-        cache.recorder = lambda layer, *_: reads.append(layer.length)
+        cache.watcher = lambda read: read.choice is not None and reads.append(read.layer.length)
         answer(models[0], cache, tokens(120), max_new_tokens=24)
         assert max(reads) == cache.get_seq_length() == 143
         assert "grown beyond 128 tokens" in caplog.text
@@ -320,7 +318,7 @@ class TestEncoderDecoder:
 
     def test_the_self_half_selects(self, models):
         half, reads = QuestCache(BUDGET), []
-        half.recorder = lambda layer, *_: reads.append(layer.layer_idx)
+        half.watcher = lambda read: read.choice is not None and reads.append(read.layer.layer_idx)
         cache = EncoderDecoderCache(half, DynamicCache())
         models[0].generate(tokens(50), **{CACHE_NAME: cache}, decoder_input_ids=tokens(80, seed=3), max_new_tokens=4)
         assert set(reads) == {2, 3}
@@ -562,7 +560,7 @@ def test_reset_makes_a_cache_whose_masks_were_changed_a_new_one(model):
         return args, {**kwargs, "attention_mask": mask}
 
     cache, reads = QuestCache(BUDGET), []
-    cache.recorder = lambda *of_step: reads.append(of_step)
+    cache.watcher = lambda read: read.choice is not None and reads.append(read)
     hooks = [layer.self_attn.register_forward_pre_hook(change, with_kwargs=True) for layer in model.model.layers]
     with torch.no_grad():
         read(model, cache, tokens(PROMPT))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from hf_quest import _build, ops
+from hf_quest.kernels import build, ops
 from hf_quest.reference import GROUPS, Score
 
 B, Hkv, G, D, S, P, K = 2, 3, 4, 128, 16, 10, 4
@@ -255,7 +255,7 @@ def test_a_layer_on_the_cpu_is_not_served_and_nothing_is_said():
 
 
 def test_importing_builds_nothing_and_imports_no_builder():
-    code = "import sys, hf_quest.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    code = "import sys, hf_quest.kernels.ops; sys.exit('torch.utils.cpp_extension' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -266,9 +266,9 @@ class TestBuild:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
-        _build.load.cache_clear()
+        build.load.cache_clear()
         yield
-        _build.load.cache_clear()
+        build.load.cache_clear()
 
     @pytest.fixture
     def calls(self, monkeypatch):
@@ -278,17 +278,17 @@ class TestBuild:
         return calls
 
     def test_without_nvcc_one_warning_says_why_and_what_to_do(self, monkeypatch):
-        monkeypatch.setattr(_build, "find_cuda_from_pip", lambda: None)
+        monkeypatch.setattr(build, "find_cuda_from_pip", lambda: None)
         with pytest.warns(UserWarning, match=r"(?s)no nvcc.*pip install"):
-            assert not _build.load()
+            assert not build.load()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not _build.load()
+            assert not build.load()
 
     def test_an_older_gpu_is_refused(self, monkeypatch, calls):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 5))
         with pytest.warns(UserWarning, match="compute capability 8"):
-            assert not _build.load()
+            assert not build.load()
         assert not calls
 
     def test_a_failed_build_is_one_warning(self, monkeypatch, calls):
@@ -297,7 +297,7 @@ class TestBuild:
 
         monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
         with pytest.warns(UserWarning, match="no compiler"):
-            assert not _build.load()
+            assert not build.load()
 
     @pytest.mark.parametrize(
         "line",
@@ -310,11 +310,11 @@ class TestBuild:
     )
     def test_the_reason_is_what_a_compiler_complains_of(self, line):
         output = "\n".join(("Error building extension: [1/9] c++ -c", line, 200 * "[2/9] nvcc -O3 ", "ninja: stopped."))
-        assert _build.complaints_of(output) == line
+        assert build.complaints_of(output) == line
 
     def test_every_kernel_is_built_once_for_the_gpu_at_hand(self, calls, capsys):
-        assert _build.load()
-        assert _build.load()
+        assert build.load()
+        assert build.load()
         ((name, options),) = calls
         assert "sm90" in name
         assert [flag for flag in options["extra_cuda_cflags"] if "arch" in flag] == [
@@ -328,12 +328,12 @@ class TestBuild:
         )
 
     def test_a_built_extension_is_found_and_nothing_said(self, calls, capsys):
-        _build.load()
+        build.load()
         ((name, options),) = calls
         (Path(options["build_directory"]) / f"{name}.so").touch()
-        _build.load.cache_clear()
+        build.load.cache_clear()
         capsys.readouterr()
-        assert _build.load()
+        assert build.load()
         assert capsys.readouterr().err == ""
 
     @pytest.fixture
@@ -348,15 +348,15 @@ class TestBuild:
     def test_a_toolkit_from_pip_is_used_where_there_is_no_other(self, monkeypatch, calls, from_pip):
         monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
         with pytest.warns(UserWarning, match="no nvcc"):
-            assert not _build.load()
-        _build.load.cache_clear()
+            assert not build.load()
+        build.load.cache_clear()
         (from_pip / "bin").mkdir()
         (from_pip / "bin" / "nvcc").touch()
-        assert _build.load()
+        assert build.load()
         assert str(from_pip) == torch.utils.cpp_extension.CUDA_HOME
 
     def test_what_a_toolkit_lacks_is_taken_from_pip(self, calls, from_pip):
-        assert _build.load()
+        assert build.load()
         assert torch.utils.cpp_extension.CUDA_HOME == "/toolkit"
         ((_, options),) = calls
         assert f"-idirafter{from_pip / 'include'}" in options["extra_cflags"]
@@ -372,7 +372,7 @@ ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 90a 120").split()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("stage", ARGUMENTS)
 def test_kernels_compile_and_keep_to_their_registers(stage, architecture, tmp_path):
-    source = _build.find_sources() / f"{stage}.cu"
+    source = build.find_sources() / f"{stage}.cu"
     flags = [
         "-O3",
         "-std=c++20",

@@ -1,4 +1,4 @@
-"""What a recorder is told is what the layers read: the pages of the reference, and the attention that each got."""
+"""What a watcher is told is what the layers read: the pages of the reference, and the attention that each got."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from small_llama import make_model
 
 from hf_quest import QuestCache, reference
-from hf_quest.cache import QuestLayer
-from hf_quest.pages import PageReads
+from hf_quest.seam import attention
+from hf_quest.watch import PageReads
 
 BUDGET, PAGE_SIZE, NUM_PROMPT, NUM_NEW = 32, 8, 90, 12
 NUM_PAGES = -(-(NUM_PROMPT + NUM_NEW) // PAGE_SIZE)
@@ -33,21 +33,21 @@ def read(request, model, monkeypatch):
     """(reads, cache, the selections that the reference makes from the same queries and cache)."""
     bounds_dtype, named, score = request.param
     cache = QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1, bounds_dtype=bounds_dtype, score=named)
-    cache.recorder = reads = PageReads()
+    cache.watcher = reads = PageReads()
     expected = []
-    attend = QuestLayer.attend
+    attend = attention.attend
 
-    def watched(layer, query, scaling, softcap=None, sinks=None):
+    def watched(layer, query, logits):
         if layer.is_sparse:
             num_pages = -(-layer.length // PAGE_SIZE)
             bounds = [None if each is None else each[:, :, :num_pages] for each in (layer.bounds, layer.scales)]
             where = (layer.length, layer.padding)
-            scores = reference.estimate(query, *bounds, scaling, score, (*where, PAGE_SIZE))
+            scores = reference.estimate(query, *bounds, logits.scaling, score, (*where, PAGE_SIZE))
             page_ids = reference.select(scores, *where, BUDGET // PAGE_SIZE, PAGE_SIZE, score.keeps_first)
             expected.append((layer.layer_idx, layer.length, page_ids))
-        return attend(layer, query, scaling, softcap, sinks)
+        return attend(layer, query, logits)
 
-    monkeypatch.setattr(QuestLayer, "attend", watched)
+    monkeypatch.setattr(attention, "attend", watched)
     prompt = torch.arange(2 * NUM_PROMPT).view(2, -1) % 50 + 3
     mask = torch.ones_like(prompt)
     mask[1, :5] = 0
@@ -102,7 +102,7 @@ def test_weights_are_those_of_attention(read):
                 each.length,
                 layer.padding,
                 PAGE_SIZE,
-                each.scaling,
+                *each.logits,
             )
             mass = mass.view(2, layer.keys.shape[1], -1, 1, NUM_PAGES).mean(dim=2)
             torch.testing.assert_close(each.weights, mass.gather(-1, each.page_ids))
@@ -112,29 +112,29 @@ def test_weights_are_those_of_attention(read):
 def test_recording_changes_nothing(model):
     prompt = torch.arange(NUM_PROMPT)[None] % 50 + 3
     caches = [QuestCache(BUDGET, page_size=PAGE_SIZE, dense_layers=1) for _ in range(2)]
-    caches[0].recorder = PageReads()
+    caches[0].watcher = PageReads()
     outputs = [
         model.generate(prompt, past_key_values=cache, max_new_tokens=NUM_NEW, do_sample=False) for cache in caches
     ]
     assert torch.equal(*outputs)
 
 
-def test_a_recorder_keeps_generate_from_compiling():
+def test_a_watcher_keeps_generate_from_compiling():
     cache = QuestCache(BUDGET)
 
     def is_compileable():
         return (lambda: cache.is_compileable)()
 
     assert is_compileable()
-    cache.recorder = PageReads()
+    cache.watcher = PageReads()
     assert not is_compileable()
-    cache.recorder = None
+    cache.watcher = None
     assert is_compileable()
 
 
 def test_within_the_budget_nothing_is_selected(model):
     cache = QuestCache(1024)
-    cache.recorder = reads = PageReads()
+    cache.watcher = reads = PageReads()
     model.generate(torch.arange(40)[None] + 3, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert reads.layers == []
     assert reads.share(3).tolist() == reads.attention(3).tolist() == [0, 0, 0]
@@ -145,5 +145,5 @@ def test_a_copied_cache_records_for_itself(read, model):
     other = copy.deepcopy(cache)
     num_selections = len(reads.selections[1])
     model(torch.tensor([[5], [6]]), past_key_values=other)
-    assert len(other.recorder.selections[1]) == num_selections + 1
+    assert len(other.watcher.selections[1]) == num_selections + 1
     assert len(reads.selections[1]) == num_selections

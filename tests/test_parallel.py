@@ -95,7 +95,7 @@ class TestDevices:
         input_ids, attention_mask = padded_batch()
         expected_cache, cache = (QuestCache(BUDGET, dense_layers=0, compile=compile) for _ in range(2))
         expected = generate(model, input_ids, expected_cache, attention_mask=attention_mask)
-        cache.settings.on(torch.device("meta"))  # stands for the second device
+        cache.shared.rows.on(torch.device("meta"))  # stands for the second device
         num_copies = 0
 
         def copy_mask(layer, args, kwargs):
@@ -110,11 +110,11 @@ class TestDevices:
             layer.register_forward_pre_hook(copy_mask, with_kwargs=True)
         output = generate(model, input_ids, cache, attention_mask=attention_mask)
         assert num_copies >= 2
-        assert len(cache.settings.devices) > 1
+        assert len(cache.shared.rows.devices) > 1
         assert torch.equal(output, expected)
         assert cache.tokens_attended == expected_cache.tokens_attended
         for layer in cache.layers:
-            assert layer.left_padding == ((0, 37) if layer.selects_pages else layer.left_padding)
+            assert layer.left_padding == ((0, 37) if layer.selects else layer.left_padding)
 
     @pytest.mark.parametrize("num_devices", [1, 2])
     def test_a_step_on_several_devices_is_not_compiled(self, num_devices):

@@ -9,12 +9,15 @@ from small_llama import PROMPT, generate, make_model, tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, Gemma2ForCausalLM, GptOssForCausalLM, MistralForCausalLM
 
-from hf_quest import CritiPrefill, QuestCache, attention, prefill, prefill_progress
+from hf_quest import CritiPrefill, QuestCache, prefill_progress
 from hf_quest.evaluation import prompts
+from hf_quest.prompts import BlockScores, critiprefill, dense, segments
+from hf_quest.reference import Logits
+from hf_quest.seam import attention
 
 SMALL = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, dense_layers=0)
 HEADS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
-SCORE = pytest.mark.parametrize("score", prefill.SCORES)
+SCORE = pytest.mark.parametrize("score", critiprefill.SCORES)
 SCALING = 0.4
 
 
@@ -38,9 +41,9 @@ class Prompt:
     def attend(self, config, first=0, end=None, earlier=None, **options):
         """[B, T, Hq, D] of the queries in slots `first` to `end` - 1."""
         end = self.num_tokens if end is None else end
-        earlier = prefill.BlockScores() if earlier is None else earlier
+        earlier = BlockScores() if earlier is None else earlier
         query, stored = self.query[:, :, first:end], (self.keys[:, :, :end], self.values[:, :, :end])
-        return prefill.attend(query, *stored, self.padding, config, earlier, SCALING, **options)
+        return segments.attend(query, *stored, self.padding, config, earlier, Logits(SCALING, **options))
 
     def row(self, row):
         """Query [Hq, n, D], keys and values [Hkv, n, D] of the tokens of one row."""
@@ -65,7 +68,7 @@ def expected_scores(query, keys, segment, config):
                     logits[block_idx] += max(middle @ extreme for extreme in extremes) / group
             scores[kv_head] = logits.softmax(dim=0)
             continue
-        samples = heads[:, :: prefill.sample_stride(begin, config.segment_size)].flatten(0, 1)
+        samples = heads[:, :: segments.sample_stride(begin, config.segment_size)].flatten(0, 1)
         for sample in samples:
             logits = torch.stack([(SCALING * (block @ sample)).max() for block in blocks])
             scores[kv_head] += logits.softmax(dim=0) ** 2 / len(samples)
@@ -115,7 +118,7 @@ class TestStages:
         config = CritiPrefill(budget=16, segment_size=32, block_size=8, threshold=32, score=score)
         prompt = Prompt([160], num_heads, num_kv_heads)
         query, keys, _ = prompt.row(0)
-        scores = prefill.estimate(query[:, 32:], keys, 32, SCALING, config)
+        scores = segments.estimate(query[:, 32:], keys, 32, SCALING, config)
         for segment in range(1, 5):
             found = scores[:, segment - 1]
             same(found[:, : 4 * segment], expected_scores(query, keys, segment, config))
@@ -127,20 +130,20 @@ class TestStages:
         keys[:, 0] = 3  # a sink
         query += 3
         config = CritiPrefill(budget=16, segment_size=32, block_size=8, threshold=32)
-        scores = prefill.estimate(query[:, 128:], keys, 128, SCALING, config)
-        exact = prefill.estimate(query[:, 128:].float(), keys.float(), 128, SCALING, config)
+        scores = segments.estimate(query[:, 128:], keys, 128, SCALING, config)
+        exact = segments.estimate(query[:, 128:].float(), keys.float(), 128, SCALING, config)
         assert exact[..., 1:].max() < 2**-23  # less than any number of 16 bits, but two
         torch.testing.assert_close(scores, exact, rtol=0.3, atol=0)  # the least of the weights have fewer bits
 
     def test_fuse_mixes_in_what_the_last_layer_found(self):
         earlier = {}
         first, second = torch.rand(2, 2, 3, 5)
-        assert torch.equal(prefill.fuse(first, earlier, "place", 0.25), first)
-        same(prefill.fuse(second, earlier, "place", 0.25), 0.25 * first + 0.75 * second)
-        assert torch.equal(prefill.fuse(second, earlier, "elsewhere", 0.25), second)
+        assert torch.equal(segments.fuse(first, earlier, "place", 0.25), first)
+        same(segments.fuse(second, earlier, "place", 0.25), 0.25 * first + 0.75 * second)
+        assert torch.equal(segments.fuse(second, earlier, "elsewhere", 0.25), second)
 
     def test_scores_end_with_their_forward(self):
-        state = prefill.BlockScores()
+        state = BlockScores()
         for layer_idx, expected in ((1, {}), (2, {"place": 1}), (5, {"place": 1}), (1, {}), (1, {}), (0, {})):
             state.enter(layer_idx)
             assert state.scores == expected
@@ -148,8 +151,8 @@ class TestStages:
 
     def test_select_takes_the_best_and_keeps_the_sink(self):
         scores = torch.rand(2, 5, 12, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(prefill.select(scores, 3, False).sort().values, scores.topk(3).indices.sort().values)
-        kept = prefill.select(scores, 3, True)
+        assert torch.equal(segments.select(scores, 3, False).sort().values, scores.topk(3).indices.sort().values)
+        kept = segments.select(scores, 3, True)
         best = scores[..., 1:].topk(2).indices + 1
         assert torch.equal(kept.sort().values, torch.cat([torch.zeros_like(best[..., :1]), best], 2).sort().values)
 
@@ -157,7 +160,7 @@ class TestStages:
     def test_gather(self, padding):
         stored = torch.arange(2 * 64 * 4.0).view(2, 64, 4)[:, padding:61]
         block_ids = torch.tensor([[[1, 4], [0, 2], [5, 3]], [[2, 0], [5, 1], [3, 4]]])
-        chosen = prefill.gather(stored, block_ids, 8)
+        chosen = segments.gather(stored, block_ids, 8)
         for segment in range(3):
             for head in range(2):
                 blocks = [stored[head, 8 * block : 8 * block + 8] for block in block_ids[head, segment]]
@@ -167,12 +170,13 @@ class TestStages:
     def test_attention_of_two_sets_of_keys_merges_to_that_of_all(self, softcap):
         prompt = Prompt([48])
         query, keys, values = (tensor[None] for tensor in prompt.row(0))
-        whole = prefill.attention(query, keys, values, False, SCALING, softcap)
+        logits = Logits(SCALING, softcap)
+        whole = dense.attention(query, keys, values, False, logits)
         parts = [
-            prefill.attention(query, keys[:, :, part], values[:, :, part], False, SCALING, softcap)
+            dense.attention(query, keys[:, :, part], values[:, :, part], False, logits)
             for part in (slice(0, 20), slice(20, 48))
         ]
-        same(prefill.merge(*parts[0], *parts[1], None, torch.empty_like(query)), whole[0])
+        same(dense.merge(*parts[0], *parts[1], None, torch.empty_like(query)), whole[0])
 
 
 class TestAttend:
@@ -191,10 +195,10 @@ class TestAttend:
         same(prompt.attend(SMALL, **options)[0], expected_attention(*prompt.row(0), SMALL, **options)[0])
 
     def test_far_from_the_beginning_fewer_queries_are_looked_at(self, monkeypatch):
-        monkeypatch.setattr(prefill, "SAMPLED_KEYS", 32)
+        monkeypatch.setattr(segments, "SAMPLED_KEYS", 32)
         positions = (0, 31, 32, 63, 64, 2000)
-        assert [prefill.sample_stride(position, 128) for position in positions] == [4, 4, 8, 8, 16, 128]
-        assert [prefill.sample_stride(position, 96) for position in (0, 32, 64, 128)] == [4, 8, 16, 32]
+        assert [segments.sample_stride(position, 128) for position in positions] == [4, 4, 8, 8, 16, 128]
+        assert [segments.sample_stride(position, 96) for position in (0, 32, 64, 128)] == [4, 8, 16, 32]
         config = CritiPrefill(budget=16, segment_size=32, block_size=8, threshold=32)
         prompt = Prompt([200])
         same(prompt.attend(config)[0], expected_attention(*prompt.row(0), config)[0])
@@ -202,13 +206,13 @@ class TestAttend:
     def test_slabs_change_nothing(self, monkeypatch):
         prompt = Prompt([200])
         whole = prompt.attend(SMALL)
-        monkeypatch.setattr(prefill, "SLAB_BYTES", 1)
+        monkeypatch.setattr(segments, "SLAB_BYTES", 1)
         same(prompt.attend(SMALL), whole)
 
     def test_scores_of_the_last_layer_take_part(self):
         first, second = Prompt([100], seed=1), Prompt([100], seed=2)
         config = CritiPrefill(budget=16, segment_size=16, block_size=8, threshold=32, layer_fusion=0.5)
-        earlier = prefill.BlockScores()
+        earlier = BlockScores()
         earlier.enter(0)
         first.attend(config, earlier=earlier)
         earlier.enter(1)
@@ -262,9 +266,9 @@ class TestAttend:
     def test_only_the_chosen_blocks_are_read(self, monkeypatch):
         prompt = Prompt([96], 2, 1)
         chosen = []
-        select = prefill.select
+        select = segments.select
         monkeypatch.setattr(
-            prefill, "select", lambda *args, **kwargs: chosen.append(select(*args, **kwargs)) or chosen[-1]
+            segments, "select", lambda *args, **kwargs: chosen.append(select(*args, **kwargs)) or chosen[-1]
         )
         expected = prompt.attend(SMALL)[0, 80:].clone()
         unread = torch.ones(96, dtype=torch.bool)
@@ -324,7 +328,7 @@ class TestGenerate:
         assert not torch.allclose(sparse[:, 64:], dense[:, 64:], atol=0.1)
 
     def test_short_prompts_take_the_dense_path(self, model, monkeypatch):
-        monkeypatch.delattr(prefill, "attend")
+        monkeypatch.delattr(segments, "attend_row")
         prompt = tokens(PROMPT)
         config = CritiPrefill(threshold=4096)
         assert torch.equal(logits_of(model, QuestCache(prefill=config), prompt), logits_of(model, QuestCache(), prompt))
@@ -451,7 +455,7 @@ class TestEvaluation:
         cache = QuestCache(prefill=config)
         found = prompts.attention_mass(model, tokens(LONG), cache)
         cache = QuestCache(prefill=config)
-        cache.watch_prefill(lambda layer_idx, position, _, keys, ids: chosen.setdefault((layer_idx, position), ids))
+        cache.watcher = lambda read: chosen.setdefault((read.layer.layer_idx, read.position), read.block_ids)
         logits_of(model, cache, tokens(LONG))
         eager = make_model(attn_implementation="eager")
         weights = weights_of_layer_1(eager, tokens(LONG))

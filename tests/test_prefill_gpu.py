@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hf_quest import CritiPrefill, QuestCache, prefill, tiny
+from hf_quest import CritiPrefill, QuestCache, tiny
 from hf_quest.evaluation.documents import heldout_text
+from hf_quest.prompts import BlockScores, critiprefill, dense, segments
+from hf_quest.reference import Logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +24,7 @@ def test_library_attention(is_causal, cudnn_pays, head_dim):
 
     def attend(device, dtype):
         parts = (part.unflatten(1, (3, 96)).transpose(0, 1) for part in stored.to(device, dtype))
-        output = prefill.attention(query.to(device, dtype), *parts, is_causal, 0.1, None, cudnn_pays)
+        output = dense.attention(query.to(device, dtype), *parts, is_causal, Logits(0.1), cudnn_pays)
         return [tensor.float().cpu() for tensor in output]
 
     exact, expected = attend("cpu", torch.float32)
@@ -32,7 +34,7 @@ def test_library_attention(is_causal, cudnn_pays, head_dim):
     torch.testing.assert_close(logsumexp, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("score", prefill.SCORES)
+@pytest.mark.parametrize("score", critiprefill.SCORES)
 @pytest.mark.parametrize("left_padding", [(0,), (0, 37)], ids=["whole", "padded"])
 def test_attend(score, left_padding):
     """Nearly everywhere the same blocks are chosen, and then the attention is the same."""
@@ -43,9 +45,11 @@ def test_attend(score, left_padding):
     chosen = {"cpu": [], "cuda": []}
 
     def attend(device, dtype):
-        earlier = prefill.BlockScores(watch=lambda *args: chosen[device].append(args[-1].sort().values.flatten().cpu()))
+        def watch(*slab):
+            chosen[device].append(slab[-1].sort().values.flatten().cpu())
+
         tensors = (query.to(device, dtype), *stored.to(device, dtype))
-        return prefill.attend(*tensors, left_padding, config, earlier, 0.125).float().cpu()
+        return segments.attend(*tensors, left_padding, config, BlockScores(), Logits(0.125), watch=watch).float().cpu()
 
     expected, output = attend("cpu", torch.float32), attend("cuda", torch.bfloat16)
     on_cpu, on_gpu = (torch.cat(chosen[device]) for device in ("cpu", "cuda"))

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from hf_quest import CritiPrefill, ops, prefill
+from hf_quest import CritiPrefill
+from hf_quest.kernels import ops
+from hf_quest.prompts import BlockScores, critiprefill, segments
+from hf_quest.reference import Logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,8 +177,8 @@ class TestEstimate:
         torch.full((1 << 28,), torch.nan, device="cuda")  # what the kernels get to work in
         scores = ops.prompt_estimate(prompt.query, keys, start, segment_size, stride, block_size, SCALING)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefill, "sample_stride", lambda *_: stride)
-            expected = prefill.estimate(prompt.query.float(), keys.float(), start, SCALING, config)
+            patch.setattr(segments, "sample_stride", lambda *_: stride)
+            expected = segments.estimate(prompt.query.float(), keys.float(), start, SCALING, config)
         is_hidden = expected == -1
         assert torch.equal(scores == -1, is_hidden)
         # Logits are kept in 16 bits, those of 16 to 32 within 2^-7, which twice in an exponent of 2 is 1.1 %; as much
@@ -197,17 +200,17 @@ class TestEstimate:
 @pytest.mark.parametrize("num_selected", [1, 63, 64])
 def test_select(num_blocks, num_selected):
     scores = torch.rand(2, 5, num_blocks, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    found = prefill.select(scores, num_selected, False, has_kernels=True)
+    found = segments.select(scores, num_selected, False, has_kernels=True)
     assert torch.equal(found, scores.topk(num_selected).indices.sort().values)
 
 
 def attend(query, stored, config, left_padding=(0,), **options):
-    return prefill.attend(query, *stored, left_padding, config, prefill.BlockScores(), SCALING, **options)
+    return segments.attend(query, *stored, left_padding, config, BlockScores(), Logits(SCALING, **options))
 
 
 @pytest.fixture
 def by_kernels_alone(monkeypatch):
-    monkeypatch.delattr(prefill, "attend_segments")
+    monkeypatch.delattr(segments, "attend_segments")
 
 
 @pytest.mark.usefixtures("by_kernels_alone")
@@ -220,7 +223,7 @@ def test_slabs_and_chunks_change_nothing(config, monkeypatch):
     whole = attend(query, stored, config)
     chunks = [attend(query[:, :, :end][:, :, -1536:], stored[..., :end, :], config) for end in (1536, 3072)]
     assert torch.equal(torch.cat(chunks, dim=1)[:, 768:], whole[:, 768:3072])
-    monkeypatch.setattr(prefill, "SLAB_BYTES", 1)
+    monkeypatch.setattr(segments, "SLAB_BYTES", 1)
     assert torch.equal(attend(query, stored, config), whole)
 
 
@@ -236,7 +239,7 @@ def test_sinks_of_another_dtype():
     assert not torch.equal(output, attend(query, stored, config))
 
 
-@pytest.mark.parametrize("score", prefill.SCORES)
+@pytest.mark.parametrize("score", critiprefill.SCORES)
 @pytest.mark.parametrize("left_padding", [(0,), (0, 136)], ids=["whole", "padded"])
 def test_attend_of_prompts(score, left_padding, monkeypatch):
     """With kernels and without, most segments choose the same blocks, by which the attention is the same."""
@@ -244,7 +247,7 @@ def test_attend_of_prompts(score, left_padding, monkeypatch):
     torch.manual_seed(0)
     query = 3 * torch.randn(len(left_padding), 8, 2120, 128, device="cuda", dtype=torch.bfloat16)
     storage = torch.randn(2, len(left_padding), 2, 2176, 128, device="cuda", dtype=torch.bfloat16)
-    select, chosen, is_same = prefill.select, [], []
+    select, chosen, is_same = segments.select, [], []
 
     def choose(*arguments):
         chosen.append(select(*arguments))
@@ -256,11 +259,11 @@ def test_attend_of_prompts(score, left_padding, monkeypatch):
         return block_ids
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefill, "select", choose)
-        patch.delattr(prefill, "attend_segments")
+        patch.setattr(segments, "select", choose)
+        patch.delattr(segments, "attend_segments")
         output = attend(query, storage[..., :2120, :], config, left_padding).float()
     monkeypatch.setattr(ops, "serves_prompts", lambda *_: False)
-    monkeypatch.setattr(prefill, "select", choose_again)
+    monkeypatch.setattr(segments, "select", choose_again)
     expected = attend(query.float(), storage.float()[..., :2120, :], config, left_padding)
     assert torch.cat(is_same).float().mean() > 0.5  # rounded logits turn blocks that are nearly equal
     # The first tokens are attended by PyTorch's kernel, which rounds weights, too.

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from hf_quest import tiny
 from hf_quest.evaluation import evaluate_ruler, ruler
-from hf_quest.evaluation.ruler import TASKS, encode, make_samples, ruler_table, score
+from hf_quest.evaluation.ruler import encode, make_samples, ruler_table, score
+from hf_quest.evaluation.ruler_tasks import TASKS
 from hf_quest.models import load
 
 pytest.importorskip("wonderwords")

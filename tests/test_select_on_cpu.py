@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_quest import _build, reference
+from hf_quest import reference
+from hf_quest.kernels import build
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which knows where CUDA's headers are")
 
@@ -45,7 +46,7 @@ SCORES = {
 def program(tmp_path_factory):
     program = tmp_path_factory.mktemp("select") / "select_on_cpu"
     source = Path(__file__).with_name("select_on_cpu.cpp")
-    flags = ["-x", "c++", "-std=c++20", "-O1", f"-I{_build.find_sources()}", "-Xcompiler", "-fsanitize=thread"]
+    flags = ["-x", "c++", "-std=c++20", "-O1", f"-I{build.find_sources()}", "-Xcompiler", "-fsanitize=thread"]
     flags += ["-Xcompiler", "-fsanitize=bounds", "-Xcompiler", "-fno-sanitize-recover=all"]
     subprocess.run(["nvcc", *flags, "-o", program, source], check=True)
     return program

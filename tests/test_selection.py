@@ -9,8 +9,7 @@ from small_llama import make_model, tokens
 from transformers import Gemma3ForCausalLM, GptOssForCausalLM
 from typer.testing import CliRunner
 
-from hf_quest import QuestCache, tiny
-from hf_quest.cache import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestCache, tiny
 from hf_quest.cli import app
 from hf_quest.evaluation import evaluate_selection, scores
 from hf_quest.evaluation.choices import CHOICES, Choice, attended_tokens, grouped_logits, parse_choice

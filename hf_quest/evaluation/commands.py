@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .calibration import calibration_table, write_html
+from .calibration_report import calibration_table, write_html
 from .harness import harness_table
 from .longbench import longbench_table
 from .passkey import passkey_table

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from ..attention import dense_attention
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME
+from ..seam.attention import dense_attention
 from .choices import Choice, attended_tokens, grouped_logits
 from .methods import DENSE, new_cache, prefill
 

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME
 from .methods import EVERYTHING, METHODS, Way, make_ways, new_cache, prefill, step
 from .report import Results, comparison, way_of
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .. import QuestCache
-from ..baselines import H2OCache, StreamingLLMCache, TOVACache
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME, H2OCache, QuestCache, StreamingLLMCache, TOVACache
 
 DENSE = "dense"
 CACHES = {
@@ -25,6 +23,7 @@ CACHES = {
     "tova": TOVACache,
     "streamingllm": StreamingLLMCache,
     "quest-published": functools.partial(QuestCache, score="published"),
+    "quest-codes": functools.partial(QuestCache, codes=2),
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import CritiPrefill, QuestCache, prefill
-from ..cache import CACHE_NAME
+from .. import CACHE_NAME, CritiPrefill, QuestCache
+from ..prompts.critiprefill import SCORES
+from ..prompts.dense import attention
+from ..prompts.segments import gather
+from ..reference import Logits
+from ..watch import Read, SegmentsRead
 from .documents import JOBS, Document, Library, documents, heldout_text
 from .methods import EVERYTHING, answer, check_length
 from .recall import score
@@ -65,23 +69,25 @@ def attention_mass(model: PreTrainedModel, ids: Tensor, cache: QuestCache) -> di
     """
     shares: dict[int, list[float]] = {}
 
-    def watch(layer_idx: int, position: int, query: Tensor, keys: Tensor, block_ids: Tensor) -> None:
-        segment_size, block_size = cache.prefill.segment_size, cache.prefill.block_size
-        query = query.unflatten(1, (-1, segment_size)).transpose(0, 1)
-        scaling = query.shape[-1] ** -0.5
-        chosen = prefill.gather(keys, block_ids, block_size)
+    def watch(read: Read | SegmentsRead) -> None:
+        if not isinstance(read, SegmentsRead):
+            return
+        segment_size, block_size, keys = cache.prefill.segment_size, cache.prefill.block_size, read.keys
+        query = read.query.unflatten(1, (-1, segment_size)).transpose(0, 1)
+        logits = Logits(query.shape[-1] ** -0.5)
+        chosen = gather(keys, read.block_ids, block_size)
         for segment in range(query.shape[0]):
-            start = position + segment * segment_size
+            start = read.position + segment * segment_size
             own, before = keys[None, :, start : start + segment_size], keys[None, :, :start]
             logsumexp = {}
             for name, part in (("own", own), ("before", before), ("chosen", chosen[segment, None])):
                 one = query[segment, None]
-                logsumexp[name] = prefill.attention(one, part, part, name == "own", scaling, None)[1]
+                logsumexp[name] = attention(one, part, part, name == "own", logits)[1]
             kept, whole = (torch.logaddexp(logsumexp["own"], logsumexp[name]) for name in ("chosen", "before"))
-            shares.setdefault(layer_idx, []).append((kept - whole).exp().mean().item())
+            shares.setdefault(read.layer.layer_idx, []).append((kept - whole).exp().mean().item())
 
     model.set_attn_implementation("quest")
-    cache.watch_prefill(watch)
+    cache.watcher = watch
     model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     return {layer_idx: sum(values) / len(values) for layer_idx, values in shares.items()}
 
@@ -186,7 +192,7 @@ def answer_scores(
 def prefill_table(report: dict[str, Any]) -> Table:
     """One row for each length and prefill: the share of right answers of every job, perplexity, and attention mass."""
     jobs = report["configuration"]["jobs"]
-    table = Table("tokens", "prefill", *jobs, "perplexity", *(f"attention mass, {name}" for name in prefill.SCORES))
+    table = Table("tokens", "prefill", *jobs, "perplexity", *(f"attention mass, {name}" for name in SCORES))
     rows: dict[tuple, dict[str, Any]] = {}
     for record in report["records"]:
         row = rows.setdefault((record["length"], record["prefill_budget"]), {})
@@ -198,7 +204,7 @@ def prefill_table(report: dict[str, Any]) -> Table:
         shares = [f"{mean(row[job]):.1%}" if job in row else "-" for job in jobs]
         masses = [
             " ".join(f"{mass:.3f}" for mass in row["attention_mass"][name].values()) if "attention_mass" in row else "-"
-            for name in prefill.SCORES
+            for name in SCORES
         ]
         loss = f"{row['perplexity']:.3f}" if "perplexity" in row else "-"
         table.add_row(f"{length:,}", "dense" if budget is None else f"{budget:,}", *shares, loss, *masses)

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..watch import Read
 from .documents import JOBS, Document, Library, documents, heldout_text
 from .methods import CACHES, EVERYTHING, Way, check_length, make_ways, new_cache, prefill, read, step
-from .observation import OBSERVED, attended, logits, observe, share_found
 from .plots import add_legend, figure
 from .report import Results, comparison, mean, merged, spread, way_of
 
@@ -27,14 +27,14 @@ def top_tokens(model: PreTrainedModel, cache: Cache, ids: Tensor) -> list[list[T
     """For each token fed and each layer the [B, Hq, 10] positions of the highest dense attention weights."""
     by_step: list[list[Tensor]] = []
 
-    def note(layer, query, scaling):
-        by_step[-1].append(logits(layer, query, scaling).topk(NUM_TOP, dim=-1).indices)
+    def note(read: Read) -> None:
+        by_step[-1].append(read.all_logits().topk(NUM_TOP, dim=-1).indices)
 
-    observe(cache, [note] * len(cache.layers))
-    model.set_attn_implementation(OBSERVED)
+    cache.watcher = note
     for position in range(cache.get_seq_length(), ids.shape[1]):
         by_step.append([])
         step(model, cache, ids[:, position : position + 1])
+    cache.watcher = None
     return by_step
 
 
@@ -42,17 +42,23 @@ def shares_attended(model: PreTrainedModel, cache: Cache, ids: Tensor, tops: lis
     """[B, layers]: the share of `tops` that a cache with a budget attends to, mean over heads and tokens fed."""
     shares: list[list[Tensor]] = []
 
-    def note(layer, query, scaling):
+    def note(read: Read) -> None:
         place = (len(shares) - 1, len(shares[-1]))
-        found = share_found(tops[place[0]][place[1]], attended(layer, query, scaling))
+        found = share_found(tops[place[0]][place[1]], read.tokens())
         shares[-1].append(found.mean(dim=1))
 
-    observe(cache, [note] * len(cache.layers))
-    model.set_attn_implementation(OBSERVED)
+    cache.watcher = note
     for position in range(cache.get_seq_length(), ids.shape[1]):
         shares.append([])
         step(model, cache, ids[:, position : position + 1])
+    cache.watcher = None
     return torch.stack([torch.stack(by_layer, dim=1) for by_layer in shares]).mean(dim=0)
+
+
+def share_found(tokens: Tensor, is_attended: Tensor) -> Tensor:
+    """[B, Hq]: the share of each head's `tokens`, [B, Hq, count] positions, that are attended, [B, Hkv, N]."""
+    num_groups = tokens.shape[1] // is_attended.shape[1]
+    return is_attended.repeat_interleave(num_groups, dim=1).gather(2, tokens).float().mean(dim=2)
 
 
 def evaluate_top10(

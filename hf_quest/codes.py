@@ -1,0 +1,126 @@
+"""Codes of keys: each channel in a few bits, on the grid of its own page's bounds. A part of the specification.
+
+Letters in shapes are those of `reference.py`; bits b are 1, 2, 4 or 8, and channel c of a key is in byte c·b / 8 of its
+code, the first channel of a byte in the lowest bits.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Length, newest_page, order_of, reduce_group, visible_tokens
+
+BITS = (1, 2, 4, 8)
+
+
+def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """The lowest value that a code can name, a page's minimum, and the step to the next: the highest is its maximum.
+
+    Two [..., D] float32, of [..., 2, D] bounds as in `reference.append`.
+    """
+    bounds = bounds.float() if scales is None else reference.from_8_bits(bounds, scales)
+    lowest, highest = bounds.unbind(dim=-2)
+    return lowest, ((highest - lowest) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def encode(keys: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
+    """[..., D·b / 8] uint8 of [..., D] keys, each channel the nearest value of its grid."""
+    levels = ((keys.float() - lowest) / step).nan_to_num(0.0).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    levels = levels.unflatten(-1, (-1, 8 // bits))
+    place = torch.arange(0, 8, bits, dtype=torch.uint8, device=keys.device)
+    return (levels << place).sum(dim=-1, dtype=torch.uint8)
+
+
+def decode(codes: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
+    """[..., D] float32: the keys that [..., D·b / 8] codes stand for."""
+    place = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    levels = (codes[..., None] >> place) & (2**bits - 1)
+    return lowest + levels.flatten(-2).float() * step
+
+
+def refresh_codes(
+    keys: Tensor,
+    bounds: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    num_new: int,
+    length: Length,
+    padding: Tensor,
+    page_size: int,
+    bits: int,
+) -> None:
+    """Write the codes of all tokens in the pages of the newest `num_new`, by the bounds that these pages have now.
+
+    Those of the newest page mean nothing until it is full: its bounds widen, and it is attended whole.
+
+    Args:
+        codes: [B, Hkv, capacity, D·b / 8] uint8, mutated. The others are those of `reference.append`.
+    """
+    batch = torch.arange(keys.shape[0], device=keys.device)[:, None]
+    num_touched = (num_new + page_size - 2) // page_size + 1
+    last = ((length - 1 - padding) // page_size).clamp(min=0)[:, None]
+    first = (length - num_new - padding).clamp(min=0)[:, None] // page_size
+    page_idx = torch.minimum(first + torch.arange(num_touched, device=keys.device), last)
+    slot = (padding[:, None] + page_idx * page_size)[..., None] + torch.arange(page_size, device=keys.device)
+    slot = slot.clamp(max=length - 1)  # [B, pages, S]
+    page_scales = None if scales is None else scales[batch, :, page_idx]
+    lowest, step = (each[:, :, None] for each in grid(bounds[batch, :, page_idx], page_scales, bits))
+    codes[batch[..., None], :, slot] = encode(keys[batch[..., None], :, slot], lowest, step, bits)
+
+
+def refine(
+    query: Tensor,
+    bounds: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    page_ids: Tensor,
+    length: Length,
+    padding: Tensor,
+    page_size: int,
+    bits: int,
+    scaling: float,
+    num_tokens: int,
+    group: str,
+) -> Tensor:
+    """Choose, for every query, the tokens of its newest page and the highest-scoring ones of its candidate pages.
+
+    A token's score is its logit by its code. The query heads that share a KV head agree as in `reference.reduce_group`,
+    by shares of the candidates' tokens.
+
+    Args:
+        query: [B, Hq, T, D].
+        bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `reference.append`.
+        codes: [B, Hkv, capacity, D·b / 8] uint8; of the newest page none is read.
+        page_ids: [B, Hkv, T, C] int64, the candidates, ascending, -1 for none, the newest page among them.
+        length, padding: as in `reference.select`.
+        num_tokens: tokens to choose, those of the newest page included. Equal scores resolve to the earlier token.
+        group: of `reference.GROUPS`.
+
+    Returns:
+        [B, Hkv, T, num_tokens] int64, ascending, counted from each row's first token; -1 fills up.
+    """
+    batch_size, num_kv_heads, num_queries, _ = page_ids.shape
+    newest = newest_page(num_queries, length, padding, page_size)[:, None, :, None]
+    page = page_ids.masked_fill((page_ids < 0) | (page_ids >= newest), 0)
+    position = page_ids[..., None] * page_size + torch.arange(page_size, device=page_ids.device)
+    is_open = ((page_ids >= 0) & (page_ids < newest))[..., None].expand_as(position)
+    row = torch.arange(batch_size, device=page.device).view(-1, 1, 1, 1)
+    head = torch.arange(num_kv_heads, device=page.device).view(1, -1, 1, 1)
+    lowest, step = grid(bounds[row, head, page], None if scales is None else scales[row, head, page], bits)
+    slot = position.masked_fill(~is_open, 0) + padding.view(-1, 1, 1, 1, 1)
+    of_token = codes[row[..., None], head[..., None], slot]  # [B, Hkv, T, C, S, D·b / 8]
+    keys = decode(of_token, lowest[..., None, :], step[..., None, :], bits).flatten(3, 4)
+    grouped = query.float().unflatten(1, (num_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, T, G, D]
+    scores = (grouped @ keys.transpose(-1, -2)).transpose(2, 3) * scaling  # [B, Hkv, G, T, C·S]
+    is_open, position = is_open.flatten(3), position.flatten(3)
+    scores = reduce_group(scores, group, ~is_open[:, :, None])
+    rank = (order_of(scores) - position).masked_fill(~is_open, reference.INT64.min)
+    visible = visible_tokens(num_queries, length, padding)[:, None, :, None]
+    own = newest * page_size + torch.arange(page_size, device=page.device)  # of the newest page, all that are there
+    own = own.masked_fill(own >= visible, -1).expand(*page_ids.shape[:3], -1)
+    best = rank.topk(min(num_tokens - page_size, rank.shape[-1]), dim=-1)
+    chosen = position.gather(-1, best.indices).masked_fill(best.values == reference.INT64.min, -1)
+    ids = torch.cat([chosen, own], dim=-1)
+    ids = ids.masked_fill(ids < 0, reference.INT64.max).sort(dim=-1).values
+    ids = ids.masked_fill(ids == reference.INT64.max, -1)
+    return torch.nn.functional.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)

@@ -1,0 +1,1 @@
+"""The CUDA kernels as operators, and how they are built."""

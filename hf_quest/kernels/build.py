@@ -1,0 +1,114 @@
+"""Builds the CUDA kernels in csrc/ on first use: the only file that knows nvcc and ninja."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def load():
+    """Build the kernels for this machine's GPUs, or find them built, and load them into `torch.ops.hf_quest`.
+
+    Returns whether the kernels are there. If not, the reason and the way out were said in one warning.
+    """
+    try:
+        _load()
+    except Exception as error:  # whatever a compiler, a linker or a file system comes up with
+        reason = complaints_of(str(error))
+        warnings.warn(
+            f"hf_quest could not build its CUDA kernels and runs its slower PyTorch path. The reason: {reason}\n"
+            f"What helps: a CUDA {torch.version.cuda} toolkit with CUDA_HOME set to it (or `pip install "
+            '"hf-quest[cuda]"`), a C++ compiler and ninja; then start Python again.',
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def _load():
+    found = sorted({torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())})
+    capabilities = [capability for capability in found if capability >= OLDEST_CAPABILITY]
+    if not capabilities:
+        raise RuntimeError(f"the kernels need compute capability 8.0 (Ampere) or later, and the GPUs have {found}")
+    # Hopper's own instructions are in the architecture with an "a" alone.
+    architectures = [f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in capabilities]
+
+    from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
+
+    from_pip = find_cuda_from_pip()
+    if cpp_extension.CUDA_HOME is None:
+        if from_pip is None or not (from_pip / "bin" / "nvcc").exists():
+            raise RuntimeError("there is no nvcc: none on the PATH, no CUDA_HOME, and none installed with pip")
+        cpp_extension.CUDA_HOME = str(from_pip)
+
+    version = torch.__version__.replace(".", "_").replace("+", "_")
+    name = f"hf_quest_sm{'_'.join(architectures)}_torch_{version}"
+    build_directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
+    build_directory.mkdir(parents=True, exist_ok=True)
+    spare_headers = []
+    if from_pip is not None:
+        # PyTorch's headers want those of cuBLAS and the like, which small toolkits lack and torch from pip brings.
+        spare_headers.append(f"-idirafter{from_pip / 'include'}")
+        link_runtime(from_pip, build_directory)
+    is_new = not (build_directory / f"{name}.so").exists()
+    source_directory = find_sources()
+    if is_new:
+        architecture_names = ", ".join(f"sm_{architecture}" for architecture in architectures)
+        print(
+            f"hf_quest builds its CUDA kernels for {architecture_names} in {build_directory}, once ...",
+            end=" ",
+            file=sys.stderr,
+            flush=True,
+        )
+    start = time.perf_counter()
+    cpp_extension.load(
+        name,
+        sources=[str(path) for path in sorted(source_directory.glob("*.c*")) if path.suffix in (".cu", ".cpp")],
+        extra_cflags=["-O3", "-std=c++20", *spare_headers],
+        extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
+        extra_ldflags=[f"-L{build_directory}"],
+        build_directory=str(build_directory),
+        is_python_module=False,
+    )
+    if is_new:
+        print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def find_sources():
+    """The folder csrc: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    return next(path for path in (package / "csrc", package.parent / "csrc") if path.is_dir())
+
+
+def find_cuda_from_pip():
+    """Where pip lays out CUDA of torch's version, the libraries that torch needs and a toolkit if asked, or None."""
+    package = importlib.util.find_spec("nvidia")
+    major = (torch.version.cuda or "").partition(".")[0]
+    folders = package.submodule_search_locations if package is not None else ()
+    return next((home for folder in folders if (home := Path(folder) / f"cu{major}").is_dir()), None)
+
+
+def link_runtime(from_pip, folder):
+    """Give the CUDA runtime from pip the name that linkers look for, in `folder`."""
+    link = folder / "libcudart.so"
+    for runtime in (from_pip / "lib").glob("libcudart.so.*"):
+        if not link.exists():
+            link.unlink(missing_ok=True)  # of a toolkit that is gone
+            with contextlib.suppress(FileExistsError):  # another process was first
+                link.symlink_to(runtime)
+
+
+def complaints_of(output):
+    """The lines of a compiler or linker that say what is wrong, or the end of what there is."""
+    lines = [line for line in output.splitlines() if re.search(r"\b(error|fatal +|ld):", line)]
+    return "\n".join(lines or [output.strip()])[-1500:]

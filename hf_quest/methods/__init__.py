@@ -1,0 +1,9 @@
+"""The ways to choose what a decode step reads or what is kept, each a file."""
+
+from .base import Attended, Method
+from .h2o import H2O
+from .quest import Quest
+from .streaming_llm import StreamingLLM
+from .tova import TOVA
+
+__all__ = ["H2O", "TOVA", "Attended", "Method", "Quest", "StreamingLLM"]

@@ -1,0 +1,152 @@
+"""Quest: the pages whose bounds say that they may matter most to the query (arXiv 2406.10774)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import reference
+from ..codes import BITS, refine, refresh_codes
+from ..kernels import ops
+from ..reference import Choice, Score
+from .base import Method, is_int
+
+# How the query heads of a KV head agree on tokens, whatever the pages are found by: by the attention that a token would
+# get from all of them.
+TOKEN_GROUP = "sum"
+
+
+class Chain:
+    """Quest's stages in one operator, where the CUDA kernels serve a layer."""
+
+    @staticmethod
+    def attend(method, pages, query, length, logits, page_ids):
+        """Attention [B, Hq, 1, D] of one query per row in the slots before `length`, [1] int64.
+
+        Args:
+            page_ids: [B, Hkv, 1, K] int64, mutated to what was selected, or None.
+        """
+        # Not by `ops`, whose checks would tell of the storage's own tensors at every step.
+        stored = (pages.keys, pages.values, pages.beside["bounds"], pages.beside.get("scales"))
+        where = (length, pages.padding, method.num_selected, pages.page_size)
+        return torch.ops.hf_quest.chain(query, *stored, *where, *logits, page_ids, *method.score)
+
+    @staticmethod
+    def step(method, pages, layer_idx, query, new, logits, reads_all):
+        """A whole decode step of a layer in a graph: store the key and value `new`, or none, and attend.
+
+        With `reads_all` everything, as a dense layer does.
+        """
+        on_device = pages.on_device
+        where = (on_device.addresses, on_device.length, on_device.padding, layer_idx, pages.num_kv_heads)
+        num_selected = 0 if reads_all else method.num_selected
+        return ops.decode(query, *(new or (None, None)), *where, num_selected, pages.page_size, *logits, method.score)
+
+
+@dataclass(frozen=True)
+class Quest(Method):
+    """The newest page, the first, and those of the highest scores by the bounds of their keys; whole pages are read.
+
+    Args:
+        budget: tokens, rounded up to whole pages, at least two pages.
+        page_size, score, bounds_dtype, codes, candidates: see `QuestCache`.
+    """
+
+    page_size: int = 16
+    score: Score = reference.DEFAULT
+    bounds_dtype: torch.dtype | None = torch.int8
+    codes: int | None = None
+    candidates: int | None = 8
+
+    @property
+    def fused(self):
+        """The kernels choose pages; by codes nothing is fused."""
+        return None if self.codes else Chain
+
+    def __post_init__(self):
+        if not is_int(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ValueError(
+                f"page_size is a number of tokens and a power of two (16 in the paper), not {self.page_size!r}."
+            )
+        if self.bounds_dtype not in (torch.int8, None):
+            raise ValueError(
+                f"bounds_dtype is torch.int8, or None for the dtype of the keys, not {self.bounds_dtype!r}."
+            )
+        if not is_int(self.budget) or self.budget < 2 * self.page_size:
+            raise ValueError(
+                f"budget is a number of tokens and at least two pages, {2 * self.page_size} tokens with "
+                f"page_size={self.page_size}: the newest page and one more. It is {self.budget!r}."
+            )
+        if not 0 <= self.score.width <= 1 or self.score.group not in reference.GROUPS:
+            raise ValueError(
+                f"A Score has a width from 0 to 1 and a group of {reference.GROUPS}, unlike {self.score!r}."
+            )
+        self.check_codes()
+
+    def check_codes(self):
+        if self.codes is not None and (not is_int(self.codes) or self.codes not in BITS):
+            raise ValueError(f"codes is a number of bits per channel, one of {BITS}, or None, not {self.codes!r}.")
+        if self.candidates is not None and (not is_int(self.candidates) or self.candidates < 1):
+            raise ValueError(
+                "candidates says how many times the budget's pages are looked at by their codes, 1 or more, or None "
+                f"for all pages, not {self.candidates!r}."
+            )
+
+    @property
+    def num_selected(self) -> int:
+        """K: pages that a decode step attends per KV head, the budget in whole pages."""
+        return -(-self.budget // self.page_size)
+
+    @property
+    def num_candidates(self) -> float:
+        """Pages whose tokens are looked at by their codes."""
+        return math.inf if self.candidates is None else self.candidates * self.num_selected
+
+    @property
+    def num_attended(self):
+        return self.num_selected * self.page_size
+
+    def beside_tokens(self, head_dim, dtype):
+        return {} if self.codes is None else {"codes": ((head_dim * self.codes // 8,), torch.uint8)}
+
+    def beside_pages(self, head_dim, dtype):
+        if self.bounds_dtype is None:
+            return {"bounds": ((2, head_dim), dtype)}
+        num_scales = -(-head_dim // reference.SCALE_BLOCK)
+        return {"bounds": ((2, head_dim), self.bounds_dtype), "scales": ((num_scales,), torch.uint8)}
+
+    def stored(self, pages, num_new, length):
+        bounds = (pages.beside["bounds"], pages.beside.get("scales"))
+        where = (num_new, length, pages.padding, self.page_size)
+        reference.refresh_bounds(pages.keys, *bounds, *where)
+        if self.codes is not None:
+            refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
+
+    def choose(self, pages, query, logits, length):
+        num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
+        bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
+        bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
+        where = (length, pages.padding, self.page_size)
+        scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
+        num_found = min(self.num_candidates, scores.shape[-1]) if self.codes else self.num_selected
+        ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
+        if self.codes is None:
+            return Choice(ids, self.page_size)
+        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
+        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
+
+    def read_beside(self, pages):
+        if self.codes is None:
+            return super().read_beside(pages)
+        of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
+        num_looked_at = min(self.num_candidates * self.page_size, pages.length)
+        return pages.num_pages(pages.length) * of_pages + num_looked_at * pages.beside["codes"][0, 0, 0].nbytes
+
+
+def score_named(score) -> Score:
+    """The `reference.Score` that `score` names or is."""
+    found = reference.SCORES.get(score) if isinstance(score, str) else score
+    if not isinstance(found, Score):
+        names = ", ".join(map(repr, reference.SCORES))
+        raise ValueError(f"score is one of {names} or a hf_quest.reference.Score, not {score!r}.")
+    return found

@@ -1,0 +1,98 @@
+"""The caches by the names that users type: each a method, with its options."""
+
+from typing import Any
+
+import torch
+
+from .. import former
+from ..methods import H2O, TOVA, Quest, StreamingLLM
+from ..methods.quest import score_named
+from ..prompts import CritiPrefill
+from ..reference import Score
+from .cache import MethodCache
+from .stock import Tokens
+
+
+class QuestCache(MethodCache):
+    """A key/value cache for `model.generate(cache=QuestCache(budget=2048))` of a model that was loaded with
+    `attn_implementation="quest"` (Quest, arXiv 2406.10774). Before Transformers 5.24 the argument is called
+    `past_key_values`.
+
+    Every token is kept. A forward with one new token per row attends, in each layer after the first `dense_layers` and
+    for each KV head, the newest page, the first and those that may matter most to the query, `budget` tokens in all.
+    The rest is as of any `MethodCache`.
+
+    Args:
+        budget: tokens that each KV head may attend in one decode step, rounded up to whole pages, at least two pages.
+            May be changed at any time by assignment.
+        page_size: tokens in a page, a power of two.
+        dense_layers: how many of the first layers attend everything (Quest, section 3.4).
+        max_cache_len, compile, prefill: see `MethodCache`.
+        bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
+            bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
+            the paper.
+        score: how pages are scored. "default": the middle of q·k within a page's bounds and half of its half width, the
+            row's first page kept, which loses several times less on pretrained models than "published", the paper's
+            upper bound. Or a `hf_quest.reference.Score`.
+        codes: bits per channel, 1, 2, 4 or 8, in which each key is kept a second time, on the grid of its page's
+            bounds; or None. With codes single tokens are chosen, `budget` of them, those of the newest page included: a
+            step looks at the codes of candidate pages, which the bounds find. At equal budget that loses several times
+            less, and it costs 2 bits beside the 32 of a key's and a value's channel. There are no CUDA kernels for it:
+            the layers that choose run in PyTorch, and no step is compiled.
+        candidates: how many times the budget's pages are candidates, or None for all pages.
+
+    Raises:
+        ValueError, QuestError: as `MethodCache`.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        page_size: int = 16,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+        compile: bool = True,
+        prefill: CritiPrefill | None = None,
+        bounds_dtype: torch.dtype | None = torch.int8,
+        score: str | Score = "default",
+        codes: int | None = None,
+        candidates: int | None = 8,
+    ):
+        method = Quest(budget, page_size, score_named(score), bounds_dtype, codes, candidates)
+        super().__init__(
+            method, dense_layers=dense_layers, max_cache_len=max_cache_len, compile=compile, prefill=prefill
+        )
+
+    def take_former(self, settings: dict[str, Any], layers: list[former.Layer], compile: bool) -> None:
+        """Become what a pickle of version 0.1 held."""
+        names = ("page_size", "dense_layers", "max_cache_len", "prefill", "bounds_dtype", "score")
+        self.__init__(settings["budget"], **{name: settings[name] for name in names}, compile=compile)  # type: ignore[misc]
+        self._take([Tokens(*layer.tokens()) for layer in layers])
+        self.set_left_padding(settings["left_padding"])
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(", dense_layers", f", page_size={self.page_size}, dense_layers", 1)
+
+
+class H2OCache(MethodCache):
+    """Keeps `budget` tokens per KV head by H2O, see `hf_quest.methods.H2O`; `dense_layers` keep everything."""
+
+    def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
+        super().__init__(H2O(budget), dense_layers=dense_layers)
+
+
+class TOVACache(MethodCache):
+    """Keeps `budget` tokens in a layer by TOVA, see `hf_quest.methods.TOVA`; `dense_layers` keep everything."""
+
+    def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
+        super().__init__(TOVA(budget), dense_layers=dense_layers)
+
+
+class StreamingLLMCache(MethodCache):
+    """Keeps the first four tokens and the newest `budget - 4`, see `hf_quest.methods.StreamingLLM`; `dense_layers` keep
+    everything.
+    """
+
+    def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
+        super().__init__(StreamingLLM(budget), dense_layers=dense_layers)

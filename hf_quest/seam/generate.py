@@ -1,0 +1,158 @@
+"""What `generate` and models do not tell a cache, and their stack frames do; each function names what it leans on."""
+
+import inspect
+import sys
+
+import torch
+from transformers import GenerationMixin
+
+from ..errors import say_once
+
+ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
+PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})
+# Where the mask of the next token is the last one's and a column of ones: the loops of `generate`.
+LOOPS = frozenset(
+    inspect.unwrap(getattr(GenerationMixin, name)).__code__
+    for name in ("_sample", "_beam_search", "_assisted_decoding")
+)
+PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
+MODULE_CALL = frozenset({torch.nn.Module._call_impl.__code__})
+
+
+def called_from(codes, stop_at=frozenset()):
+    """Whether one of the code objects `codes` is in the stack, below the innermost of `stop_at`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        if frame.f_code in stop_at:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def continues_its_masks():
+    """Whether `generate` runs the forward, past its prompt, with the mask of its own, to which it only appends ones.
+
+    In `_prefill` a prompt may come in chunks of one token, each with its own part of the caller's mask. A model, a hook
+    or a processor of logits may give another mask than the loop's `model_kwargs` hold.
+    """
+    given, frame = [], sys._getframe(1)
+    while frame is not None and frame.f_code not in PREFILL:
+        if frame.f_code in LOOPS:
+            own = [frame.f_locals.get(name, {}).get("attention_mask") for name in ("model_kwargs", "candidate_kwargs")]
+            return all(any(mask is each for each in own) for mask in given)
+        if frame.f_code is PREPARE:
+            given.append(frame.f_locals["attention_mask"])
+        elif frame.f_code in MODULE_CALL and "attention_mask" in frame.f_locals["kwargs"]:
+            given.append(frame.f_locals["kwargs"]["attention_mask"])
+        frame = frame.f_back
+    return False
+
+
+def is_assisted():
+    """Whether `generate` is in assisted decoding, in which several new tokens may be drafts."""
+    return called_from(ASSISTED)
+
+
+def called_by_module():
+    """Whether a model calls, and not somebody who fills a cache by hand."""
+    return called_from(MODULE_CALL)
+
+
+def prompt_length_of_caller():
+    """Tokens in the inputs of the function that called ours, `_assisted_decoding`: its `input_ids`, or the embeddings
+    that were given instead, `inputs_tensor`. 0 if it has none.
+    """
+    # Its first forward feeds the prompt and the first drafts together, and nothing that a cache is given tells where
+    # the prompt ends.
+    caller = sys._getframe(2).f_locals
+    inputs = [caller.get("input_ids"), caller.get("inputs_tensor")]
+    return max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
+
+
+def may_compile_for_caller():
+    """Whether the function that asks our caller, a method of a model, would do well to compile.
+
+    `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that cannot
+    know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled, and the masks
+    that Transformers 5.17 would make for that fail.
+    """
+    caller = sys._getframe(2)
+    if called_from(PREFILL, stop_at=MODULE_CALL):
+        return False
+    model = caller.f_locals.get("self")
+    is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
+    return is_one_graph and "llama4" not in getattr(getattr(model, "config", None), "model_type", "")
+
+
+def limit_to_read_again(length):
+    """The number of tokens up to which the model that asks a cache for its length would drop it, if `length` is not
+    more and the input is; or None.
+
+    Phi-3 and its like have one set of rotary factors for texts of up to `original_max_position_embeddings` tokens and
+    another for longer ones. At the crossing their `prepare_inputs_for_generation` lets the cache go (`cache = None`,
+    later steps attend a cache of Transformers' own), if `get_seq_length` tells of no more than that many tokens. Where
+    the input is longer, its slicing to the new tokens is undone here, in the dict of its arguments, so that a cache
+    that is too short can be emptied and keep its place, and the model reads all of the input into it.
+    """
+    caller = sys._getframe(3)  # of length_or_read_again and get_seq_length
+    names = caller.f_code.co_names
+    if caller.f_code.co_name != "prepare_inputs_for_generation" or "original_max_position_embeddings" not in names:
+        return None
+    model, ids = caller.f_locals["self"], caller.f_locals.get("input_ids")
+    limit = model.config.original_max_position_embeddings
+    if not isinstance(ids, torch.Tensor) or not length <= limit < ids.shape[1]:
+        return None
+    caller.f_locals["kwargs"]["next_sequence_length"] = None
+    return limit
+
+
+def length_or_read_again(cache, length):
+    """`length`, that of `cache`, for who asks; or what makes a model keep the cache, which is emptied, and fill it
+    again with all of its text, where it would drop it.
+    """
+    limit = limit_to_read_again(length)
+    if limit is None:
+        return length
+    if length:
+        say_once(
+            f"The text has grown beyond {limit} tokens, from which on this model has other rotary factors for all "
+            "of its tokens. The cache was emptied and is filled again with the whole text."
+        )
+    cache.reset()
+    return limit + 1
+
+
+class Events:
+    """What `generate` does to a cache, of which it tells nothing else: a cache takes it for events."""
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        """Every call of `generate` sets this first, and may bring another mask than the last one."""
+        self.generate_begins()
+
+    def activate_past_recording(self) -> None:
+        """`generate` enters assisted decoding."""
+        self.assisted_begins(prompt_length_of_caller())
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` and models ask whether to compile the next forward."""
+        return self.can_be_compiled() and may_compile_for_caller()
+
+    def generate_begins(self) -> None:
+        """A `generate` begins that was given this cache."""
+        raise NotImplementedError
+
+    def assisted_begins(self, num_prompt: int) -> None:
+        """Several new tokens after `num_prompt` tokens of a prompt, 0 where that is not known, may be drafts."""
+        raise NotImplementedError
+
+    def can_be_compiled(self) -> bool:
+        """Whether the cache can be part of a graph."""
+        raise NotImplementedError

@@ -1,0 +1,291 @@
+"""The registered mask function, and what the attention masks of a forward mean to a cache and its layers."""
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..errors import QuestError
+from . import generate
+
+COMPARED = 1 << 26  # elements of a mask that are compared at a time
+
+
+class MaskLength(int):
+    """How many keys an attention mask is asked for, and by which cache: its own way to the mask function."""
+
+    cache: Any  # a seam.forwards.Forwards
+
+    def __new__(cls, num_keys, cache):
+        length = super().__new__(cls, num_keys)
+        length.cache = cache
+        return length
+
+
+@dataclass
+class Made:
+    """A mask that the mask function made for the forward under way."""
+
+    mask: weakref.ref
+    shape: tuple
+    left_padding: tuple | None  # slots without a token at the start of each row; None: more than causal, or local
+
+
+@dataclass
+class Masks:
+    """What a cache knows of the masks of the forward under way and of the last one.
+
+    Transformers copies masks on their way to the attention (`.contiguous()`, `.to()`), and attributes of a tensor are
+    lost then. So the meaning of a mask is kept here, and is found by the tensor itself or, for a copy, by its content.
+    """
+
+    num_known: int | None = None  # keys of the last forward whose mask was causal with left padding
+    decided: tuple | None = None  # (keys, left padding or None) of the forward under way
+    is_begun: bool = False  # the forward under way has reached the cache; the next mask is for another one
+    made: list = field(default_factory=list)  # of Made
+    are_changed: bool = False  # the attention gets other masks than the mask function made
+
+    def __getstate__(self):
+        return {**self.__dict__, "made": []}  # weak references are not copied, and no copy is in a forward
+
+    def forget(self):
+        """The rows or tokens of the cache changed: the next mask has to be looked at."""
+        self.num_known, self.decided, self.made = None, None, []
+
+    def prepare(self):
+        """The first mask of a forward is asked for, or it goes without."""
+        if self.is_begun:
+            self.decided, self.made, self.is_begun = None, [], False
+
+    def begin(self):
+        """The forward has reached the cache: the next mask is for another one."""
+        self.prepare()
+        self.is_begun = True
+
+    @property
+    def left_padding(self):
+        """What was decided for the forward under way, or None."""
+        return None if self.decided is None else self.decided[1]
+
+    def decide(self, num_new, num_keys, attention_mask, batch_size, left_padding):
+        """The left padding, a tuple of B ints, of a causal forward, or None if its mask hides anything else.
+
+        Args:
+            attention_mask: [B, N] bool or int, or None for one that hides nothing.
+            left_padding: that of the last forward, which a mask known to go on as the last one needs no look for.
+        """
+        is_next = num_new == 1 and self.num_known is not None and self.num_known <= num_keys <= self.num_known + 1
+        if attention_mask is None:
+            # Asked again by a model for which `generate` has made the masks, and none was needed.
+            is_decided = self.decided is not None and self.decided[0] == num_keys
+            found = self.decided[1] if is_decided else (0,) * batch_size
+        elif is_next and len(left_padding) == batch_size and generate.continues_its_masks():
+            found = left_padding
+        else:
+            found = count_left_padding(attention_mask, num_keys)
+        if found is not None and num_new == 1:  # a row that has no token yet has to see something: its newest slot
+            found = tuple(min(padding, num_keys - 1) for padding in found)
+        self.decided = (num_keys, found)
+        self.num_known = None if found is None else num_keys
+        return found
+
+    def remember(self, mask, left_padding):
+        self.made.append(Made(weakref.ref(mask), tuple(mask.shape), left_padding))
+
+    def is_plain(self, mask):
+        """Whether a mask that the attention got is no more than causal with the left padding that was decided."""
+        if mask is None:
+            return True
+        shape = tuple(mask.shape)
+        for made in self.made:
+            if made.mask() is mask:
+                return made.left_padding is not None
+        alike = [made for made in self.made if made.shape == shape]
+        for made in alike:
+            if made.left_padding is not None and is_causal(mask, made.left_padding):
+                self.remember(mask, made.left_padding)
+                return True
+        if alike and mask.dtype == torch.bool:  # a copy of a local layer's
+            self.remember(mask, None)
+        elif self.decided is not None:
+            self.are_changed = True
+        return False
+
+
+def quest_mask(
+    *,
+    q_length,
+    kv_length,
+    kv_offset=0,
+    mask_function=causal_mask_function,
+    attention_mask=None,
+    local_size=None,
+    config=None,
+    allow_is_causal_skip=True,
+    use_vmap=False,
+    **kwargs,
+):
+    """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
+
+    How long the context is does not make a layer local (a window, chunks), but whether positions of the model lie
+    beyond its reach, `local_size`: a row is longer in a batch than alone, and must have the same sparse layers.
+
+    With a QuestCache the mask of one new token does not grow with the context, since a captured graph could not have
+    that: there is none where it is causal with left padding and nothing else, and that of a local layer is [B, 1, 1,
+    local_size], for the newest slots.
+    """
+    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
+    if cache is None or cache.config is not config:
+        check_model(config)
+    max_positions = getattr(config, "max_position_embeddings", None) or math.inf
+    is_local = local_size is not None and local_size < max_positions
+    is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
+    if is_plain and kv_length == 0:  # in a captured step of a QuestCache
+        return None
+    # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
+    # without its mask could not be told from a full one.
+    is_causal_without = q_length == kv_length and supports_sdpa(config)
+    can_skip = not is_local and (q_length == 1 or is_causal_without)
+    arguments = {
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "config": config,
+        "allow_is_causal_skip": allow_is_causal_skip and can_skip,
+        "use_vmap": use_vmap,
+        **kwargs,
+    }
+    if use_vmap or cache is None:  # Transformers sets use_vmap for a pattern of the caller's
+        return sdpa_mask(**arguments)
+    is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
+    return mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk)
+
+
+@torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
+def mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk):
+    """`quest_mask` for a forward with a QuestCache: its meaning is decided, then it is built and marked."""
+    cache = arguments["kv_length"].cache
+    cache.take_config(arguments["config"], max_positions)
+    cache.masks.prepare()
+    left_padding = decide(cache, arguments) if is_plain and not is_local else None
+    mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
+    mark(cache, mask, left_padding, arguments["q_length"])
+    return mask
+
+
+def decide(cache, arguments):
+    """The left padding of a causal forward, a tuple of B ints, or None if its mask hides anything else."""
+    where = (arguments["q_length"], int(arguments["kv_length"]), arguments["attention_mask"], arguments["batch_size"])
+    return cache.masks.decide(*where, cache.left_padding)
+
+
+def build(cache, arguments, left_padding, is_local, is_own_chunk):
+    """The mask, or None where the cache knows what it would say."""
+    if is_local:
+        return local_mask(**arguments)
+    if left_padding is not None and not cache.masks.are_changed:
+        # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
+        is_on_gpu = torch.device(arguments.get("device") or "cpu").type == "cuda"
+        if arguments["q_length"] == 1 or (is_own_chunk and is_on_gpu and not any(left_padding)):
+            return None
+    return sdpa_mask(**arguments)
+
+
+def mark(cache, mask, left_padding, num_new):
+    """Have the cache know the mask, wherever it turns up, by what it means."""
+    if mask is not None:
+        cache.masks.remember(mask, left_padding)
+    if left_padding is not None and num_new == 1:  # a graph may hold this step
+        cache.set_left_padding(left_padding)
+
+
+def local_mask(q_length, kv_length, kv_offset, local_size, **arguments):
+    """The mask of a local layer; for one new token that of the newest `local_size` slots, filled or not."""
+    num_keys, num_missing = int(kv_length), 0
+    if q_length == 1:
+        num_missing = max(0, local_size - num_keys)
+        kv_offset += max(0, num_keys - local_size)
+        num_keys = min(num_keys, local_size)
+    place = {"q_length": q_length, "kv_length": num_keys, "kv_offset": kv_offset, "local_size": local_size}
+    mask = sdpa_mask(**place, **arguments)
+    return F.pad(mask, (num_missing, 0), value=False) if num_missing else mask
+
+
+def count_left_padding(attention_mask, num_keys):
+    """A tuple with the zeros at the start of each row of a [B, N] mask, or None if it has zeros elsewhere.
+
+    What a mask is short of `num_keys` is hidden, as in Transformers, and what is beyond is not looked at.
+    """
+    attention_mask = attention_mask[:, :num_keys]
+    if attention_mask.shape[1] < num_keys:
+        return None
+    left_padding = num_keys - attention_mask.sum(dim=-1)
+    is_token = torch.arange(num_keys, device=attention_mask.device) >= left_padding[:, None]
+    is_left = (is_token == attention_mask.bool()).all()
+    *left_padding, is_left = torch.cat([left_padding, is_left.to(left_padding.dtype)[None]]).tolist()  # one wait
+    return tuple(left_padding) if is_left else None
+
+
+def is_causal(mask, left_padding):
+    """Whether a [B or 1, 1, T, N] mask lets the newest T of N tokens attend what is before them, and no padding."""
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return False
+    batch_size, _, num_queries, num_keys = mask.shape
+    slot = torch.arange(num_keys, device=mask.device)
+    is_token = slot >= torch.tensor(left_padding, device=mask.device)[:, None, None]
+    num_together = max(1, COMPARED // (batch_size * num_keys))
+    for first in range(0, num_queries, num_together):
+        part = mask[:, 0, first : first + num_together]
+        newest = torch.arange(part.shape[1], device=mask.device)[:, None] + (num_keys - num_queries + first)
+        if not torch.equal(part.expand(len(left_padding), -1, -1), (slot <= newest) & is_token):
+            return False
+    return True
+
+
+def causal_lm_class(config):
+    """The class that `AutoModelForCausalLM` makes of a config, or None."""
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
+    # Some models name several classes, by architecture.
+    return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
+def supports_sdpa(config):
+    model_class = causal_lm_class(config)
+    return model_class is None or model_class._supports_sdpa
+
+
+def check_model(config):
+    """Raise for a model that cannot be served, whatever its cache."""
+    check_has_attention_interface(causal_lm_class(config), config)
+    check_heads_split(config)
+
+
+def check_has_attention_interface(model_class, config):
+    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
+    if model_class is not None and not model_class._can_set_attn_implementation():
+        raise QuestError(
+            f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
+            "with another attn_implementation and without QuestCache."
+        )
+
+
+def check_heads_split(config):
+    """Raise for tensor parallelism over a number of processes that the KV heads cannot be split among."""
+    num_ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    is_split = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
+    if is_split and isinstance(num_kv_heads, int) and num_kv_heads % num_ranks:
+        counts = [count for count in range(1, num_kv_heads + 1) if num_kv_heads % count == 0]
+        raise QuestError(
+            f"Tensor parallelism gives every process whole KV heads, and the {num_kv_heads} of this model do not split "
+            f"evenly over {num_ranks} processes. Start torchrun with one of {counts} as --nproc-per-node."
+        )

@@ -1,0 +1,65 @@
+"""Step: the decode step that a graph may hold, which is prepared outside of it and settled after it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+PREPARED, TAKEN = "prepared", "taken"
+
+
+@dataclass
+class Step:
+    """Where the decode step under way stands. A replayed graph tells the host nothing, so it is known by marks.
+
+    `generate` asks for the sizes of a mask before every step, and outside of the graph: then it is PREPARED. Its first
+    layer marks it as TAKEN. Whatever is done to the cache next settles it: the token is counted.
+    """
+
+    state: str | None = None  # None, PREPARED or TAKEN
+    is_recording: bool = False  # of a step in a CUDA graph, without compilation
+    reads_everything: bool = False  # as far as the model's context goes
+
+    @property
+    def is_captured(self):
+        """Whether the forward under way goes into a graph, which must not depend on what is stored."""
+        return self.is_recording or torch.compiler.is_compiling()
+
+    def prepare(self, num_tokens, method, end):
+        """Be ready for a step that makes it `num_tokens`, of a text that may grow to `end`.
+
+        It reads everything if the budget covers these tokens and all to come. Not if it covers these alone, or the
+        graph would have to be another one in the middle of a text.
+        """
+        self.reads_everything = method.num_attended >= max(num_tokens, end)
+        self.state = PREPARED
+
+    def is_prepared(self):
+        return self.is_captured and self.state == PREPARED
+
+    def takes(self, layer_idx, num_new):
+        """In a graph: whether this is the decode step that was prepared."""
+        if layer_idx == 0 and num_new == 1 and self.state == PREPARED:
+            self.state = TAKEN  # a mark, since a count would be compiled as a constant
+            return True
+        return layer_idx > 0 and self.state == TAKEN
+
+    def was_replayed(self):
+        """A graph that holds the step has run."""
+        self.state = TAKEN
+
+    def is_over(self):
+        self.state = None
+
+    def record(self):
+        """Be a step that is recorded."""
+        self.is_recording, self.state = True, PREPARED
+
+    def end_recording(self):
+        """The step that was recorded can be done again: the next one stores the same token in the same slot."""
+        self.is_recording, self.state = False, PREPARED
+
+
+def end_of_text(max_positions, max_cache_len):
+    """Tokens that a text may grow to."""
+    return min(max_positions, max_cache_len or math.inf)

@@ -1,0 +1,216 @@
+"""Pages: every token of a layer, in pages, and what a method keeps beside tokens and pages."""
+
+import torch
+
+from .. import reference
+from ..errors import say_once
+from ..kernels import ops
+from .base import Storage
+from .rows import cannot_be_written
+
+
+class Pages(Storage):
+    """`keys`, `values` [B, Hkv, capacity, D], appended to in place; the first `length` slots are filled.
+
+    Page p of row b starts at slot left_padding[b] + p · page_size. In `beside` are, by name, what a method declared:
+    tensors [B, Hkv, capacity, ...] beside tokens and [B, Hkv, capacity / page_size, ...] beside pages, which grow,
+    crop, reorder and repeat with them.
+
+    Args:
+        page_size, block_size: tokens; there is storage for whole blocks, which are made of whole pages.
+        beside_tokens, beside_pages: functions of a head dim and a dtype, those of the keys, that give for each name the
+            shape that follows [B, Hkv, slots or pages] and the dtype.
+    """
+
+    def __init__(self, rows, max_cache_len, page_size, block_size, beside_tokens=None, beside_pages=None):
+        super().__init__(rows, max_cache_len)
+        self.page_size, self.block_size = page_size, block_size
+        self.beside_tokens = beside_tokens or nothing
+        self.beside_pages = beside_pages or nothing
+        self.num_kv_heads = 0
+        self.has_kernels = False  # whether the CUDA kernels serve this storage; otherwise the reference does
+        self.work = None  # [B, Hkv, 1, P] float32, page scores of a captured step with the kernels
+        self.counters = None  # of the kernels, see ops.new_counters
+
+    def append(self, keys, values):
+        start, end = self.length, self.length + keys.shape[2]
+        if self.keys is None:
+            self.allocate(keys, values, keys.shape[0], self.with_headroom(end), keys.dtype)
+        self.make_room(end)
+        self.rows.set_length(end)
+        self.write(keys.detach(), values.detach(), end)
+        self.length = end
+        stored = self.keys[:, :, :end], self.values[:, :, :end]
+        if not torch.is_grad_enabled() or not (keys.requires_grad or values.requires_grad):
+            return stored
+        if start == 0:
+            return keys, values
+        say_once(
+            "Gradients flow to the keys and values of the forward under way alone. Those that a QuestCache holds from "
+            "earlier forwards are constants."
+        )
+        return [torch.cat([old[:, :, :start], new], dim=2) for old, new in zip(stored, (keys, values), strict=True)]
+
+    def begin_with(self, keys, values, length):
+        self.append(keys, values)
+
+    def write(self, keys, values, end):
+        """Write keys and values to the slots before `end`, an int, or in a graph the [1] int64 of `on_device`."""
+        if self.has_kernels:
+            beside = (self.beside.get("bounds"), self.beside.get("scales"))  # which the kernel brings up to date
+            where = (self.on_device.length, self.padding, self.page_size)
+            torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where)
+        else:
+            reference.append(self.keys, self.values, None, None, keys, values, end, self.padding, self.page_size)
+
+    def attend(self, query, choice, length, logits):
+        """`reference.attend` of the newest T tokens, [B, Hq, T, D], over what a `Choice` names, or over all."""
+        page_ids, page_size = (None, self.page_size) if choice is None else choice
+        stored = (self.keys, self.values, page_ids)
+        return reference.attend(query, *stored, length, self.padding, page_size, *logits)
+
+    def attend_all_by_kernel(self, query, length, logits):
+        """Dense attention of one query per row, [B, Hq, 1, D], in the slots before `length`, [1] int64."""
+        # Not by `ops`, whose checks would tell of this storage's own tensors at every step.
+        stored = (self.keys, self.values, None)
+        where = (length, self.padding, self.counters, self.page_size)
+        return torch.ops.hf_quest.attend(query, *stored, *where, *logits)
+
+    def aligned(self, tensor):
+        """[B, Hkv, N, ...] of [B, Hkv, N, ...] in slots: each row from its first token on, then its last one again."""
+        slot = torch.arange(tensor.shape[2], device=tensor.device) + self.padding[:, None]
+        slot = slot.clamp(max=tensor.shape[2] - 1).view(len(slot), 1, -1, *(1,) * (tensor.dim() - 3))
+        return tensor.gather(2, slot.expand_as(tensor)) if any(self.left_padding) else tensor
+
+    def newest(self, num_slots):
+        """Copies of the keys and values in the newest slots; where fewer are filled, what is before them repeats one.
+
+        The one view of the stored tokens that a captured graph, which does not know the length, can have.
+        """
+        slot = torch.arange(-num_slots, 0, device=self.keys.device) + self.on_device.length
+        slot = slot.clamp(min=0)
+        return self.keys.index_select(2, slot), self.values.index_select(2, slot)
+
+    def make_room(self, num_tokens):
+        self.prefetch()
+        if num_tokens > self.capacity:
+            self.move(slice(None), self.with_headroom(num_tokens))
+        elif cannot_be_written(self.keys):
+            self.move(slice(None), self.capacity)
+
+    def set_left_padding(self, left_padding):
+        self.rows.are_others()
+        self.make_room(self.length)
+        self.begin_rows(left_padding)
+
+    def padding_mask(self):
+        if not any(self.left_padding):
+            return None
+        slot = torch.arange(self.length, device=self.padding.device)
+        return (slot >= self.padding[:, None])[:, None, None]
+
+    def crop(self, length):
+        if length < self.length:
+            self.make_room(self.length)
+            self.set_length(length)
+            if length == 0:
+                self.begin_rows((0,) * self.keys.shape[0])
+
+    def reorder(self, sources, start=0):
+        """A row that stays is not copied, and only a cycle needs a row to spare."""
+        self.make_room(self.length)
+        copies = copies_in_order(sources)
+        for tensor in self.filled(start):
+            spare = None
+            for target, source in copies:
+                if target is None:
+                    spare = tensor[source].clone()
+                else:
+                    tensor[target].copy_(spare if source is None else tensor[source])
+        if any(self.left_padding):
+            self.begin_rows(tuple(self.left_padding[row] for row in sources))
+
+    def move(self, batch_rows, num_slots, dtype=None):
+        filled = [tensor[batch_rows] for tensor in self.filled()]
+        keys, values = filled[:2]
+        self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
+        for tensor, content in zip(self.filled(), filled, strict=True):
+            tensor.copy_(content)
+
+    def filled(self, start=0):
+        """Views of what is stored of the slots from `start` on: keys, values, and what is beside tokens and pages."""
+        slots = slice(start, self.length)
+        # Of the most padded row, whose pages have the lowest numbers.
+        first_page = max(0, start - max(self.left_padding, default=0)) // self.page_size
+        pages = slice(first_page, self.num_pages(self.length))
+        of_tokens = self.beside_tokens(self.keys.shape[-1], self.keys.dtype)
+        of_their_pages = slice(
+            max(0, start - self.page_size), self.length
+        )  # what is beside a token may hang on its page
+        beside = [tensor[:, :, of_their_pages if name in of_tokens else pages] for name, tensor in self.beside.items()]
+        return [self.keys[:, :, slots], self.values[:, :, slots], *beside]
+
+    def allocate(self, like_keys, like_values, batch_size, num_slots, dtype):
+        """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
+        num_slots = -(-num_slots // self.block_size) * self.block_size
+        num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
+        # Tensors made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            slots = (batch_size, num_kv_heads, num_slots)
+            pages = (batch_size, num_kv_heads, self.num_pages(num_slots))
+            self.keys = like_keys.new_empty(*slots, head_dim, dtype=dtype)
+            self.values = like_values.new_empty(*slots, like_values.shape[-1], dtype=dtype)
+            of_tokens, of_pages = self.beside_tokens(head_dim, dtype), self.beside_pages(head_dim, dtype)
+            self.beside = {
+                name: like_keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()
+            } | {name: like_keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
+            self.has_kernels = ops.serves(self.keys, self.values, self.page_size)
+            if self.has_kernels:
+                self.counters = ops.new_counters(self.keys)
+                self.work = self.keys.new_empty(*pages[:2], 1, pages[2], dtype=torch.float32) if of_pages else None
+        self.num_kv_heads = num_kv_heads
+        self.has_moved()
+
+    def num_pages(self, num_tokens):
+        return -(-num_tokens // self.page_size)
+
+    @property
+    def bytes_of_token(self):
+        """Of one token's key and value in one KV head."""
+        return self.keys[0, 0, 0].nbytes + self.values[0, 0, 0].nbytes
+
+    @property
+    def bytes_beside_pages(self):
+        """Of what is beside one page of one KV head."""
+        names = self.beside_pages(self.keys.shape[-1], self.keys.dtype)
+        return sum(self.beside[name][0, 0, 0].nbytes for name in names)
+
+    def find_addresses(self):
+        if not self.has_kernels:
+            return super().find_addresses()
+        tensors = [self.keys, self.values, self.beside.get("bounds"), self.beside.get("scales"), self.work]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.capacity]
+
+
+def nothing(head_dim, dtype):
+    """What a dense layer keeps beside its tokens and pages."""
+    return {}
+
+
+def copies_in_order(sources):
+    """(target, source) rows to copy one after the other, after which row i holds what row `sources[i]` held.
+
+    None is a row to spare, by which the first row of a cycle goes.
+    """
+    left = {target: source for target, source in enumerate(sources) if target != source}
+    copies = []
+    while left:
+        free = [target for target in left if target not in left.values()]
+        if not free:  # cycles are all that is left
+            first = next(iter(left))
+            copies.append((None, first))
+            left = {target: None if source == first else source for target, source in left.items()}
+            continue
+        for target in free:
+            copies.append((target, left.pop(target)))
+    return copies

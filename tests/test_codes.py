@@ -1,0 +1,251 @@
+"""Codes of keys choose the tokens that they say matter most: by laws, and by the formula in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from small_llama import PROMPT, generate, make_model, tokens
+from transformers import DynamicCache
+
+from hf_quest import QuestCache, QuestError, reference
+from hf_quest.codes import BITS, decode, encode, grid, refine, refresh_codes
+from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
+
+PAGE = 4
+ODD = [(0,), (0, 3), (5, 0, 1)]  # left padding of the rows
+
+
+class Stored:
+    """Random keys of rows with left padding and all that is beside them; NaN wherever nothing may be read."""
+
+    def __init__(self, left_padding, length, bits=2, in_8_bits=True, head_dim=16, num_kv_heads=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.bits, self.length, self.left_padding = bits, length, left_padding
+        self.padding = torch.tensor(left_padding)
+        shape = (len(left_padding), num_kv_heads)
+        capacity = -(-length // PAGE) * PAGE + PAGE
+        self.keys = torch.full((*shape, capacity, head_dim), torch.nan)
+        for row, padding in enumerate(left_padding):
+            self.keys[row, :, padding:length] = torch.randn(
+                num_kv_heads, length - padding, head_dim, generator=generator
+            )
+        num_pages = capacity // PAGE
+        dtype = torch.int8 if in_8_bits else torch.float32
+        self.bounds = torch.zeros(*shape, num_pages, 2, head_dim, dtype=dtype)
+        self.scales = torch.zeros(*shape, num_pages, 1, dtype=torch.uint8) if in_8_bits else None
+        self.codes = torch.zeros(*shape, capacity, head_dim * bits // 8, dtype=torch.uint8)
+        self.refresh(length)
+
+    def refresh(self, num_new):
+        where = (num_new, self.length, self.padding, PAGE)
+        reference.refresh_bounds(self.keys, self.bounds, self.scales, *where)
+        refresh_codes(self.keys, self.bounds, self.scales, self.codes, *where, self.bits)
+
+    def page(self, row, page):
+        """[Hkv, S, D] keys of a page and its grid."""
+        slots = slice(self.left_padding[row] + PAGE * page, self.left_padding[row] + PAGE * (page + 1))
+        scales = None if self.scales is None else self.scales[row, :, page]
+        return (
+            self.keys[row, :, slots],
+            slots,
+            [each[:, None] for each in grid(self.bounds[row, :, page], scales, self.bits)],
+        )
+
+    def refine(self, query, page_ids, num_tokens, group="sum"):
+        where = (self.length, self.padding, PAGE, self.bits)
+        return refine(query, self.bounds, self.scales, self.codes, page_ids, *where, 0.25, num_tokens, group)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("in_8_bits", [True, False])
+def test_a_code_names_the_nearest_value_of_the_grid(bits, in_8_bits):
+    stored = Stored((0, 3), 40, bits, in_8_bits)
+    for row, page in ((0, 0), (0, 9), (1, 4)):
+        keys, slots, (lowest, step) = stored.page(row, page)
+        decoded = decode(stored.codes[row, :, slots], lowest, step, bits)
+        assert ((decoded - keys).abs() <= step / 2 * (1 + 1e-5)).all()  # a rounding of float32 beside half a step
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_the_values_of_a_grid_are_exact_and_packed_lowest_first(bits):
+    levels = torch.arange(2**bits)[:, None].expand(-1, 8)
+    lowest, step = torch.full((8,), -3.0), torch.full((8,), 0.5)
+    codes = encode(lowest + levels * step, lowest, step, bits)
+    assert codes.shape == (2**bits, bits)
+    assert torch.equal(decode(codes, lowest, step, bits), lowest + levels * step)
+    first = encode(torch.tensor([1.0] + 7 * [0.0]), torch.zeros(8), torch.ones(8), bits)
+    assert first.tolist() == [1] + (bits - 1) * [0]
+
+
+def test_channels_that_are_alike_in_a_page_and_numbers_that_are_none():
+    keys = torch.ones(3, 8)
+    keys[1, 0] = torch.nan
+    keys[2, 1] = torch.inf
+    lowest, step = grid(torch.stack([torch.ones(8), torch.ones(8)]), None, 2)
+    decoded = decode(encode(keys, lowest, step, 2), lowest, step, 2)
+    torch.testing.assert_close(decoded[0], torch.ones(8))
+    assert decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("left_padding", ODD)
+@pytest.mark.parametrize("length", [9, 15, 16, 17, 31])
+def test_codes_of_full_pages_do_not_hang_on_how_tokens_came(left_padding, length):
+    whole, grown = Stored(left_padding, length), Stored(left_padding, length)
+    grown.codes.fill_(255)
+    for grown.length in range(max(left_padding) + 1, length + 1):
+        grown.refresh(1)
+    grown.length = length
+    for row, padding in enumerate(left_padding):
+        full = slice(padding, padding + (length - padding) // PAGE * PAGE)
+        # Before the longest padding ends, tokens of the others came together.
+        done = slice(max(full.start, padding + -(-(max(left_padding) - padding) // PAGE) * PAGE), full.stop)
+        assert torch.equal(whole.codes[row, :, done], grown.codes[row, :, done])
+
+
+def chosen_by_formula(stored, query, page_ids, num_tokens, group):
+    """For each row, KV head and query the tokens, in float64 and without a tensor of all."""
+    batch_size, num_heads, num_queries, _ = query.shape
+    num_kv_heads = stored.keys.shape[1]
+    for row in range(batch_size):
+        for head in range(num_kv_heads):
+            heads = range(head * num_heads // num_kv_heads, (head + 1) * num_heads // num_kv_heads)
+            for idx in range(num_queries):
+                num_visible = stored.length - num_queries + idx + 1 - stored.left_padding[row]
+                newest = (num_visible - 1) // PAGE
+                logits = {}
+                for page in page_ids[row, head, idx].tolist():
+                    if not 0 <= page < newest:
+                        continue
+                    _, slots, (lowest, step) = stored.page(row, page)
+                    keys = decode(stored.codes[row, head, slots], lowest[head], step[head], stored.bits).double()
+                    for offset in range(PAGE):
+                        logits[page * PAGE + offset] = [
+                            0.25
+                            * sum(
+                                q * k for q, k in zip(query[row, h, idx].tolist(), keys[offset].tolist(), strict=True)
+                            )
+                            for h in heads
+                        ]
+                shares = {token: [] for token in logits}
+                for h in range(len(heads)):
+                    total = sum(math.exp(each[h]) for each in logits.values())
+                    for token, each in logits.items():
+                        shares[token].append(math.exp(each[h]) / total)
+                agree = {"sum": sum, "share": max}
+                if group == "max" or len(heads) == 1:
+                    scores = {token: max(each) for token, each in logits.items()}
+                else:
+                    scores = {token: agree[group](each) for token, each in shares.items()}
+                best = sorted(scores, key=lambda token: (-scores[token], token))[: num_tokens - PAGE]
+                yield sorted(best) + list(range(newest * PAGE, num_visible))
+
+
+@pytest.mark.parametrize("group", reference.GROUPS)
+@pytest.mark.parametrize("num_heads", [2, 6])
+@pytest.mark.parametrize("left_padding", ODD)
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_refine_is_its_formula(group, num_heads, left_padding, num_queries):
+    stored = Stored(left_padding, 37, seed=num_heads)
+    query = torch.randn(len(left_padding), num_heads, num_queries, 16, generator=torch.Generator().manual_seed(1))
+    where = (stored.length, stored.padding, PAGE)
+    scores = reference.estimate(query, stored.bounds, stored.scales, 0.25, reference.DEFAULT, where)
+    page_ids = reference.select(scores, *where[:2], 6, PAGE, keeps_first=True)
+    # Nothing else is read: neither other pages, nor keys.
+    stored.keys.fill_(torch.nan)
+    found = stored.refine(query, page_ids, 12, group)
+    expected = list(chosen_by_formula(stored, query, page_ids, 12, group))
+    for ids, right in zip(found.flatten(0, 2).tolist(), expected, strict=True):
+        assert ids == right + (12 - len(right)) * [-1]
+
+
+def test_where_candidates_have_fewer_tokens_than_are_asked_for_all_are_chosen():
+    stored = Stored((0,), 30)
+    page_ids = torch.tensor([[[[0, 3, 7, -1]]]]).expand(1, 2, 1, 4)
+    ids = stored.refine(torch.randn(1, 4, 1, 16), page_ids, 20)
+    assert ids[0, 0, 0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 28, 29] + 10 * [-1]
+
+
+@pytest.mark.parametrize("candidates", [2, 0])
+def test_it_chooses_what_eval_selection_measures(candidates):
+    """The table of real weights is of what a QuestCache does, with pages found by the sum over heads."""
+    length, budget = 200, 64
+    keys = torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, 8, 1, 32, generator=torch.Generator().manual_seed(1))
+    measured = dataclasses.replace(CHOICES["codes-tokens"], candidates=candidates)
+    expected = attended_tokens(measured, budget, query, keys, grouped_logits(query, keys, 0.2), 0.2)[:, :, 0]
+
+    cache = QuestCache(budget, codes=2, candidates=candidates or None, score=measured.score, dense_layers=0)
+    cache.update(keys, keys, 0)
+    choice = cache.method.choose(cache.layers[0].storage, query, reference.Logits(0.2), length)
+    ids = choice.ids[:, :, 0]
+    chosen = torch.zeros(1, 2, length + 1, dtype=torch.bool).scatter(2, ids.masked_fill(ids < 0, length), True)[
+        ..., :-1
+    ]
+    assert choice.size == 1
+    assert (choice.ids >= 0).sum() == 2 * (budget - 16 + 8)  # the newest page holds 8 of its 16 tokens
+    assert torch.equal(chosen, expected)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def mean_difference(model, **options):
+    """Of logits from dense attention's, of steps after one prompt."""
+    caches = [QuestCache(24, page_size=PAGE, **options), DynamicCache()]
+    logits = []
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens(PROMPT), past_key_values=cache)
+            steps = [model(tokens(1, seed=seed), past_key_values=cache).logits for seed in range(8)]
+            logits.append(torch.cat(steps, dim=1).log_softmax(dim=-1))
+    return torch.nn.functional.kl_div(*logits, log_target=True, reduction="batchmean").item()
+
+
+def test_at_equal_budget_tokens_by_codes_lose_less_than_pages_and_more_bits_and_candidates_less_still(model):
+    pages = mean_difference(model)
+    few, all_of_them = mean_difference(model, codes=2, candidates=2), mean_difference(model, codes=2, candidates=None)
+    fine = mean_difference(model, codes=8, candidates=None)
+    assert pages > 2 * few
+    assert few > all_of_them
+    assert all_of_them > fine
+
+
+def test_a_budget_beyond_the_context_is_dense_and_reads_no_code(model):
+    dense = generate(model, tokens(PROMPT), DynamicCache())
+    assert torch.equal(generate(model, tokens(PROMPT), QuestCache(codes=2)), dense)
+
+
+def test_what_a_step_reads_is_counted_with_codes(model):
+    cache = QuestCache(24, page_size=PAGE, codes=2, candidates=2, dense_layers=0)
+    with torch.no_grad():
+        model(tokens(96), past_key_values=cache)
+    token = 2 * 16 * 4  # bytes of a key and a value
+    bounds, codes = 24 * (2 * 16 + 1), 48 * 16 * 2 / 8
+    assert cache.tokens_attended == 4 * [24]
+    assert cache.read_share == pytest.approx((24 + (bounds + codes) / token) / 96)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"codes": 3}, "one of .1, 2, 4, 8., or None, not 3"), ({"codes": 2, "candidates": 0}, "1 or more, or None")],
+    ids=str,
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuestCache(**options)
+
+
+def test_it_is_not_compiled(model):
+    assert not QuestCache(48, codes=2).can_be_compiled()
+    assert QuestCache(48).can_be_compiled()
+
+
+def test_cropping_beyond_a_page_is_refused_as_ever(model):
+    cache = QuestCache(24, page_size=PAGE, codes=2)
+    with torch.no_grad():
+        model(tokens(20), past_key_values=cache)
+    with pytest.raises((ValueError, QuestError), match="crop takes minus the number"):
+        cache.crop(-21)

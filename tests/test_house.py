@@ -1,0 +1,120 @@
+"""The arrows of CONTRIBUTING.md: who may import whom, and that nobody writes into another file's objects."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_quest
+
+PACKAGE = Path(hf_quest.__file__).parent
+# What the files of each room may import of this package, besides their own room.
+ARROWS = {
+    "errors": set(),
+    "rounding": set(),
+    "reference": {"rounding"},
+    "codes": {"reference"},
+    "kernels": {"reference"},
+    "storage": {"errors", "kernels", "reference"},
+    "prompts": {"kernels", "reference"},
+    "methods": {"codes", "kernels", "reference", "storage"},
+    "watch": {"reference"},
+    "former": {"watch"},
+    "seam": {"errors", "kernels", "methods", "prompts", "reference", "storage", "watch", "former"},
+}
+# What objects of Transformers and PyTorch are given, and by which file alone.
+GIVEN = {
+    "kernels/build.py": {"CUDA_HOME"},  # of PyTorch's compiler
+    "seam/layer.py": {"quest_layer", "quest_positions"},  # of the tensors that the model hands on to its attention
+    "seam/capture/recording.py": {"_compiled_call"},  # of the model, for `generate`
+}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def files(room):
+    path = PACKAGE / room
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for room in ARROWS for path in files(room)]
+
+
+def imported_rooms(path):
+    """The rooms of this package that a file imports, those inside of functions included."""
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            module = (*base, *(node.module or "").split("."))
+            module = tuple(filter(None, module))
+            if module == ("hf_quest",):
+                yield from (name.name for name in node.names)
+            else:
+                yield module[1]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            assert not any(name.split(".")[0] == "hf_quest" for name in names), "imports of this package are relative"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_follow_the_arrows(path):
+    room = room_of(path)
+    assert set(imported_rooms(path)) - {room} <= ARROWS[room]
+
+
+def test_no_room_is_left_out():
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")}
+    around = {
+        "__init__",
+        "app",
+        "cli",
+        "demo",
+        "evaluation",
+        "comparison",
+        "models",
+        "reading",
+        "tiny",
+    }  # which may import everything
+    assert rooms <= ARROWS.keys() | around
+
+
+def own_names(tree):
+    """Attributes that the classes of a file have: annotated fields, and what their methods assign to `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign):
+                    yield item.target.id
+        for target in targets(node):
+            if isinstance(target.value, ast.Name) and target.value.id == "self":
+                yield target.attr
+
+
+def targets(node):
+    """The attributes that a statement assigns."""
+    found = []
+    if isinstance(node, ast.Assign):
+        found = node.targets
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        found = [node.target]
+    for target in found:
+        parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+        yield from (part for part in parts if isinstance(part, ast.Attribute))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_nobody_writes_into_another_files_objects(path):
+    tree = ast.parse(path.read_text())
+    mine = set(own_names(tree)) | GIVEN.get(str(path.relative_to(PACKAGE)), set())
+    for node in ast.walk(tree):
+        for target in targets(node):
+            is_self = isinstance(target.value, ast.Name) and target.value.id == "self"
+            assert is_self or target.attr in mine, f"line {node.lineno}: {ast.unparse(target)}"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_files_can_be_read_in_one_go(path):
+    assert path.name == "ops.py" or len(path.read_text().splitlines()) <= 300
