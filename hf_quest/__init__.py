@@ -6,7 +6,14 @@ from .methods import Method
 from .prompts import CritiPrefill
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
-from .seam.caches import H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from .seam.caches import (
+    H2OCache,
+    QuestCache,
+    RecycledAttentionCache,
+    StreamingLLMCache,
+    TokenSelectCache,
+    TOVACache,
+)
 from .seam.capture import capture
 from .seam.progress import prefill_progress
 from .watch import PageReads
@@ -20,8 +27,10 @@ __all__ = [
     "PageReads",
     "QuestCache",
     "QuestError",
+    "RecycledAttentionCache",
     "StreamingLLMCache",
     "TOVACache",
+    "TokenSelectCache",
     "capture",
     "prefill_progress",
 ]

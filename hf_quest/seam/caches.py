@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import former
-from ..methods import H2O, TOVA, Quest, StreamingLLM
+from ..methods import H2O, TOVA, Quest, RecycledAttention, StreamingLLM, TokenSelect
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
@@ -88,3 +88,40 @@ class StreamingLLMCache(MethodCache):
 
     def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
         super().__init__(StreamingLLM(budget), dense_layers=dense_layers)
+
+
+class RecycledAttentionCache(MethodCache):
+    """Attends everything every `stride` tokens, and in between the tokens that had most weight then, see
+    `hf_quest.methods.RecycledAttention`. Every token is kept; steps are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        stride: int = 16,
+        similarity: float | None = None,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = RecycledAttention(budget, stride, similarity)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+
+class TokenSelectCache(MethodCache):
+    """Attends the first tokens, the newest, and those for which all heads of a layer vote together, see
+    `hf_quest.methods.TokenSelect`. Every token is kept; steps are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        num_first: int | None = None,
+        num_newest: int | None = None,
+        similarity: float | None = 0.9,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = TokenSelect(budget, num_first, num_newest, similarity)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
