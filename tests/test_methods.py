@@ -27,6 +27,7 @@ from hf_quest import (
     QuestCache,
     QuestError,
     RecycledAttentionCache,
+    SqueezedAttentionCache,
     StreamingLLMCache,
     TokenSelectCache,
     TOVACache,
@@ -57,7 +58,11 @@ def token_select_cache(budget=2048, **options):
     return TokenSelectCache(budget, num_newest=min(3, budget), similarity=-0.1, **options)
 
 
-REMEMBERING = [recycled_cache, recycled_by_similarity_cache, token_select_cache]
+def squeezed_cache(budget=2048, **options):
+    return SqueezedAttentionCache(budget, share=0.3, num_newest=3, **options)
+
+
+REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
 METHODS = [quest_cache, exact_top_k_cache, *REMEMBERING, *EVICTING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
@@ -87,9 +92,13 @@ def reading(request):
 
 def small_budget(method):
     """Tokens that are too few: of the best ones BUDGET are enough."""
-    return {exact_top_k_cache: 4, recycled_cache: 10, recycled_by_similarity_cache: 10, token_select_cache: 4}.get(
-        method, BUDGET
-    )
+    return {
+        exact_top_k_cache: 4,
+        recycled_cache: 10,
+        recycled_by_similarity_cache: 10,
+        token_select_cache: 4,
+        squeezed_cache: 4,
+    }.get(method, BUDGET)
 
 
 class Stream:

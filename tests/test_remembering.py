@@ -1,5 +1,6 @@
 """Methods that remember what they chose: they choose what their papers say, never by a memory that is not theirs."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from small_llama import PROMPT, generate, make_model, tokens
 from test_methods import Interrupted, Stream, assert_same_state, forward, interrupted, read
 
-from hf_quest import QuestError, RecycledAttentionCache, TokenSelectCache
+from hf_quest import QuestError, RecycledAttentionCache, SqueezedAttentionCache, TokenSelectCache
 from hf_quest.seam.attention import quest_attention
 
 NUM_PROMPT, NUM_TOKENS = 20, 50
@@ -77,7 +78,69 @@ def token_select_reads(stream, budget, num_first, num_newest, similarity):
         yield [voted | set(range(num_first)) | set(range(token + 1 - num_newest, token + 1))] * num_kv_heads
 
 
+def clusters_of(keys, num_clusters, seed):
+    """Sets of tokens by k-means of their keys' directions, lists of numbers; some may be empty."""
+    points = [[x / math.sqrt(sum(y * y for y in key)) for x in key] for key in keys]
+    start = sorted(torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[:num_clusters].tolist())
+    centres, before = [points[token] for token in start], None
+    while True:
+        distances = [[math.dist(point, centre) for centre in centres] for point in points]
+        clusters = [set() for _ in centres]
+        for token, to_centres in enumerate(distances):
+            clusters[to_centres.index(min(to_centres))].add(token)
+        if clusters == before:
+            return clusters
+        means = [mean([points[token] for token in members]) for members in clusters]
+        centres, before = [new or old for new, old in zip(means, centres, strict=True)], clusters
+
+
+def mean(keys):
+    return [sum(column) / len(keys) for column in zip(*keys, strict=True)]
+
+
+def shares_of(query, clusters, keys):
+    """By cluster, the share of attention of one of its tokens if all keys were the centroids of their clusters."""
+    weights = {}
+    for idx, members in enumerate(clusters):
+        if members:
+            centroid = mean([keys[member] for member in members])
+            product = sum(q * k for q, k in zip(query, centroid, strict=True))
+            weights[idx] = math.exp(product / math.sqrt(len(centroid)))
+    total = sum(weight * len(clusters[idx]) for idx, weight in weights.items())
+    return {idx: weight / total for idx, weight in weights.items()}
+
+
+def squeezed_reads(stream, budget, share, num_newest, seed):
+    """The same (arXiv 2411.09688): the best clusters of all heads together, and all tokens after the prefix."""
+    keys, queries = stream.key[0].tolist(), stream.query[0].tolist()
+    num_kv_heads, group, prefix, clusters = len(keys), len(queries) // len(keys), 0, None
+    for token in range(NUM_PROMPT, NUM_TOKENS):
+        length = token + 1
+        if length <= budget:
+            yield [set(range(length))] * num_kv_heads
+            continue
+        if length - prefix > 3 * budget // 4:
+            prefix = length - max(1, min(num_newest, budget // 2))
+            num_clusters = math.ceil(share * prefix)
+            clusters = [clusters_of(keys[head][:prefix], num_clusters, seed) for head in range(num_kv_heads)]
+        shares = {}
+        for head, query in enumerate(queries):
+            kv_head = head // group
+            for idx, score in shares_of(query[token], clusters[kv_head], keys[kv_head]).items():
+                shares[kv_head, idx] = max(shares.get((kv_head, idx), 0.0), score)
+        read, room = [set(range(prefix, length)) for _ in keys], num_kv_heads * (budget - length + prefix)
+        for kv_head, idx in sorted(shares, key=shares.get, reverse=True):
+            room -= len(clusters[kv_head][idx])
+            if room < 0:
+                break
+            read[kv_head] |= clusters[kv_head][idx]
+        yield read
+
+
 RULES = {
+    "clusters": (SqueezedAttentionCache, squeezed_reads, {"share": 0.3, "num_newest": 3, "seed": 0}),
+    "few clusters": (SqueezedAttentionCache, squeezed_reads, {"share": 0.1, "num_newest": 9, "seed": 1}),
+    "clusters of one": (SqueezedAttentionCache, squeezed_reads, {"share": 1.0, "num_newest": 1, "seed": 2}),
     "every stride tokens": (RecycledAttentionCache, recycled_reads, {"stride": 6, "similarity": None}),
     "always full": (RecycledAttentionCache, recycled_reads, {"stride": 1, "similarity": None}),
     "when the query has moved": (RecycledAttentionCache, recycled_reads, {"stride": 9, "similarity": -0.05}),
@@ -111,6 +174,7 @@ REMEMBERING = {
     "recycled": lambda budget=20: RecycledAttentionCache(budget, stride=3),
     "recycled by similarity": lambda budget=20: RecycledAttentionCache(budget, stride=12, similarity=0.0),
     "token select": lambda budget=20: TokenSelectCache(budget, similarity=0.0),
+    "squeezed": lambda budget=20: SqueezedAttentionCache(budget, share=0.3, num_newest=14),
 }
 
 
@@ -164,6 +228,41 @@ def test_another_budget_begins_anew(model, remembering, budget):
         assert torch.equal(read_by[2], read_by[2 + num_layers])  # before which nothing is sparse
 
 
+def test_clusters_of_a_document_serve_every_question(model):
+    """They are made once, and are there again when the cache is cropped to the document."""
+    question, other = tokens(40, seed=5), tokens(12, seed=6)
+    cache, made = SqueezedAttentionCache(64, share=0.2, num_newest=10), []
+    forward(model, cache, tokens(PROMPT))
+    cache.squeeze()
+    document = cache.layers[2].storage.memories.by_reader[0].versions[-1][1]
+    for each in (question, other, question):
+        fork = copy.deepcopy(cache)
+        for used in (cache, fork):
+            made.append(generate(model, torch.cat([tokens(PROMPT), each], dim=1), used, max_new_tokens=6))
+        cache.crop(PROMPT - cache.get_seq_length())
+        assert cache.layers[2].storage.memories.by_reader[0].versions[-1][1] is document
+    assert all(torch.equal(*pair) for pair in zip(made[::2], made[1::2], strict=True))
+    assert torch.equal(made[0], made[4])
+    assert document["num_tokens"].tolist() == [PROMPT - 10]
+
+
+def test_heads_attend_the_budget_on_average(model):
+    cache, found = SqueezedAttentionCache(40, share=0.2, num_newest=4), []
+    forward(model, cache, tokens(PROMPT))
+    cache.watcher = lambda read: found.append(read.tokens().sum(dim=-1)) if read.choice else None
+    for step in range(8):
+        forward(model, cache, tokens(1, seed=step))
+    counts = torch.stack(found).double()
+    assert 36 < counts.mean() <= 40
+    assert (counts.mean(dim=-1) <= 40).all()
+    assert (counts > 40).any()
+
+
+def test_there_is_nothing_to_squeeze_in_an_empty_cache():
+    with pytest.raises(ValueError, match="let the model read the document with this cache first"):
+        SqueezedAttentionCache().squeeze()
+
+
 def test_layers_that_share_keys_remember_for_themselves():
     """Gemma 3n's last layers attend by the keys of others."""
     streams = [Stream(NUM_TOKENS, seed=3), Stream(NUM_TOKENS, seed=3)]
@@ -195,6 +294,10 @@ def test_padding_that_is_told_later_begins_anew(model, remembering):
         (lambda: TokenSelectCache(64, num_first=-1), "num_first is a number of tokens, 0 or more, or None, not -1"),
         (lambda: TokenSelectCache(64, num_newest=0), "num_newest is a number of tokens, 1 or more, or None, not 0"),
         (lambda: TokenSelectCache(64, num_first=40, num_newest=30), "includes its first and newest tokens, 70 here"),
+        (lambda: SqueezedAttentionCache(1), "budget of SqueezedAttentionCache is a number of tokens, 2 or more, not 1"),
+        (lambda: SqueezedAttentionCache(share=0), "share is a number of clusters per token, above 0 and at most 1"),
+        (lambda: SqueezedAttentionCache(num_newest=0), "num_newest is an integer, 1 or more, not 0"),
+        (lambda: SqueezedAttentionCache(seed=0.5), "seed is an integer, 0 or more, not 0.5"),
         (lambda: TokenSelectCache(0), "budget of TokenSelectCache is a number of tokens, 1 or more, not 0"),
     ],
 )

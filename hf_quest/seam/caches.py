@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import former
-from ..methods import H2O, TOVA, Quest, RecycledAttention, StreamingLLM, TokenSelect
+from ..methods import H2O, TOVA, Quest, RecycledAttention, SqueezedAttention, StreamingLLM, TokenSelect
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
@@ -125,3 +125,41 @@ class TokenSelectCache(MethodCache):
     ):
         method = TokenSelect(budget, num_first, num_newest, similarity)
         super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+
+class SqueezedAttentionCache(MethodCache):
+    """Attends the clusters of a prefix's keys that matter to the query, and all that follows the prefix, see
+    `hf_quest.methods.SqueezedAttention`. Every token is kept; steps are eager.
+    """
+
+    method: SqueezedAttention  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        share: float = 0.05,
+        num_newest: int = 100,
+        seed: int = 0,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = SqueezedAttention(budget, share, num_newest, seed)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+    def squeeze(self) -> None:
+        """Cluster the keys that are stored now, a document's: for many questions on it, once.
+
+        Copies of the cache hold the clusters, and `crop` back to this length leaves them.
+
+        Raises:
+            ValueError: for an empty cache.
+        """
+        self._settle()
+        self._check_last_forward_was_whole()
+        if not self.get_seq_length():
+            raise ValueError("There is nothing to cluster: let the model read the document with this cache first.")
+        for layer in self.layers:
+            if not layer.is_dense:
+                layer.storage.read_anew()
+                self.method.squeeze(layer.storage, layer.length)

@@ -43,6 +43,11 @@ class Pages(Storage):
         """A layer begins to read, this storage's own or one that shares its keys and values."""
         self.memories.next_reader()
 
+    def read_anew(self):
+        """This storage's own layer begins to read, outside of a forward."""
+        self.memories.begin_forward()
+        self.memories.next_reader()
+
     def append(self, keys, values):
         start, end = self.length, self.length + keys.shape[2]
         self.memories.begin_forward()
