@@ -7,7 +7,7 @@ from typing import Any
 from .methods import DENSE, METHODS
 from .report import mean, merged
 
-MARKERS = dict(zip(METHODS, " os^Dv", strict=True))
+MARKERS = dict(zip(METHODS, " os^DPX*v", strict=True))
 
 
 def figure(**options) -> Any:
