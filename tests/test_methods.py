@@ -47,7 +47,7 @@ def quest_cache(budget=2048, **options):
 
 
 def recycled_cache(budget=2048, **options):
-    return RecycledAttentionCache(budget, stride=10, **options)
+    return RecycledAttentionCache(budget, stride=10, similarity=None, **options)
 
 
 def recycled_by_similarity_cache(budget=2048, **options):

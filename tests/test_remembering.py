@@ -171,7 +171,7 @@ def test_reads_what_its_paper_says(kind, rule, options, budget, num_kv_heads):
 
 
 REMEMBERING = {
-    "recycled": lambda budget=20: RecycledAttentionCache(budget, stride=3),
+    "recycled": lambda budget=20: RecycledAttentionCache(budget, stride=3, similarity=None),
     "recycled by similarity": lambda budget=20: RecycledAttentionCache(budget, stride=12, similarity=0.0),
     "token select": lambda budget=20: TokenSelectCache(budget, similarity=0.0),
     "squeezed": lambda budget=20: SqueezedAttentionCache(budget, share=0.3, num_newest=14),

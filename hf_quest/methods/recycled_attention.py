@@ -31,7 +31,8 @@ class RecycledAttention(Remembering):
     selected yet: so the first step beyond the budget is full. The paper selects for it by the prompt's last query.
 
     The budget includes the tokens since the full step: `budget - stride + 1` are selected. The paper counts those
-    tokens in addition. Which defaults it uses could not be found; those here are ours.
+    tokens in addition. Which defaults it uses could not be found. Those here are ours: on the model inside `stride`
+    alone loses answers of a few tokens, since their steps fall between two full ones.
 
     Args:
         budget: tokens that each KV head attends in a step that is not full; `stride` or more.
@@ -41,7 +42,7 @@ class RecycledAttention(Remembering):
     """
 
     stride: int = 16
-    similarity: float | None = None
+    similarity: float | None = 0.7
 
     def __post_init__(self):
         if not is_int(self.stride) or self.stride < 1:

@@ -91,7 +91,7 @@ class StreamingLLMCache(MethodCache):
 
 
 class RecycledAttentionCache(MethodCache):
-    """Attends everything every `stride` tokens, and in between the tokens that had most weight then, see
+    """Attends everything every `stride` tokens or when the query has moved, in between what had most weight then, see
     `hf_quest.methods.RecycledAttention`. Every token is kept; steps are eager.
     """
 
@@ -100,7 +100,7 @@ class RecycledAttentionCache(MethodCache):
         budget: int = 2048,
         *,
         stride: int = 16,
-        similarity: float | None = None,
+        similarity: float | None = 0.7,
         dense_layers: int = 2,
         max_cache_len: int | None = None,
     ):
