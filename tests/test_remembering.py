@@ -198,6 +198,25 @@ def test_an_interrupted_choice_is_forgotten(model, remembering, num_steps, call)
         assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
 
 
+@pytest.mark.parametrize("num_steps", range(1, 4))
+def test_rows_take_what_they_remember_along(model, remembering, num_steps):
+    batch, alone = remembering(), [remembering() for _ in range(3)]
+    ids = tokens(PROMPT + 10, batch_size=3)
+    for first, end in [(0, PROMPT), *((token, token + 1) for token in range(PROMPT, PROMPT + num_steps))]:
+        forward(model, batch, ids[:, first:end])
+        for row, cache in enumerate(alone):
+            forward(model, cache, ids[row : row + 1, first:end])
+    batch.reorder_cache(torch.tensor([2, 0, 1]))
+    batch.batch_repeat_interleave(2)  # 2 2 0 0 1 1
+    batch.batch_select_indices(torch.tensor([5, 0, 3]))
+    for step in range(4):
+        new = tokens(1, seed=step, batch_size=3)
+        logits = forward(model, batch, new)
+        for row, source in enumerate([1, 2, 0]):
+            expected = forward(model, alone[source], new[row : row + 1])
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)  # float32 sums of a batch
+
+
 def test_no_more_than_what_is_remembered_can_be_taken_back():
     """Of a method that selects at every step, the last eight choices; and everything since the first."""
     model = make_model()
