@@ -20,7 +20,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_quest import CACHE_NAME, H2OCache, MethodCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest import (
+    CACHE_NAME,
+    H2OCache,
+    MethodCache,
+    QuestCache,
+    QuestError,
+    RecycledAttentionCache,
+    SqueezedAttentionCache,
+    StreamingLLMCache,
+    TokenSelectCache,
+    TOVACache,
+)
 from hf_quest.seam.attention import quest_attention
 
 EVICTING = [H2OCache, TOVACache, StreamingLLMCache]
@@ -39,7 +50,24 @@ def codes_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, codes=2, candidates=2, **options)
 
 
-METHODS = [quest_cache, codes_cache, exact_top_k_cache, *EVICTING]
+def recycled_cache(budget=2048, **options):
+    return RecycledAttentionCache(budget, stride=10, similarity=None, **options)
+
+
+def recycled_by_similarity_cache(budget=2048, **options):
+    return RecycledAttentionCache(budget, stride=10, similarity=-0.1, **options)
+
+
+def token_select_cache(budget=2048, **options):
+    return TokenSelectCache(budget, num_newest=min(3, budget), similarity=-0.1, **options)
+
+
+def squeezed_cache(budget=2048, **options):
+    return SqueezedAttentionCache(budget, share=0.3, num_newest=3, **options)
+
+
+REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
+METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 
@@ -60,9 +88,21 @@ def method(request):
     return request.param
 
 
+@pytest.fixture(params=[method for method in METHODS if method not in EVICTING], ids=lambda method: method.__name__)
+def reading(request):
+    """Makes a cache of a method that keeps everything and reads less."""
+    return request.param
+
+
 def small_budget(method):
     """Tokens that are too few: of the best ones BUDGET are enough."""
-    return 4 if method is exact_top_k_cache else BUDGET
+    return {
+        exact_top_k_cache: 4,
+        recycled_cache: 10,
+        recycled_by_similarity_cache: 10,
+        token_select_cache: 4,
+        squeezed_cache: 4,
+    }.get(method, BUDGET)
 
 
 class Stream:
@@ -320,8 +360,11 @@ def assert_same_state(cache, other):
 
 
 def stored_in(layer):
-    """All tensors of its storage, as far as they are filled."""
-    return layer.storage.tensors().values() if layer.evicts else layer.storage.filled()
+    """All tensors of its storage, as far as they are filled, and what is remembered."""
+    if layer.evicts:
+        return list(layer.storage.tensors().values())
+    memories = layer.storage.memories.by_reader
+    return [*layer.storage.filled(), *(each for memory in memories for each in memory.recall(math.inf).values())]
 
 
 class Interrupted(Exception):
@@ -472,6 +515,28 @@ def test_tokens_cannot_be_taken_back(model, baseline, act):
 def test_assisted_decoding_is_refused(model, baseline):
     with pytest.raises(QuestError, match="A cache that evicts cannot take tokens back"):
         generate(model, tokens(PROMPT), baseline(budget=BUDGET), prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize("kept", [-9, 0, 1, 10, 13])
+def test_tokens_that_were_taken_back_leave_no_trace(model, reading, kept):
+    """Of `kept` steps after the prompt, or of -kept tokens less than that; what was chosen since is forgotten."""
+    cache, expected = read(model, reading(budget=BUDGET), 15), reading(budget=BUDGET)
+    cache.crop(kept - 15)
+    if kept < 0:
+        forward(model, expected, tokens(PROMPT)[:, :kept])
+    else:
+        read(model, expected, kept)
+    for step in range(12):
+        ids = tokens(1, seed=50 + step)
+        logits = forward(model, expected, ids)
+        torch.testing.assert_close(forward(model, cache, ids), logits, rtol=1e-4, atol=1e-4)  # prompts of other lengths
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant_model": make_model(seed=1)}])
+def test_assisted_decoding_writes_what_greedy_decoding_writes(model, reading, options):
+    prompt = tokens(PROMPT // 2).repeat(1, 2)  # in which the next tokens can be looked up
+    expected = generate(model, prompt, reading(budget=BUDGET))
+    assert torch.equal(generate(model, prompt, reading(budget=BUDGET), **options), expected)
 
 
 HIDDEN = {  # of the newest token, by step

@@ -42,9 +42,16 @@ def attend(layer, query, logits):
         say_once(f"There are no CUDA kernels for {layer.method}: the layers that choose by it run in PyTorch.")
     layer.store_handed()
     length = layer.storage.on_device.length if is_captured else layer.length
-    choice = layer.method.choose(layer.storage, query, logits, length) if layer.is_sparse else None
+    choice = choose(layer, query, logits, length) if layer.is_sparse else None
     tell(layer, query, choice, logits)
     return layer.storage.attend(query, choice, length, logits)
+
+
+def choose(layer, query, logits, length):
+    """What the method chooses, by what it remembers of this layer. In a graph it remembers nothing."""
+    if not layer.shared.step.is_captured:
+        layer.storage.next_reader()
+    return layer.method.choose(layer.storage, query, logits, length)
 
 
 def attend_in_graph(layer, query, logits):

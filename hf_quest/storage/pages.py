@@ -6,6 +6,7 @@ from .. import reference
 from ..errors import say_once
 from ..kernels import ops
 from .base import Storage
+from .memory import Memories, Memory
 from .rows import cannot_be_written
 
 
@@ -14,7 +15,7 @@ class Pages(Storage):
 
     Page p of row b starts at slot left_padding[b] + p · page_size. In `beside` are, by name, what a method declared:
     tensors [B, Hkv, capacity, ...] beside tokens and [B, Hkv, capacity / page_size, ...] beside pages, which grow,
-    crop, reorder and repeat with them.
+    crop, reorder and repeat with them. `memory` is what a method remembers of the rows.
 
     Args:
         page_size, block_size: tokens; there is storage for whole blocks, which are made of whole pages.
@@ -27,13 +28,29 @@ class Pages(Storage):
         self.page_size, self.block_size = page_size, block_size
         self.beside_tokens = beside_tokens or nothing
         self.beside_pages = beside_pages or nothing
+        self.memories = Memories()
         self.num_kv_heads = 0
         self.has_kernels = False  # whether the CUDA kernels serve this storage; otherwise the reference does
         self.work = None  # [B, Hkv, 1, P] float32, page scores of a captured step with the kernels
         self.counters = None  # of the kernels, see ops.new_counters
 
+    @property
+    def memory(self) -> Memory:
+        """What the method remembers of the rows, in the layer that reads now."""
+        return self.memories.current
+
+    def next_reader(self):
+        """A layer begins to read, this storage's own or one that shares its keys and values."""
+        self.memories.next_reader()
+
+    def read_anew(self):
+        """This storage's own layer begins to read, outside of a forward."""
+        self.memories.begin_forward()
+        self.memories.next_reader()
+
     def append(self, keys, values):
         start, end = self.length, self.length + keys.shape[2]
+        self.memories.begin_forward()
         if self.keys is None:
             self.allocate(keys, values, keys.shape[0], self.with_headroom(end), keys.dtype)
         self.make_room(end)
@@ -101,6 +118,7 @@ class Pages(Storage):
     def set_left_padding(self, left_padding):
         self.rows.are_others()
         self.make_room(self.length)
+        self.memories.forget()  # it is of other tokens
         self.begin_rows(left_padding)
 
     def padding_mask(self):
@@ -108,6 +126,18 @@ class Pages(Storage):
             return None
         slot = torch.arange(self.length, device=self.padding.device)
         return (slot >= self.padding[:, None])[:, None, None]
+
+    def set_length(self, length):
+        super().set_length(length)
+        self.memories.crop(length)
+
+    def check_crop(self, num_removed, layer_idx):
+        super().check_crop(num_removed, layer_idx)
+        self.memories.check_crop(num_removed, self.length, layer_idx)
+
+    def to(self, device):
+        super().to(device)
+        self.memories.change(lambda tensor: tensor.to(device, non_blocking=True))
 
     def crop(self, length):
         if length < self.length:
@@ -127,11 +157,13 @@ class Pages(Storage):
                     spare = tensor[source].clone()
                 else:
                     tensor[target].copy_(spare if source is None else tensor[source])
+        self.memories.change(lambda tensor: tensor[sources])
         if any(self.left_padding):
             self.begin_rows(tuple(self.left_padding[row] for row in sources))
 
     def move(self, batch_rows, num_slots, dtype=None):
         filled = [tensor[batch_rows] for tensor in self.filled()]
+        self.memories.change(lambda tensor: tensor[batch_rows])
         keys, values = filled[:2]
         self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
         for tensor, content in zip(self.filled(), filled, strict=True):
