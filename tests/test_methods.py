@@ -22,7 +22,9 @@ from transformers import (
 
 from hf_quest import (
     CACHE_NAME,
+    CritiPrefill,
     H2OCache,
+    Method,
     MethodCache,
     QuestCache,
     QuestError,
@@ -32,6 +34,7 @@ from hf_quest import (
     TokenSelectCache,
     TOVACache,
 )
+from hf_quest.methods import H2O
 from hf_quest.seam.attention import quest_attention
 
 EVICTING = [H2OCache, TOVACache, StreamingLLMCache]
@@ -806,3 +809,66 @@ def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, metho
             QuestError, match=r"cross-attention.*EncoderDecoderCache\(\w+Cache\(\.\.\.\), DynamicCache\(\)\)"
         ):
             translate(quest, cache)
+
+
+class Taken(Method):
+    """Calls what it remembers as the kernels call theirs."""
+
+    def beside_tokens(self, head_dim, dtype):
+        return {"bounds": ((), torch.float32)}
+
+    def choose(self, pages, query, logits, length):
+        return None
+
+
+def test_what_a_method_keeps_is_its_own_whatever_its_name(model):
+    """The kernels know bounds and scales by name, and only those of the method that they are part of."""
+    cache = MethodCache(Taken(budget=BUDGET))
+    forward(model, cache, tokens(PROMPT))
+    assert all(layer.storage.kernel_tensor("bounds") is None for layer in cache.layers)
+    quest = quest_cache(budget=BUDGET)
+    forward(model, quest, tokens(PROMPT))
+    assert [layer.storage.kernel_tensor("bounds") is not None for layer in quest.layers] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_memory_that_ran_out_while_storage_grew_leaves_what_there_was(model, method, at, monkeypatch):
+    """Of a layer's tensors that are allocated anew, the first, the second ... cannot be had."""
+    cache, ids = read(model, method(budget=BUDGET)), tokens(400, seed=9)
+    layer = cache.layers[2]
+    if layer.evicts:
+        pytest.skip("its storage grows by what arrives, see test_memory_that_ran_out_in_a_layer")
+    allocate, calls = torch.Tensor.new_empty, []
+
+    def run_out(tensor, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise MemoryError
+        return allocate(tensor, *args, **kwargs)
+
+    grow = layer.storage.allocate
+
+    def grow_until(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", run_out)
+            grow(*args)
+
+    monkeypatch.setattr(layer.storage, "allocate", grow_until)
+    try:
+        forward(model, cache, ids)
+    except MemoryError:
+        monkeypatch.undo()
+        with pytest.raises(QuestError, match="repeat the call"):
+            forward(model, cache, ids)
+    else:
+        monkeypatch.undo()
+        assert len(calls) <= at
+        return
+    expected = read(model, method(budget=BUDGET))
+    assert_same_state(cache, expected)
+    assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
+
+
+def test_a_prompt_is_not_read_sparsely_where_its_weights_are_needed():
+    with pytest.raises(ValueError, match="Leave prefill out"):
+        MethodCache(H2O(BUDGET), prefill=CritiPrefill())
