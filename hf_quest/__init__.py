@@ -6,7 +6,15 @@ from .methods import Method
 from .prompts import CritiPrefill
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
-from .seam.caches import H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from .seam.caches import (
+    H2OCache,
+    QuestCache,
+    RecycledAttentionCache,
+    SqueezedAttentionCache,
+    StreamingLLMCache,
+    TokenSelectCache,
+    TOVACache,
+)
 from .seam.capture import capture
 from .seam.progress import prefill_progress
 from .watch import PageReads
@@ -20,8 +28,11 @@ __all__ = [
     "PageReads",
     "QuestCache",
     "QuestError",
+    "RecycledAttentionCache",
+    "SqueezedAttentionCache",
     "StreamingLLMCache",
     "TOVACache",
+    "TokenSelectCache",
     "capture",
     "prefill_progress",
 ]

@@ -24,9 +24,9 @@ def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tens
 
 
 def encode(keys: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
-    """[..., D·b / 8] uint8 of [..., D] keys, each channel the nearest value of its grid."""
+    """[..., D·b / 8] uint8, rounded up, of [..., D] keys, each channel the nearest value of its grid."""
     levels = ((keys.float() - lowest) / step).nan_to_num(0.0).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    levels = levels.unflatten(-1, (-1, 8 // bits))
+    levels = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
     place = torch.arange(0, 8, bits, dtype=torch.uint8, device=keys.device)
     return (levels << place).sum(dim=-1, dtype=torch.uint8)
 
@@ -35,7 +35,7 @@ def decode(codes: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
     """[..., D] float32: the keys that [..., D·b / 8] codes stand for."""
     place = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     levels = (codes[..., None] >> place) & (2**bits - 1)
-    return lowest + levels.flatten(-2).float() * step
+    return lowest + levels.flatten(-2)[..., : lowest.shape[-1]].float() * step
 
 
 def refresh_codes(

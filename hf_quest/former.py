@@ -5,6 +5,7 @@ import types
 
 import torch
 
+from .errors import QuestError
 from .watch import PageReads, SegmentsRead
 
 # Former modules that are whole modules elsewhere, and former modules whose names are in several.
@@ -114,6 +115,8 @@ class Watcher:
             if self.watch is not None:
                 self.watch(read.layer.layer_idx, read.position, read.query, read.keys, read.block_ids)
         elif self.recorder is not None and read.choice is not None:
+            if read.choice.size != read.layer.method.page_size:
+                raise QuestError("A recorder knows pages, and this cache chooses single tokens: use cache.watcher.")
             self.recorder(read.layer, read.query, read.choice.ids, *read.logits)
 
 
@@ -121,6 +124,7 @@ class Settings:
     """What `cache.settings` of version 0.1 told, and took, of a cache."""
 
     def __init__(self, cache):
+        object.__setattr__(self, "_cache", cache)
         object.__setattr__(self, "_places", (cache.shared.step, cache.shared, cache.shared.rows, cache.method))
 
     def __getattr__(self, name):
@@ -132,5 +136,8 @@ class Settings:
 
     def __setattr__(self, name, value):
         name = {"step": "state"}.get(name, name)
+        if name == "budget":
+            type(self._cache).budget.fset(self._cache, value)
+            return
         place = next(place for place in self._places if hasattr(place, name))
         setattr(place, name, value)

@@ -23,6 +23,7 @@ class Read:
     query: torch.Tensor  # [B, Hq, T, D]
     choice: Choice | None  # ids [B, Hkv, T, K] of pages or tokens; None: everything that the layer holds
     logits: Logits
+    length: int  # slots filled, the newest of these tokens included
 
     def keys(self) -> torch.Tensor:
         """[B, Hkv, N, D]: the keys that the layer holds, all of the text or of what a window reaches."""
@@ -76,6 +77,7 @@ class Selection:
     query: torch.Tensor  # [B, Hq, T, D]
     page_ids: torch.Tensor  # [B, Hkv, T, K] int64, ascending, -1 for none
     logits: Logits
+    choice: Choice  # which may be of single tokens in these pages
     weights: torch.Tensor | None = None  # [B, Hkv, T, K] float32, see PageReads.weigh
 
 
@@ -100,7 +102,8 @@ class PageReads:
 
     def __call__(self, read: Read | SegmentsRead) -> None:
         if isinstance(read, Read) and read.choice is not None:
-            selection = Selection(read.layer.length, read.query, read.choice.ids, read.logits)
+            pages = pages_of(read.choice, read.layer.method.page_size)
+            selection = Selection(read.length, read.query, pages, read.logits, read.choice)
             self.selections[read.layer.layer_idx].append(selection)
 
     @property
@@ -140,10 +143,11 @@ class PageReads:
         `cache` holds every token that was read, in the same rows.
         """
         for layer_idx, selections in self.selections.items():
-            layer = cache.layers[layer_idx]
+            layer: Any = cache.layers[layer_idx]
             for selection in selections:
                 if selection.weights is None:
-                    selection.weights = page_weights(layer, selection)
+                    by_page = selection.choice.size == layer.method.page_size
+                    selection.weights = (page_weights if by_page else token_weights)(layer, selection)
 
     def _average(self, num_pages, layer_idx, slots, row, weights_of):
         total, num_reads = torch.zeros(num_pages), 0
@@ -163,6 +167,37 @@ class PageReads:
                 is_counted = (page_ids >= 0) & (page_ids < num_pages)
                 total.index_add_(0, page_ids[is_counted], weight[is_counted])
         return total / max(num_reads, 1)
+
+
+def pages_of(choice, page_size):
+    """[B, Hkv, T, K] int64: the pages in which the chosen tokens are, each once, ascending, -1 for none."""
+    if choice.size == page_size:
+        return choice.ids
+    pages = choice.ids.div(page_size, rounding_mode="floor")
+    is_again = torch.nn.functional.pad(pages[..., 1:] == pages[..., :-1], (1, 0))
+    pages = pages.masked_fill(is_again | (choice.ids < 0), reference.INT64.max).sort(dim=-1).values
+    return pages.masked_fill(pages == reference.INT64.max, -1)
+
+
+def token_weights(layer, selection):
+    """`page_weights` where single tokens were read: the attention of these, by their page."""
+    scaling, softcap, sinks = selection.logits
+    ids, page_size = selection.choice.ids, layer.method.page_size
+    slot = ids.clamp(min=0) + layer.padding[:, None, None, None]
+    keys = layer.keys[:, :, None].expand(-1, -1, ids.shape[2], -1, -1)
+    keys = keys.gather(3, slot[..., None].expand(*slot.shape, keys.shape[-1])).float()  # [B, Hkv, T, K, D]
+    query = selection.query.float().unflatten(1, (ids.shape[1], -1)).transpose(2, 3)  # [B, Hkv, T, G, D]
+    products = query @ keys.transpose(-1, -2) * scaling
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
+    products = products.masked_fill((ids < 0)[:, :, :, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, ids.shape[1], 1, -1, 1).expand(*products.shape[:-1], 1)
+        products = torch.cat([products, sink], dim=-1)
+    weights = products.softmax(dim=-1)[..., : ids.shape[-1]].mean(dim=3)
+    pages = selection.page_ids.masked_fill(selection.page_ids < 0, reference.INT64.max)
+    place = torch.searchsorted(pages, ids.clamp(min=0).div(page_size, rounding_mode="floor").contiguous())
+    return torch.zeros_like(weights).scatter_add(-1, place.clamp(max=ids.shape[-1] - 1), weights).cpu()
 
 
 def page_weights(layer, selection):

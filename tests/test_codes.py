@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from hf_quest import QuestCache, QuestError, reference
 from hf_quest.codes import BITS, decode, encode, grid, refine, refresh_codes
 from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
+from hf_quest.watch import PageReads
 
 PAGE = 4
 ODD = [(0,), (0, 3), (5, 0, 1)]  # left padding of the rows
@@ -226,6 +227,33 @@ def test_what_a_step_reads_is_counted_with_codes(model):
     bounds, codes = 24 * (2 * 16 + 1), 48 * 16 * 2 / 8
     assert cache.tokens_attended == 4 * [24]
     assert cache.read_share == pytest.approx((24 + (bounds + codes) / token) / 96)
+
+
+def test_what_was_read_is_told_by_page(model):
+    """Tokens that were chosen are in pages, and their attention is all that was paid."""
+    cache = QuestCache(24, page_size=PAGE, codes=2)
+    cache.watcher = reads = PageReads()
+    generate(model, tokens(PROMPT), cache)
+    reads.weigh(cache)
+    num_pages = -(-cache.get_seq_length() // PAGE)
+    assert reads.layers == [2, 3]
+    assert reads.attention(num_pages).sum() == pytest.approx(1)
+    for selection in reads.selections[2]:
+        for pages, ids in zip(
+            selection.page_ids[0, :, 0].tolist(), selection.choice.ids[0, :, 0].tolist(), strict=True
+        ):
+            assert [page for page in pages if page >= 0] == sorted({token // PAGE for token in ids if token >= 0})
+
+
+@pytest.mark.parametrize("head_dim", [18, 20])
+def test_a_head_dim_that_fills_no_byte(head_dim):
+    lowest, step = torch.zeros(head_dim), torch.ones(head_dim)
+    keys = torch.arange(head_dim).float() % 2
+    assert torch.equal(decode(encode(keys, lowest, step, 1), lowest, step, 1), keys)
+    model = make_model(head_dim=head_dim)
+    with torch.no_grad():
+        model(tokens(PROMPT), past_key_values=(cache := QuestCache(24, page_size=PAGE, codes=1)))
+    assert cache.layers[3].storage.beside["codes"].shape[-1] == -(-head_dim // 8)
 
 
 @pytest.mark.parametrize(

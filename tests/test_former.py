@@ -61,6 +61,8 @@ def test_a_recorder_and_who_watched_a_prompt_are_told_what_they_were():
 def test_settings_are_those_of_the_cache():
     cache = QuestCache(48)
     assert (cache.settings.budget, cache.settings.page_size, cache.settings.step) == (48, 16, None)
+    cache.settings.budget = 64
+    assert cache.budget == cache.settings.budget == 64
     cache.settings.step = "prepared"
     assert cache.shared.step.state == "prepared"
 

@@ -19,7 +19,7 @@ ARROWS = {
     "prompts": {"kernels", "reference"},
     "methods": {"codes", "kernels", "reference", "storage"},
     "watch": {"reference"},
-    "former": {"watch"},
+    "former": {"errors", "watch"},
     "seam": {"errors", "kernels", "methods", "prompts", "reference", "storage", "watch", "former"},
 }
 # What objects of Transformers and PyTorch are given, and by which file alone.

@@ -20,7 +20,21 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_quest import CACHE_NAME, H2OCache, MethodCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest import (
+    CACHE_NAME,
+    CritiPrefill,
+    H2OCache,
+    Method,
+    MethodCache,
+    QuestCache,
+    QuestError,
+    RecycledAttentionCache,
+    SqueezedAttentionCache,
+    StreamingLLMCache,
+    TokenSelectCache,
+    TOVACache,
+)
+from hf_quest.methods import H2O
 from hf_quest.seam.attention import quest_attention
 
 EVICTING = [H2OCache, TOVACache, StreamingLLMCache]
@@ -39,7 +53,24 @@ def codes_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, codes=2, candidates=2, **options)
 
 
-METHODS = [quest_cache, codes_cache, exact_top_k_cache, *EVICTING]
+def recycled_cache(budget=2048, **options):
+    return RecycledAttentionCache(budget, stride=10, similarity=None, **options)
+
+
+def recycled_by_similarity_cache(budget=2048, **options):
+    return RecycledAttentionCache(budget, stride=10, similarity=-0.1, **options)
+
+
+def token_select_cache(budget=2048, **options):
+    return TokenSelectCache(budget, num_newest=min(3, budget), similarity=-0.1, **options)
+
+
+def squeezed_cache(budget=2048, **options):
+    return SqueezedAttentionCache(budget, share=0.3, num_newest=3, **options)
+
+
+REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
+METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 
@@ -60,9 +91,21 @@ def method(request):
     return request.param
 
 
+@pytest.fixture(params=[method for method in METHODS if method not in EVICTING], ids=lambda method: method.__name__)
+def reading(request):
+    """Makes a cache of a method that keeps everything and reads less."""
+    return request.param
+
+
 def small_budget(method):
     """Tokens that are too few: of the best ones BUDGET are enough."""
-    return 4 if method is exact_top_k_cache else BUDGET
+    return {
+        exact_top_k_cache: 4,
+        recycled_cache: 10,
+        recycled_by_similarity_cache: 10,
+        token_select_cache: 4,
+        squeezed_cache: 4,
+    }.get(method, BUDGET)
 
 
 class Stream:
@@ -320,8 +363,11 @@ def assert_same_state(cache, other):
 
 
 def stored_in(layer):
-    """All tensors of its storage, as far as they are filled."""
-    return layer.storage.tensors().values() if layer.evicts else layer.storage.filled()
+    """All tensors of its storage, as far as they are filled, and what is remembered."""
+    if layer.evicts:
+        return list(layer.storage.tensors().values())
+    memories = layer.storage.memories.by_reader
+    return [*layer.storage.filled(), *(each for memory in memories for each in memory.recall(math.inf).values())]
 
 
 class Interrupted(Exception):
@@ -472,6 +518,28 @@ def test_tokens_cannot_be_taken_back(model, baseline, act):
 def test_assisted_decoding_is_refused(model, baseline):
     with pytest.raises(QuestError, match="A cache that evicts cannot take tokens back"):
         generate(model, tokens(PROMPT), baseline(budget=BUDGET), prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize("kept", [-9, 0, 1, 10, 13])
+def test_tokens_that_were_taken_back_leave_no_trace(model, reading, kept):
+    """Of `kept` steps after the prompt, or of -kept tokens less than that; what was chosen since is forgotten."""
+    cache, expected = read(model, reading(budget=BUDGET), 15), reading(budget=BUDGET)
+    cache.crop(kept - 15)
+    if kept < 0:
+        forward(model, expected, tokens(PROMPT)[:, :kept])
+    else:
+        read(model, expected, kept)
+    for step in range(12):
+        ids = tokens(1, seed=50 + step)
+        logits = forward(model, expected, ids)
+        torch.testing.assert_close(forward(model, cache, ids), logits, rtol=1e-4, atol=1e-4)  # prompts of other lengths
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant_model": make_model(seed=1)}])
+def test_assisted_decoding_writes_what_greedy_decoding_writes(model, reading, options):
+    prompt = tokens(PROMPT // 2).repeat(1, 2)  # in which the next tokens can be looked up
+    expected = generate(model, prompt, reading(budget=BUDGET))
+    assert torch.equal(generate(model, prompt, reading(budget=BUDGET), **options), expected)
 
 
 HIDDEN = {  # of the newest token, by step
@@ -741,3 +809,66 @@ def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, metho
             QuestError, match=r"cross-attention.*EncoderDecoderCache\(\w+Cache\(\.\.\.\), DynamicCache\(\)\)"
         ):
             translate(quest, cache)
+
+
+class Taken(Method):
+    """Calls what it remembers as the kernels call theirs."""
+
+    def beside_tokens(self, head_dim, dtype):
+        return {"bounds": ((), torch.float32)}
+
+    def choose(self, pages, query, logits, length):
+        return None
+
+
+def test_what_a_method_keeps_is_its_own_whatever_its_name(model):
+    """The kernels know bounds and scales by name, and only those of the method that they are part of."""
+    cache = MethodCache(Taken(budget=BUDGET))
+    forward(model, cache, tokens(PROMPT))
+    assert all(layer.storage.kernel_tensor("bounds") is None for layer in cache.layers)
+    quest = quest_cache(budget=BUDGET)
+    forward(model, quest, tokens(PROMPT))
+    assert [layer.storage.kernel_tensor("bounds") is not None for layer in quest.layers] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_memory_that_ran_out_while_storage_grew_leaves_what_there_was(model, method, at, monkeypatch):
+    """Of a layer's tensors that are allocated anew, the first, the second ... cannot be had."""
+    cache, ids = read(model, method(budget=BUDGET)), tokens(400, seed=9)
+    layer = cache.layers[2]
+    if layer.evicts:
+        pytest.skip("its storage grows by what arrives, see test_memory_that_ran_out_in_a_layer")
+    allocate, calls = torch.Tensor.new_empty, []
+
+    def run_out(tensor, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise MemoryError
+        return allocate(tensor, *args, **kwargs)
+
+    grow = layer.storage.allocate
+
+    def grow_until(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", run_out)
+            grow(*args)
+
+    monkeypatch.setattr(layer.storage, "allocate", grow_until)
+    try:
+        forward(model, cache, ids)
+    except MemoryError:
+        monkeypatch.undo()
+        with pytest.raises(QuestError, match="repeat the call"):
+            forward(model, cache, ids)
+    else:
+        monkeypatch.undo()
+        assert len(calls) <= at
+        return
+    expected = read(model, method(budget=BUDGET))
+    assert_same_state(cache, expected)
+    assert torch.equal(forward(model, cache, ids), forward(model, expected, ids))
+
+
+def test_a_prompt_is_not_read_sparsely_where_its_weights_are_needed():
+    with pytest.raises(ValueError, match="Leave prefill out"):
+        MethodCache(H2O(BUDGET), prefill=CritiPrefill())

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .. import CACHE_NAME, H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from .. import (
+    CACHE_NAME,
+    H2OCache,
+    QuestCache,
+    RecycledAttentionCache,
+    SqueezedAttentionCache,
+    StreamingLLMCache,
+    TokenSelectCache,
+    TOVACache,
+)
 
 DENSE = "dense"
 CACHES = {
@@ -22,6 +31,9 @@ CACHES = {
     "h2o": H2OCache,
     "tova": TOVACache,
     "streamingllm": StreamingLLMCache,
+    "recycled": RecycledAttentionCache,
+    "tokenselect": TokenSelectCache,
+    "squeezed": SqueezedAttentionCache,
     "quest-published": functools.partial(QuestCache, score="published"),
     "quest-codes": functools.partial(QuestCache, codes=2),
 }

@@ -3,7 +3,20 @@
 from .base import Attended, Method
 from .h2o import H2O
 from .quest import Quest
+from .recycled_attention import RecycledAttention
+from .squeezed_attention import SqueezedAttention
 from .streaming_llm import StreamingLLM
+from .token_select import TokenSelect
 from .tova import TOVA
 
-__all__ = ["H2O", "TOVA", "Attended", "Method", "Quest", "StreamingLLM"]
+__all__ = [
+    "H2O",
+    "TOVA",
+    "Attended",
+    "Method",
+    "Quest",
+    "RecycledAttention",
+    "SqueezedAttention",
+    "StreamingLLM",
+    "TokenSelect",
+]

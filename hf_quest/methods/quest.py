@@ -107,7 +107,7 @@ class Quest(Method):
         return self.num_selected * self.page_size
 
     def beside_tokens(self, head_dim, dtype):
-        return {} if self.codes is None else {"codes": ((head_dim * self.codes // 8,), torch.uint8)}
+        return {} if self.codes is None else {"codes": ((-(-head_dim * self.codes // 8),), torch.uint8)}
 
     def beside_pages(self, head_dim, dtype):
         if self.bounds_dtype is None:

@@ -73,6 +73,8 @@ class MethodCache(generate.Events, Forwards, former.Cache):
             )
         if prefill is not None and not isinstance(prefill, CritiPrefill):
             raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
+        if prefill is not None and method.evicts:
+            raise ValueError("A method that evicts needs every weight of the prompt: it is dense. Leave prefill out.")
         if prefill is not None and prefill.block_size % method.page_size:
             raise ValueError(
                 f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of "

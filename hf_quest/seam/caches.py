@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import former
-from ..methods import H2O, TOVA, Quest, StreamingLLM
+from ..methods import H2O, TOVA, Quest, RecycledAttention, SqueezedAttention, StreamingLLM, TokenSelect
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
@@ -96,3 +96,78 @@ class StreamingLLMCache(MethodCache):
 
     def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
         super().__init__(StreamingLLM(budget), dense_layers=dense_layers)
+
+
+class RecycledAttentionCache(MethodCache):
+    """Attends everything every `stride` tokens or when the query has moved, in between what had most weight then, see
+    `hf_quest.methods.RecycledAttention`. Every token is kept; steps are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        stride: int = 16,
+        similarity: float | None = 0.7,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = RecycledAttention(budget, stride, similarity)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+
+class TokenSelectCache(MethodCache):
+    """Attends the first tokens, the newest, and those for which all heads of a layer vote together, see
+    `hf_quest.methods.TokenSelect`. Every token is kept; steps are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        num_first: int | None = None,
+        num_newest: int | None = None,
+        similarity: float | None = 0.9,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = TokenSelect(budget, num_first, num_newest, similarity)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+
+class SqueezedAttentionCache(MethodCache):
+    """Attends the clusters of a prefix's keys that matter to the query, and all that follows the prefix, see
+    `hf_quest.methods.SqueezedAttention`. Every token is kept; steps are eager.
+    """
+
+    method: SqueezedAttention  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        share: float = 0.05,
+        num_newest: int = 100,
+        seed: int = 0,
+        dense_layers: int = 2,
+        max_cache_len: int | None = None,
+    ):
+        method = SqueezedAttention(budget, share, num_newest, seed)
+        super().__init__(method, dense_layers=dense_layers, max_cache_len=max_cache_len)
+
+    def squeeze(self) -> None:
+        """Cluster the keys that are stored now, a document's: for many questions on it, once.
+
+        Copies of the cache hold the clusters, and `crop` back to this length leaves them.
+
+        Raises:
+            ValueError: for an empty cache.
+        """
+        self._settle()
+        self._check_last_forward_was_whole()
+        if not self.get_seq_length():
+            raise ValueError("There is nothing to cluster: let the model read the document with this cache first.")
+        for layer in self.layers:
+            if not layer.is_dense:
+                layer.storage.read_anew()
+                self.method.squeeze(layer.storage, layer.length)

@@ -9,12 +9,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_arrival(layer, key_states, value_states):
     """Raise for keys and values that cannot be appended to a layer."""
-    if key_states.shape[1] == 1 and key_states.shape[-1] != value_states.shape[-1]:
+    keeps_all = not layer.method.evicts
+    if keeps_all and key_states.shape[1] == 1 and key_states.shape[-1] != value_states.shape[-1]:
         raise QuestError(
             "This model caches latents (MLA), not keys and values, so pages have no bounds to select by. Load it "
             "with another attn_implementation and without QuestCache."
         )
-    if key_states.dtype not in DTYPES:
+    if keeps_all and key_states.dtype not in DTYPES:
         raise ValueError(
             f"QuestCache stores float32, float16 or bfloat16 keys, and this model's are {key_states.dtype}. Load "
             "the model with one of these dtypes."

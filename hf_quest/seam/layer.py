@@ -3,7 +3,6 @@
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..storage import Kept, Pages, Ring
 from . import generate
 from .checks import check_arrival, check_crop
 from .evicting import see
@@ -24,8 +23,6 @@ class Layer(CacheLayerMixin):
     Its storage is a `Ring` where the model's attention is local, `Kept` where the method evicts, or else `Pages`.
     """
 
-    is_croppable = True
-
     def __init__(self, shared, layer_idx):
         # Not that of CacheLayerMixin, which sets what is in the storage here.
         self.shared = shared
@@ -35,6 +32,8 @@ class Layer(CacheLayerMixin):
         self.prefill = None if prefill is None or layer_idx < prefill.dense_layers else prefill
         self.is_dense = shared.is_dense(layer_idx)
         self.storage = shared.new_storage(layer_idx)
+        self.evicts, self.is_sliding = self.storage.evicts, self.storage.is_local
+        self.is_croppable = not self.evicts
 
     keys, values = of_storage("keys"), of_storage("values")
     bounds, scales = beside("bounds"), beside("scales")
@@ -50,16 +49,8 @@ class Layer(CacheLayerMixin):
         return self.storage.keys is not None
 
     @property
-    def is_sliding(self):
-        return isinstance(self.storage, Ring)
-
-    @property
-    def evicts(self):
-        return isinstance(self.storage, Kept)
-
-    @property
     def has_kernels(self):
-        return isinstance(self.storage, Pages) and self.storage.has_kernels
+        return self.storage.has_kernels
 
     @property
     def num_attended(self):
@@ -270,9 +261,10 @@ class Layer(CacheLayerMixin):
 
     def put_back(self, length):
         """Undo the last forward, before which there were `length` tokens; return whether that was possible."""
+        is_changed = self.length != length
         is_back = self.storage.put_back(length)
         self.handed = Handed(is_under_way=not is_back)
-        if is_back and not self.evicts:
+        if is_changed and is_back and not self.evicts:
             self._has_stored(min(length, 1), is_stored_by_kernel=False)
         return is_back
 

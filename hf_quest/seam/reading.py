@@ -23,7 +23,8 @@ def num_decoding(layer, num_queries):
 
 def kernels_attend(layer, query):
     """Whether the kernels do the attention of these queries, [B, Hq, T, D]."""
-    if not layer.has_kernels or (layer.is_sparse and layer.method.fused is None):
+    # In this order: a graph of fused kernels must not hang on what the storage may come to hold.
+    if not layer.has_kernels or (layer.method.fused is None and layer.is_sparse):
         return False
     # They take one query at a time, which is too slow where each of several would read everything.
     is_one_by_one = query.shape[2] == 1 or layer.is_sparse
@@ -37,14 +38,23 @@ def attend(layer, query, logits):
     if kernels_attend(layer, query):
         sinks = None if logits.sinks is None else logits.sinks.detach().to(query.dtype)
         query, logits = query.detach(), logits._replace(sinks=sinks)
-        return attend_in_graph(layer, query, logits) if is_captured else attend_one_by_one(layer, query, logits)
-    if layer.has_kernels and layer.is_sparse and layer.method.fused is None:
+        is_step = is_captured and layer.method.fused is not None
+        return attend_in_graph(layer, query, logits) if is_step else attend_one_by_one(layer, query, logits)
+    is_sparse = layer.is_sparse
+    if is_sparse and layer.has_kernels and layer.method.fused is None:
         say_once(f"There are no CUDA kernels for {layer.method}: the layers that choose by it run in PyTorch.")
     layer.store_handed()
     length = layer.storage.on_device.length if is_captured else layer.length
-    choice = layer.method.choose(layer.storage, query, logits, length) if layer.is_sparse else None
+    choice = choose(layer, query, logits, length) if is_sparse else None
     tell(layer, query, choice, logits)
     return layer.storage.attend(query, choice, length, logits)
+
+
+def choose(layer, query, logits, length):
+    """What the method chooses, by what it remembers of this layer. In a graph it remembers nothing."""
+    if not layer.shared.step.is_captured:
+        layer.storage.next_reader()
+    return layer.method.choose(layer.storage, query, logits, length)
 
 
 def attend_in_graph(layer, query, logits):
@@ -54,34 +64,41 @@ def attend_in_graph(layer, query, logits):
 
 
 def attend_one_by_one(layer, query, logits):
+    layer.store_handed()
+    attend_one = attend_sparse if layer.is_sparse else attend_all
     outputs = [
-        attend_by_kernels(layer, query[:, :, idx : idx + 1], idx + 1 - query.shape[2], logits)
-        for idx in range(query.shape[2])
+        attend_one(layer, query[:, :, idx : idx + 1], idx + 1 - query.shape[2], logits) for idx in range(query.shape[2])
     ]
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
-def attend_by_kernels(layer, query, offset, logits):
-    """Attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
+def attend_all(layer, query, offset, logits):
+    """Dense attention of the one query, [B, Hq, 1, D], whose token stands `offset`, 0 or less, from the newest."""
+    length = layer.storage.on_device.length
+    tell(layer, query, None, logits, offset)
+    return layer.storage.attend_all_by_kernel(query, length + offset if offset else length, logits)
+
+
+def attend_sparse(layer, query, offset, logits):
+    """The same over what is selected for it."""
     method, pages = layer.method, layer.storage
     length = pages.on_device.length
     length = length + offset if offset else length
-    if not layer.is_sparse:
-        tell(layer, query, None, logits)
-        return pages.attend_all_by_kernel(query, length, logits)
     if layer.shared.watcher is None:
         return method.fused.attend(method, pages, query, length, logits, None)
     page_ids = pages.padding.new_empty(*pages.keys.shape[:2], 1, method.num_selected)
     output = method.fused.attend(method, pages, query, length, logits, page_ids)
-    tell(layer, query, Choice(page_ids, method.page_size), logits)
+    tell(layer, query, Choice(page_ids, method.page_size), logits, offset)
     return output
 
 
-def tell(layer, query, choice, logits):
-    """Tell who watches what the newest T tokens, [B, Hq, T, D], attend; a `choice` of None is everything."""
+def tell(layer, query, choice, logits, offset=0):
+    """Tell who watches what T tokens, [B, Hq, T, D], attend, the last of which stands `offset` from the newest; a
+    `choice` of None is everything.
+    """
     watcher = layer.shared.watcher
     if watcher is not None and not layer.shared.step.is_captured:
-        watcher(Read(layer, query.detach(), choice, logits))
+        watcher(Read(layer, query.detach(), choice, logits, layer.length + offset))
 
 
 def is_read_by_segments(layer, query, num_keys, num_drafts, needs_eager):

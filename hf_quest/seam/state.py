@@ -46,12 +46,15 @@ class State:
             return Ring(self.rows, self.max_cache_len, self.reaches[layer_idx])
         if method.evicts and not self.is_dense(layer_idx):
             return Kept(self.rows, method.beside_tokens)
-        beside = () if self.is_dense(layer_idx) else (method.beside_tokens, method.beside_pages)
+        is_dense, is_fused = self.is_dense(layer_idx), method.fused is not None
+        beside = {} if is_dense else {"beside_tokens": method.beside_tokens, "beside_pages": method.beside_pages}
         block_size = method.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks
-        return Pages(self.rows, self.max_cache_len, method.page_size, block_size, *beside)
+        options = {"keeps_bounds": is_fused and not is_dense, "gives_step_gradients": method.evicts, **beside}
+        return Pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
 
     def choose_by(self, method: Method) -> None:
-        self.method = method
+        if method != self.method:  # or a graph that holds it would be another one
+            self.method = method
 
     def watch(self, watcher: Watcher | None) -> None:
         self.watcher = watcher

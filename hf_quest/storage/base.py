@@ -16,6 +16,9 @@ class Storage:
     """
 
     names: ClassVar[tuple[str, ...]] = ("keys", "values")  # of the tensors that move together; those of `beside` do too
+    evicts = False  # what a method leaves out is gone
+    is_local = False  # it holds what a window reaches
+    has_kernels = False  # whether the CUDA kernels serve it
     reach: int | None = None  # tokens that the layer attends, the query's own included; None: all
 
     def __init__(self, rows: Rows, max_cache_len: int | None = None):

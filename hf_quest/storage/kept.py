@@ -20,6 +20,7 @@ class Kept(Storage):
         beside_tokens: as of `Pages`.
     """
 
+    evicts = True
     names: ClassVar[tuple[str, ...]] = ("keys", "values", "positions", "is_visible", "is_token")
 
     def __init__(self, rows, beside_tokens):

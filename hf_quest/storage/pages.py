@@ -3,9 +3,10 @@
 import torch
 
 from .. import reference
-from ..errors import say_once
+from ..errors import say_if_constant, say_once
 from ..kernels import ops
 from .base import Storage
+from .memory import Memories, Memory
 from .rows import cannot_be_written
 
 
@@ -14,26 +15,54 @@ class Pages(Storage):
 
     Page p of row b starts at slot left_padding[b] + p · page_size. In `beside` are, by name, what a method declared:
     tensors [B, Hkv, capacity, ...] beside tokens and [B, Hkv, capacity / page_size, ...] beside pages, which grow,
-    crop, reorder and repeat with them.
+    crop, reorder and repeat with them. `memory` is what a method remembers of the rows.
 
     Args:
         page_size, block_size: tokens; there is storage for whole blocks, which are made of whole pages.
         beside_tokens, beside_pages: functions of a head dim and a dtype, those of the keys, that give for each name the
             shape that follows [B, Hkv, slots or pages] and the dtype.
+        keeps_bounds: whether `bounds` and `scales` are among them, which the kernels bring up to date and read.
+        gives_step_gradients: whether keys and values of a single token get gradients, too, for which all are copied.
     """
 
-    def __init__(self, rows, max_cache_len, page_size, block_size, beside_tokens=None, beside_pages=None):
+    def __init__(
+        self,
+        rows,
+        max_cache_len,
+        page_size,
+        block_size,
+        beside_tokens=None,
+        beside_pages=None,
+        keeps_bounds=False,
+        gives_step_gradients=False,
+    ):
         super().__init__(rows, max_cache_len)
+        self.keeps_bounds, self.gives_step_gradients = keeps_bounds, gives_step_gradients
         self.page_size, self.block_size = page_size, block_size
         self.beside_tokens = beside_tokens or nothing
         self.beside_pages = beside_pages or nothing
+        self.memories = Memories()
         self.num_kv_heads = 0
-        self.has_kernels = False  # whether the CUDA kernels serve this storage; otherwise the reference does
         self.work = None  # [B, Hkv, 1, P] float32, page scores of a captured step with the kernels
         self.counters = None  # of the kernels, see ops.new_counters
 
+    @property
+    def memory(self) -> Memory:
+        """What the method remembers of the rows, in the layer that reads now."""
+        return self.memories.current
+
+    def next_reader(self):
+        """A layer begins to read, this storage's own or one that shares its keys and values."""
+        self.memories.next_reader()
+
+    def read_anew(self):
+        """This storage's own layer begins to read, outside of a forward."""
+        self.memories.begin_forward()
+        self.memories.next_reader()
+
     def append(self, keys, values):
         start, end = self.length, self.length + keys.shape[2]
+        self.memories.begin_forward()
         if self.keys is None:
             self.allocate(keys, values, keys.shape[0], self.with_headroom(end), keys.dtype)
         self.make_room(end)
@@ -42,6 +71,9 @@ class Pages(Storage):
         self.length = end
         stored = self.keys[:, :, :end], self.values[:, :, :end]
         if not torch.is_grad_enabled() or not (keys.requires_grad or values.requires_grad):
+            return stored
+        if keys.shape[2] == 1 and not self.gives_step_gradients:
+            say_if_constant(keys)
             return stored
         if start == 0:
             return keys, values
@@ -57,7 +89,7 @@ class Pages(Storage):
     def write(self, keys, values, end):
         """Write keys and values to the slots before `end`, an int, or in a graph the [1] int64 of `on_device`."""
         if self.has_kernels:
-            beside = (self.beside.get("bounds"), self.beside.get("scales"))  # which the kernel brings up to date
+            beside = (self.kernel_tensor("bounds"), self.kernel_tensor("scales"))  # which it brings up to date
             where = (self.on_device.length, self.padding, self.page_size)
             torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where)
         else:
@@ -101,6 +133,7 @@ class Pages(Storage):
     def set_left_padding(self, left_padding):
         self.rows.are_others()
         self.make_room(self.length)
+        self.memories.forget()  # it is of other tokens
         self.begin_rows(left_padding)
 
     def padding_mask(self):
@@ -108,6 +141,18 @@ class Pages(Storage):
             return None
         slot = torch.arange(self.length, device=self.padding.device)
         return (slot >= self.padding[:, None])[:, None, None]
+
+    def set_length(self, length):
+        super().set_length(length)
+        self.memories.crop(length)
+
+    def check_crop(self, num_removed, layer_idx):
+        super().check_crop(num_removed, layer_idx)
+        self.memories.check_crop(num_removed, self.length, layer_idx)
+
+    def to(self, device):
+        super().to(device)
+        self.memories.change(lambda tensor: tensor.to(device, non_blocking=True))
 
     def crop(self, length):
         if length < self.length:
@@ -127,11 +172,13 @@ class Pages(Storage):
                     spare = tensor[source].clone()
                 else:
                     tensor[target].copy_(spare if source is None else tensor[source])
+        self.memories.change(lambda tensor: tensor[sources])
         if any(self.left_padding):
             self.begin_rows(tuple(self.left_padding[row] for row in sources))
 
     def move(self, batch_rows, num_slots, dtype=None):
         filled = [tensor[batch_rows] for tensor in self.filled()]
+        self.memories.change(lambda tensor: tensor[batch_rows])
         keys, values = filled[:2]
         self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
         for tensor, content in zip(self.filled(), filled, strict=True):
@@ -154,22 +201,27 @@ class Pages(Storage):
         """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
         num_slots = -(-num_slots // self.block_size) * self.block_size
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
+        slots, pages = (batch_size, num_kv_heads, num_slots), (batch_size, num_kv_heads, self.num_pages(num_slots))
         # Tensors made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            slots = (batch_size, num_kv_heads, num_slots)
-            pages = (batch_size, num_kv_heads, self.num_pages(num_slots))
-            self.keys = like_keys.new_empty(*slots, head_dim, dtype=dtype)
-            self.values = like_values.new_empty(*slots, like_values.shape[-1], dtype=dtype)
+            keys = like_keys.new_empty(*slots, head_dim, dtype=dtype)
+            values = like_values.new_empty(*slots, like_values.shape[-1], dtype=dtype)
             of_tokens, of_pages = self.beside_tokens(head_dim, dtype), self.beside_pages(head_dim, dtype)
-            self.beside = {
-                name: like_keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()
-            } | {name: like_keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
-            self.has_kernels = ops.serves(self.keys, self.values, self.page_size)
-            if self.has_kernels:
-                self.counters = ops.new_counters(self.keys)
-                self.work = self.keys.new_empty(*pages[:2], 1, pages[2], dtype=torch.float32) if of_pages else None
+            beside = {name: keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()}
+            beside |= {name: keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
+            has_kernels, counters, work = ops.serves(keys, values, self.page_size), None, None
+            if has_kernels:
+                counters = ops.new_counters(keys)
+                work = keys.new_empty(*pages[:2], 1, pages[2], dtype=torch.float32) if self.keeps_bounds else None
+        # Together: memory that runs out on the way leaves what there was.
+        self.keys, self.values, self.beside = keys, values, beside
+        self.has_kernels, self.counters, self.work = has_kernels, counters, work
         self.num_kv_heads = num_kv_heads
         self.has_moved()
+
+    def kernel_tensor(self, name):
+        """One of `beside` that the kernels know, or None where a method means something else by its name."""
+        return self.beside.get(name) if self.keeps_bounds else None
 
     def num_pages(self, num_tokens):
         return -(-num_tokens // self.page_size)
@@ -188,7 +240,8 @@ class Pages(Storage):
     def find_addresses(self):
         if not self.has_kernels:
             return super().find_addresses()
-        tensors = [self.keys, self.values, self.beside.get("bounds"), self.beside.get("scales"), self.work]
+        beside = [self.kernel_tensor("bounds"), self.kernel_tensor("scales")]
+        tensors = [self.keys, self.values, *beside, self.work]
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.capacity]
 
 

@@ -19,6 +19,8 @@ class Ring(Storage):
     grows to `most`. Attention over it is dense, by the mask that the model has for such layers.
     """
 
+    is_local = True
+
     def __init__(self, rows, max_cache_len, reach):
         super().__init__(rows, max_cache_len)
         self.reach = reach
