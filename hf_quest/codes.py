@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Length, newest_page, order_of, reduce_group, visible_tokens
+from .reference import Length, in_order, newest_page, order_of, reduce_group, visible_tokens
 
 BITS = (1, 2, 4, 8)
 
@@ -120,7 +120,5 @@ def refine(
     own = own.masked_fill(own >= visible, -1).expand(*page_ids.shape[:3], -1)
     best = rank.topk(min(num_tokens - page_size, rank.shape[-1]), dim=-1)
     chosen = position.gather(-1, best.indices).masked_fill(best.values == reference.INT64.min, -1)
-    ids = torch.cat([chosen, own], dim=-1)
-    ids = ids.masked_fill(ids < 0, reference.INT64.max).sort(dim=-1).values
-    ids = ids.masked_fill(ids == reference.INT64.max, -1)
+    ids = in_order(torch.cat([chosen, own], dim=-1))
     return torch.nn.functional.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)

@@ -216,9 +216,14 @@ def select(
         rank = rank.masked_fill(page_idx == 0, INT64.max - 1)
     rank = rank.masked_fill(page_idx == newest, INT64.max).masked_fill(page_idx > newest, INT64.min)
     page_ids = rank.topk(min(num_selected, len(page_idx)), dim=-1).indices
-    page_ids = page_ids.masked_fill(page_ids > newest, INT64.max).sort(dim=-1).values
-    page_ids = page_ids.masked_fill(page_ids == INT64.max, -1)
+    page_ids = in_order(page_ids.masked_fill(page_ids > newest, -1))
     return F.pad(page_ids, (0, num_selected - page_ids.shape[-1]), value=-1)
+
+
+def in_order(ids: Tensor) -> Tensor:
+    """Ids [..., K] ascending, -1 last."""
+    ids = ids.masked_fill(ids < 0, INT64.max).sort(dim=-1).values
+    return ids.masked_fill(ids == INT64.max, -1)
 
 
 def order_of(scores: Tensor) -> Tensor:

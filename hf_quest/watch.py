@@ -175,8 +175,7 @@ def pages_of(choice, page_size):
         return choice.ids
     pages = choice.ids.div(page_size, rounding_mode="floor")
     is_again = torch.nn.functional.pad(pages[..., 1:] == pages[..., :-1], (1, 0))
-    pages = pages.masked_fill(is_again | (choice.ids < 0), reference.INT64.max).sort(dim=-1).values
-    return pages.masked_fill(pages == reference.INT64.max, -1)
+    return reference.in_order(pages.masked_fill(is_again | (choice.ids < 0), -1))
 
 
 def token_weights(layer, selection):

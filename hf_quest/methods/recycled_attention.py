@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..reference import in_order
 from .base import is_int
 from .remembering import (
     Remembering,
     best,
     check_similarity,
     ids_between,
-    in_order,
     or_everything,
     recall,
     renew,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..reference import INT64, Choice, order_of
+from ..reference import INT64, Choice, in_order, order_of
 from .base import Attended, Method
 from .weights import attention_weights
 
@@ -105,12 +105,6 @@ def best(scores, is_candidate, num_kept):
     rank = (order_of(scores) - token).masked_fill(~is_candidate, INT64.min)
     best = rank.topk(min(num_kept, len(token)), dim=-1)
     return padded(in_order(best.indices.masked_fill(best.values == INT64.min, -1)), num_kept)
-
-
-def in_order(ids):
-    """Ids ascending, -1 last."""
-    ids = ids.masked_fill(ids < 0, INT64.max).sort(dim=-1).values
-    return ids.masked_fill(ids == INT64.max, -1)
 
 
 def padded(ids, num_ids):

@@ -7,10 +7,10 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..reference import order_of
+from ..reference import in_order, order_of
 from .base import is_int
 from .clusters import cluster
-from .remembering import Remembering, in_order, or_everything, row_lengths
+from .remembering import Remembering, or_everything, row_lengths
 
 
 class Clusters(NamedTuple):
