@@ -162,7 +162,7 @@ class MethodCache(generate.Events, Forwards, former.Cache):
         return self.shared.dense_layers
 
     @property
-    def max_cache_len(self) -> int | None:
+    def max_cache_len(self) -> int | None:  # type: ignore[override]
         return self.shared.max_cache_len
 
     @property
