@@ -1,0 +1,138 @@
+"""What a cache holds and what its steps read, and what `generate` takes of time and memory: as measured."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, StoppingCriteria
+
+from .. import CACHE_NAME, MethodCache
+from ..storage import Pages
+from ..watch import Read, SegmentsRead
+
+NUM_PROFILED = 2  # tokens whose memory is measured, the prompt's own among them
+NUM_TIMED = 16  # steps in a run, as many as RecycledAttention has from one full step to the next
+NUM_TURNS = 2  # runs of steps, of which the fastest counts: others use the machine, too
+
+
+NUM_GENERATED = NUM_PROFILED + NUM_TURNS * NUM_TIMED + 1
+
+
+def held(cache: Cache) -> dict[str, float]:
+    """What a cache holds of one row: `kept`, tokens of a KV head, a mean over the layers that may read or keep fewer;
+    `kv_bytes`, of keys and values; `metadata_bytes`, of all that is beside them.
+
+    Storage that is not filled yet does not count.
+    """
+    kept, kv_bytes, metadata_bytes = [], 0, 0
+    for layer in cache.layers:
+        tensors = stored(layer)
+        kv_bytes += tensors["keys"].nbytes + tensors["values"].nbytes
+        metadata_bytes += sum(tensor.nbytes for name, tensor in tensors.items() if name not in ("keys", "values"))
+        if not getattr(layer, "is_dense", False) and not layer.is_sliding:
+            kept.append(tensors["keys"].shape[2])
+    num_rows = tensors["keys"].shape[0]
+    return {
+        "kept": sum(kept) / max(1, len(kept)),
+        "kv_bytes": kv_bytes / num_rows,
+        "metadata_bytes": metadata_bytes / num_rows,
+    }
+
+
+def stored(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a cache's layer by name, and what its method remembers of it."""
+    storage = getattr(layer, "storage", None)
+    if storage is None:
+        return {"keys": layer.keys, "values": layer.values}
+    if not isinstance(storage, Pages):
+        return storage.tensors()
+    tensors = dict(zip(storage.tensors(), storage.filled(), strict=True))
+    for memory in storage.memories.by_reader:
+        for made, version in memory.versions:
+            tensors |= {f"{name} at {made}": tensor for name, tensor in version.items()}
+    return tensors
+
+
+@dataclass
+class BytesRead:
+    """Counts the bytes that steps of a cache read of keys, values and what they choose by, for all rows together."""
+
+    cache: Cache
+    total: float = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.cache, MethodCache):
+            self.cache.watcher = self.note
+
+    def note(self, read: Read | SegmentsRead) -> None:
+        if isinstance(read, Read):
+            self.total += read.num_bytes()
+
+    def step_is_done(self) -> None:
+        if not isinstance(self.cache, MethodCache):  # which reads all that it holds
+            self.total += sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token of `generate` is there, and stops nothing."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def measured_generate(model: PreTrainedModel, cache: Cache, ids: Tensor) -> dict[str, float]:
+    """Generates NUM_GENERATED tokens behind [1, N] with an empty cache.
+
+    Returns:
+        `ms`, per step: the fastest of NUM_TURNS runs of NUM_TIMED steps. `peak_bytes`, the most memory that was in
+        use beyond the model's while it read the prompt and took its first step.
+    """
+
+    def generate(tokens: Tensor, count: int) -> tuple[Tensor, list[float]]:
+        clock = Clock()
+        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, CACHE_NAME: cache}
+        tokens = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, stopping_criteria=[clock], **options
+        )
+        return tokens, clock.times
+
+    with peak_memory(ids.device) as most_bytes:
+        ids, _ = generate(ids, NUM_PROFILED)
+    peak_bytes = most_bytes()
+    _, times = generate(ids, NUM_TURNS * NUM_TIMED + 1)
+    runs = [times[first + NUM_TIMED] - times[first] for first in range(0, NUM_TURNS * NUM_TIMED, NUM_TIMED)]
+    return {"ms": 1000 * min(runs) / NUM_TIMED, "peak_bytes": peak_bytes}
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yields a function that tells, afterwards, how many bytes were in use at most beyond those before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says when it begins and ends
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield lambda: most_in_use(profile)
+
+
+def most_in_use(profile: torch.profiler.profile) -> int:
+    """The largest sum of the allocations less what was freed, in a profile of memory."""
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    in_use = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        most = max(most, in_use)
+    return most
