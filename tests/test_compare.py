@@ -45,7 +45,7 @@ class TestProtocols:
         ids, mask = padded
         (way,) = make_ways([method], [BUDGET])
         with torch.no_grad():
-            *_, (_, part) = read_parts(small, [way], ids, mask, [NUM_CONTEXT, NUM_PROMPT])
+            *_, (_, part) = read_parts(small, [way], ids, mask, (NUM_CONTEXT, NUM_PROMPT))
             begun = torch.cat([ids, part.next], dim=1)
             rest = answer(small, part.cache, begun, torch.nn.functional.pad(mask, (0, 1), value=1), 7, pad_token_id=0)
             cache = KINDS[method](budget=way.budget)
@@ -66,7 +66,7 @@ class TestProtocols:
         ids, mask = padded
         (way,) = make_ways([method], [BUDGET])
         with torch.no_grad():
-            _, part = next(read_parts(small, [way], ids, mask, [NUM_CONTEXT, NUM_PROMPT]))
+            _, part = next(read_parts(small, [way], ids, mask, (NUM_CONTEXT, NUM_PROMPT)))
             found = answer(small, part.cache, ids, mask, 8, pad_token_id=0)
             cache = KINDS[method](budget=way.budget)
             prefill(small, cache, ids[:, :NUM_CONTEXT], mask)
@@ -250,7 +250,7 @@ class TestCommand:
 
     def test_what_dense_attention_cannot_do_is_not_asked(self, output):
         report = json.loads(output.read_text())
-        assert [record["method"] for record in report["records"] if record["task"] == "fwe"] == [DENSE, UNCOUNTED]
+        assert {record["method"] for record in report["records"] if record["task"] == "fwe"} == {DENSE, UNCOUNTED}
         table = compare_table(report)
         (column,) = [list(column.cells) for column in table.columns if column.header == "fwe"]
         assert column == ["0 %", *["-"] * (len(WAYS) - 1)]
@@ -277,12 +277,24 @@ class TestCommand:
             draw_compare(report)
 
 
-class TestRefusals:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def loaded(cls):
-        return load(str(tiny.PATH), "cpu")
+@pytest.fixture(scope="module")
+def loaded():
+    return load(str(tiny.PATH), "cpu")
 
+
+def test_methods_can_be_added_to_a_file(loaded, tmp_path):
+    output = tmp_path / "compare.json"
+    options = {"tasks": ["text"], "lengths": [200], "budgets": [64], "num_windows": 1, "num_steps": 2, "output": output}
+    first = evaluate_compare(*loaded, TEXT, methods=["quest"], **options)
+    both = evaluate_compare(*loaded, TEXT, methods=["h2o"], **options)
+    assert both["configuration"]["methods"] == ["quest", "h2o"]
+    assert [record["method"] for record in both["records"]] == [DENSE, "quest", "h2o"]
+    assert both["records"][:2] == first["records"]
+    with pytest.raises(ValueError, match="another configuration"):
+        evaluate_compare(*loaded, TEXT, methods=["h2o"], **{**options, "budgets": [32]})
+
+
+class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import recall, ruler
-from .compare_runs import Asked, ask, predict, take
+from .compare_runs import Asked, Prompts, forget, predict, take
 from .documents import JOBS, Library, documents, heldout_text
 from .measure import NUM_GENERATED
 from .methods import DENSE, METHODS, Way, check_length, make_ways
@@ -29,6 +30,7 @@ QUESTIONS = (*JOBS, *RULER_TASKS)
 TASKS = (TEXT, *QUESTIONS, SPEED)
 USUAL = tuple(task for task in TASKS if task != "digest")  # whose answers are long
 WAYS = (*METHODS, *ORACLES)
+ANSWER_ROOM = 16  # tokens beyond those of a right answer, for a model that says more
 
 
 def evaluate_compare(
@@ -72,7 +74,7 @@ def evaluate_compare(
         num_rounds: times that all ways take turns at `speed`; of each the fastest counts.
         machine: what the table calls this machine, by default its processor.
         batch_size: windows or questions at a time.
-        output: a JSON file, with which an interrupted run goes on.
+        output: a JSON file, with which an interrupted run goes on, as does one with more methods.
 
     Returns:
         The report: configuration, environment and records, each of one way and one batch of one task.
@@ -107,14 +109,14 @@ def evaluate_compare(
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
     }
-    results = Results(model, configuration, output)
-    exam = Exam(model, tokenizer, text, ways, batch_size)
+    results = Results(model, configuration, output, growing=["methods"])
+    exam = Exam(model, tokenizer, ways, batch_size)
     units: dict[str, Unit] = {}
-    for task, length in itertools.product(tasks, lengths):
-        if task == TEXT:
-            units |= exam.of_text(length, num_windows, num_steps)
-        elif task == SPEED:
-            units |= exam.of_speed(length, num_rounds)
+    for length in lengths:
+        if TEXT in tasks:
+            units |= exam.of_text(windows(tokenizer, text, length + 1, num_windows), num_steps)
+        if SPEED in tasks:
+            units |= exam.of_speed(windows(tokenizer, text, length - NUM_GENERATED, 1), length, num_rounds)
     library = Library(tokenizer, heldout_text()) if set(tasks) & set(JOBS) else None
     asked = {
         (task, length): questions(tokenizer, library, task, length, num_samples, max_new_tokens, seed)
@@ -134,13 +136,16 @@ def evaluate_compare(
         for record in unit.run():
             yield {**where, **record}
 
-    results.run(units, evaluate)
+    try:
+        results.run(units, evaluate)
+    finally:
+        forget()
     return results.report
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is run, and kept, at once: the records of one batch of a task."""
+    """What is run, and kept, at once: the records of one method and one batch of a task."""
 
     task: str
     length: int
@@ -150,41 +155,49 @@ class Unit:
 
 @dataclass(frozen=True)
 class Exam:
-    """One model's units, by name."""
+    """One model's units, by name. Those of a batch follow each other, so that it is read once for all that keep it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    text: str
     ways: Sequence[Way]
     batch_size: int
+
+    @property
+    def methods(self) -> dict[str, list[Way]]:
+        """The ways of each method, dense attention first."""
+        return {name: list(same) for name, same in itertools.groupby(self.ways, key=lambda way: way.method)}
 
     def batches(self, items: Sequence) -> Iterator[tuple[int, Sequence]]:
         for first in range(0, len(items), self.batch_size):
             yield first + 1, items[first : first + self.batch_size]
 
-    def of_text(self, length: int, num_windows: int, num_steps: int) -> dict[str, Unit]:
-        rows = torch.from_numpy(windows(self.tokenizer, self.text, length + 1, num_windows)).to(self.model.device)
-        return {
-            f"text, {length:,} tokens, from window {first}": Unit(
-                TEXT, length, functools.partial(predict, self.model, self.ways, batch, num_steps)
-            )
-            for first, batch in self.batches(rows)
-        }
+    def of_text(self, rows: np.ndarray, num_steps: int) -> dict[str, Unit]:
+        units, length = {}, rows.shape[1] - 1
+        for first, batch in self.batches(torch.from_numpy(rows).to(self.model.device)):
+            for method, ways in self.methods.items():
+                name = f"text, {length:,} tokens, from window {first}, {method}"
+                units[name] = Unit(TEXT, length, functools.partial(predict, self.model, ways, batch, num_steps))
+        return units
 
     def of_questions(self, task: str, length: int, asked: Sequence[Asked], of_others: bool) -> dict[str, Unit]:
-        ways = self.ways[1:] if of_others else self.ways[:1]
-        return {
-            f"{task}, {length:,} tokens, {'others' if of_others else DENSE}, from question {first}": Unit(
-                task, length, functools.partial(ask, self.model, self.tokenizer, ways, batch), of_others
-            )
-            for first, batch in self.batches(asked)
-            if ways
-        }
+        units = {}
+        for first, batch in self.batches(asked):
+            prompts = Prompts(self.model, self.tokenizer, batch)
+            for method, ways in self.methods.items():
+                if (method != DENSE) == of_others:
+                    name = f"{task}, {length:,} tokens, from question {first}, {method}"
+                    units[name] = Unit(task, length, functools.partial(prompts.ask, ways), of_others)
+        return units
 
-    def of_speed(self, length: int, num_rounds: int) -> dict[str, Unit]:
-        ids = torch.from_numpy(windows(self.tokenizer, self.text, length - NUM_GENERATED, 1)).to(self.model.device)
-        unit = Unit(SPEED, length, functools.partial(take, self.model, self.ways, ids))
-        return {f"speed, {length:,} tokens, round {round_idx + 1}": unit for round_idx in range(num_rounds)}
+    def of_speed(self, rows: np.ndarray, length: int, num_rounds: int) -> dict[str, Unit]:
+        ids = torch.from_numpy(rows).to(self.model.device)
+        return {
+            f"speed, {length:,} tokens, round {round_idx + 1}, {method}": Unit(
+                SPEED, length, functools.partial(take, self.model, ways, ids)
+            )
+            for round_idx in range(num_rounds)
+            for method, ways in self.methods.items()
+        }
 
 
 def questions(
@@ -205,7 +218,7 @@ def questions(
     if library is not None and task in JOBS:
         for document in documents(library, task, length, count, seed):
             num_context = len(document.ids) - len(library.encode(document.question))
-            limit = len(library.encode(document.answer)) + 8
+            limit = len(library.encode(document.answer)) + ANSWER_ROOM
             right = functools.partial(recall.score, task, document=document)
             asked.append(Asked(document.ids[:num_context], document.ids[num_context:], limit, right))
     else:

@@ -1,7 +1,7 @@
 """What each way makes of a text or a question: the runs of `hf-quest eval compare`, each of one batch."""
 
 import copy
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,31 +39,49 @@ class Part(NamedTuple):
 
 
 def read_parts(
-    model: PreTrainedModel, ways: Sequence[Way], ids: Tensor, mask: Tensor | None, ends: Sequence[int]
+    model: PreTrainedModel, ways: Sequence[Way], ids: Tensor, mask: Tensor | None, ends: tuple[int, ...]
 ) -> Iterator[tuple[Way, Part]]:
     """Reads [B, N] tokens, with a [B, N] mask for left padding, up to each of `ends`: all of it is a prompt, dense.
 
-    Yields each way and part; its cache has evicted at the part's end. The model attends by that way.
+    Yields each way of one method and part; its cache has evicted at the part's end. The model attends by that way.
     """
+    cache, method = new_cache(model, ways[0].method), ways[0].method
     padding = () if mask is None else tuple((ids.shape[1] - mask.sum(dim=1)).tolist())
+    if isinstance(cache, MethodCache) and not cache.method.evicts:
+        for part in read_whole(model, ids, mask, ends):
+            for way in ways:
+                yield way, part._replace(cache=ready(taken(method, part.cache, way.budget), padding))
+    else:
+        for part in parts_of(model, cache, ids, mask, ends):
+            for way in ways:
+                yield way, part._replace(cache=at_budget(copy.deepcopy(part.cache), way.budget))
 
-    def parts_of(cache: Cache) -> Iterator[Part]:
-        for end in ends:
-            yield Part(end, cache, prefill(model, cache, ids[:, cache.get_seq_length() : end], mask))
 
-    whole: list[Part] = []  # for all that keep every token
-    for method, same in itertools.groupby(ways, key=lambda way: way.method):
-        cache, of_method = new_cache(model, method), list(same)
-        keeps_all = isinstance(cache, MethodCache) and not cache.method.evicts
-        if keeps_all and not whole:
-            everything = MethodCache(Method(EVERYTHING))
-            whole = [part._replace(cache=copy.deepcopy(part.cache)) for part in parts_of(everything)]
-        for part in whole if keeps_all else parts_of(cache):
-            for way in of_method:
-                if keeps_all:
-                    yield way, part._replace(cache=ready(taken(method, part.cache, way.budget), padding))
-                else:
-                    yield way, part._replace(cache=at_budget(copy.deepcopy(part.cache), way.budget))
+def parts_of(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None, ends: tuple[int, ...]
+) -> Iterator[Part]:
+    for end in ends:
+        yield Part(end, cache, prefill(model, cache, ids[:, cache.get_seq_length() : end], mask))
+
+
+@functools.lru_cache(maxsize=1)
+def read_whole(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, ends: tuple[int, ...]) -> list[Part]:
+    """The parts for all methods that keep every token: they read a prompt in the same way."""
+    parts = parts_of(model, MethodCache(Method(EVERYTHING)), ids, mask, ends)
+    return [part._replace(cache=copy.deepcopy(part.cache)) for part in parts]
+
+
+@functools.lru_cache(maxsize=1)
+def dense_log_probs(model: PreTrainedModel, ids: Tensor, num_steps: int) -> Tensor:
+    """[B, num_steps, V]: what dense attention says."""
+    ((_, part),) = read_parts(model, [Way(DENSE, None)], ids, None, (ids.shape[1] - num_steps - 1,))
+    return fed(model, part.cache, ids, num_steps, BytesRead(part.cache))
+
+
+def forget() -> None:
+    """Let go of what is held for the next method."""
+    read_whole.cache_clear()
+    dense_log_probs.cache_clear()
 
 
 def ready(cache: Cache, padding: tuple[int, ...]) -> Cache:
@@ -75,55 +93,70 @@ def ready(cache: Cache, padding: tuple[int, ...]) -> Cache:
     return cache
 
 
+def fed(model: PreTrainedModel, cache: Cache, ids: Tensor, num_steps: int, read: BytesRead) -> Tensor:
+    """[B, num_steps, V] log-probabilities of the last `num_steps` of [B, N] tokens, each in a step of its own."""
+    log_probs = []
+    for token in ids[:, -num_steps - 1 : -1].split(1, dim=1):
+        log_probs.append(step(model, cache, token).log_softmax(dim=-1))
+        read.step_is_done()
+    return torch.stack(log_probs, dim=1)
+
+
 def predict(model: PreTrainedModel, ways: Sequence[Way], ids: Tensor, num_steps: int) -> Iterator[dict[str, Any]]:
     """What each way makes of the last `num_steps` tokens of [B, N] tokens, holds, and reads in a step, for one row."""
-    fed, targets = ids[:, -num_steps - 1 : -1], ids[:, -num_steps:, None]
-    dense = dense_losses = None
-    for way, (_, cache, _) in read_parts(model, ways, ids, None, [ids.shape[1] - num_steps - 1]):
-        read, log_probs = BytesRead(cache), []
-        for token in fed.split(1, dim=1):
-            log_probs.append(step(model, cache, token).log_softmax(dim=-1))
-            read.step_is_done()
-        found = torch.stack(log_probs, dim=1)
-        losses = -found.gather(-1, targets)[..., 0].mean(dim=1)
-        if dense is None:
-            dense, dense_losses = found, losses
+    dense = dense_log_probs(model, ids, num_steps)
+    targets = ids[:, -num_steps:, None]
+    dense_losses = -dense.gather(-1, targets)[..., 0].mean(dim=1)
+    for way, part in read_parts(model, ways, ids, None, (ids.shape[1] - num_steps - 1,)):
+        read = BytesRead(part.cache)
+        log_probs = fed(model, part.cache, ids, num_steps, read)
+        losses = -log_probs.gather(-1, targets)[..., 0].mean(dim=1)
         yield {
             **way._asdict(),
             "losses": losses.tolist(),
             "loss_rise": (losses - dense_losses).tolist(),
-            **compare(dense, found),
+            **compare(dense, log_probs),
             "read_bytes": read.total / num_steps / len(ids),
-            **held(cache),
+            **held(part.cache),
         }
 
 
-def ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ways: Sequence[Way], asked: Sequence[Asked]
-) -> Iterator[dict[str, Any]]:
-    """The answers to a batch of questions by each way: asked after the context is read, and with it.
+class Prompts:
+    """A batch of questions with their contexts."""
 
-    Dense attention is the same either way.
-    """
-    tail_len, limit = max(len(each.question) for each in asked), max(each.limit for each in asked)
-    ids, mask = left_padded([each.context + each.question for each in asked], model.device)
-    num_context, num_prompt = ids.shape[1] - tail_len, ids.shape[1]
-    ends = [num_context] if ways[0].method == DENSE else [num_context, num_prompt]
-    for way, (end, cache, following) in read_parts(model, ways, ids, mask, ends):
-        if end == num_context:
-            output = answer(model, cache, ids, mask, limit, pad_token_id=ruler.pad_of(tokenizer))
-        else:
-            begun = torch.cat([ids, following], dim=1)
-            seen = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-            rest = answer(model, cache, begun, seen, limit - 1, pad_token_id=ruler.pad_of(tokenizer))
-            output = torch.cat([following, rest], dim=1)
-        answers = [tokenizer.decode(up_to_end(model, row), skip_special_tokens=True) for row in output]
-        yield {
-            **way._asdict(),
-            "protocol": LATER if end == num_context else FIRST,
-            "scores": [each.score(text) for each, text in zip(asked, answers, strict=True)],
-            "answers": answers,
-        }
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]):
+        self.model, self.tokenizer, self.asked = model, tokenizer, asked
+        self.ids, self.mask = left_padded([each.context + each.question for each in asked], model.device)
+        self.num_context = self.ids.shape[1] - max(len(each.question) for each in asked)
+        self.limit = max(each.limit for each in asked)
+
+    def ask(self, ways: Sequence[Way]) -> Iterator[dict[str, Any]]:
+        """The answers by each way: asked after the context is read, and with it. Dense attention is the same then."""
+        ends = (self.num_context,) if ways[0].method == DENSE else (self.num_context, self.ids.shape[1])
+        for way, part in read_parts(self.model, ways, self.ids, self.mask, ends):
+            is_later = part.end == self.num_context
+            output = self.answer_later(part) if is_later else self.answer_first(part)
+            rows = [up_to_end(self.model, row) for row in output]
+            answers = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            yield {
+                **way._asdict(),
+                "protocol": LATER if is_later else FIRST,
+                "scores": [each.score(text) for each, text in zip(self.asked, answers, strict=True)],
+                "answers": answers,
+            }
+
+    def answer_later(self, part: Part) -> Tensor:
+        """[B, new] tokens. The question is fed token by token."""
+        return answer(
+            self.model, part.cache, self.ids, self.mask, self.limit, pad_token_id=ruler.pad_of(self.tokenizer)
+        )
+
+    def answer_first(self, part: Part) -> Tensor:
+        """[B, new] tokens, the first of which follows the prompt."""
+        ids = torch.cat([self.ids, part.next], dim=1)
+        mask = None if self.mask is None else torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        rest = answer(self.model, part.cache, ids, mask, self.limit - 1, pad_token_id=ruler.pad_of(self.tokenizer))
+        return torch.cat([part.next, rest], dim=1)
 
 
 def up_to_end(model: PreTrainedModel, row: Tensor) -> Tensor:
