@@ -7,6 +7,7 @@ from .prompts import CritiPrefill
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import (
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
@@ -21,6 +22,7 @@ from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
+    "CascadingCache",
     "CritiPrefill",
     "H2OCache",
     "Method",

@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_quest import (
     CACHE_NAME,
+    CascadingCache,
     CritiPrefill,
     H2OCache,
     Method,
@@ -37,7 +38,7 @@ from hf_quest import (
 from hf_quest.methods import H2O
 from hf_quest.seam.attention import quest_attention
 
-EVICTING = [H2OCache, TOVACache, StreamingLLMCache]
+EVICTING = [H2OCache, TOVACache, StreamingLLMCache, CascadingCache]
 
 
 def exact_top_k_cache(budget=2048, **options):
@@ -174,7 +175,54 @@ def streaming_llm_keeps(stream, num_prompt, num_tokens, budget):
         yield [[0, 1, 2, 3, *range(end - budget + 4, end)]] * stream.key.shape[1]
 
 
-RULES = {H2OCache: h2o_keeps, TOVACache: tova_keeps, StreamingLLMCache: streaming_llm_keeps}
+def cascading_keeps(stream, num_prompt, num_tokens, budget, num_cascades=4, num_first=64, decay=0.9999):
+    """The same by sub-caches, each a list, oldest token first (arXiv 2406.17808, algorithm 1)."""
+    num_groups, num_kv_heads = stream.module.num_key_value_groups, stream.key.shape[1]
+    num_first = min(num_first, budget // 8)
+    size, left_over = divmod(budget - num_first, num_cascades)
+    sizes = [size + left_over] + [size] * (num_cascades - 1)
+    first = [[] for _ in range(num_kv_heads)]
+    cascades = [[[] for _ in sizes] for _ in range(num_kv_heads)]
+    scores = [dict.fromkeys(range(num_tokens), 0.0) for _ in range(num_kv_heads)]
+    for end in range(num_prompt, num_tokens + 1):
+        new = range(num_prompt) if end == num_prompt else [end - 1]
+        for group in range(num_kv_heads):
+            kept = [*first[group], *itertools.chain(*reversed(cascades[group])), *new]
+            for token in new:
+                seen = [other for other in kept if other <= token]
+                heads = range(group * num_groups, (group + 1) * num_groups)
+                weights = [stream.weights(token, head, seen) for head in heads]
+                for other in kept:
+                    weight = max(by_head.get(other, 0.0) for by_head in weights)
+                    scores[group][other] = decay * scores[group][other] + (1 - decay) * weight
+            for token in new:
+                if len(first[group]) < num_first:
+                    first[group].append(token)
+                else:
+                    is_full = sum(map(len, cascades[group])) == sum(sizes)
+                    pass_on(cascades[group], sizes, token, token - num_first, scores[group], is_full)
+        yield [[*first[group], *itertools.chain(*reversed(cascades[group]))] for group in range(num_kv_heads)]
+
+
+def pass_on(cascades, sizes, token, num_before, scores, is_full):
+    """A new token to the first sub-cache, and what overflows to the next, which accepts every 2^i-th time."""
+    for idx, (cascade, size) in enumerate(zip(cascades, sizes, strict=True)):
+        if is_full and num_before % 2**idx:
+            if scores[token] >= scores[cascade[-1]]:
+                cascade[-1] = token
+            return
+        cascade.append(token)
+        if len(cascade) <= size:
+            return
+        token = cascade.pop(0)
+
+
+RULES = {
+    H2OCache: h2o_keeps,
+    TOVACache: tova_keeps,
+    StreamingLLMCache: streaming_llm_keeps,
+    CascadingCache: cascading_keeps,
+}
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -193,6 +241,45 @@ def test_keeps_what_its_paper_says(baseline, budget, num_kv_heads):
         index = positions[..., None].expand_as(layer.keys)
         assert torch.equal(layer.keys, stream.key.gather(2, index))
         assert torch.equal(layer.values, stream.value.gather(2, index))
+
+
+@pytest.mark.parametrize("options", [(2, 0, 0.9), (3, 2, 0.5), (1, 4, 1.0), (5, 1, 0.9999)], ids=str)
+@pytest.mark.parametrize("num_prompt", [3, 20, 70])
+def test_sub_caches_pass_on_what_their_paper_says(options, num_prompt):
+    budget, num_tokens, stream = 26, 130, Stream(130, seed=num_prompt)
+    names = ("num_cascades", "num_first", "decay")
+    cache = CascadingCache(budget, dense_layers=0, **dict(zip(names, options, strict=True)))
+    expected = cascading_keeps(stream, num_prompt, num_tokens, budget, *options)
+    for end in range(num_prompt, num_tokens + 1):
+        stream.feed(cache, 0 if end == num_prompt else end - 1, end)
+        assert cache.layers[0].storage.positions[0].tolist() == next(expected)
+
+
+@pytest.mark.parametrize("num_cascades", [1, 2, 4])
+def test_sub_caches_span_more_than_the_budget_and_hold_no_more(num_cascades):
+    budget, num_tokens, stream = 32, 400, Stream(400, seed=num_cascades)
+    cache = CascadingCache(budget, num_cascades=num_cascades, num_first=0, dense_layers=0)
+    for end in range(1, num_tokens + 1):
+        stream.feed(cache, end - 1, end)
+        assert cache.layers[0].keys.shape[2] <= budget
+    span = num_tokens - cache.layers[0].storage.positions.amin(dim=-1)
+    expected = budget // num_cascades * (2**num_cascades - 1)
+    assert ((span <= expected) & (span > expected - 2**num_cascades)).all()  # what comes next may be due at every level
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_cascades": 0}, "num_cascades is an integer, 1 or more, not 0"),
+        ({"num_first": -1}, "num_first is an integer, 0 or more, not -1"),
+        ({"decay": 0}, "decay is a number above 0 and at most 1, not 0"),
+        ({"budget": 8, "num_cascades": 8}, "budget of CascadingCache has 8 sub-caches of one token or more"),
+    ],
+    ids=str,
+)
+def test_wrong_sub_caches(options, message):
+    with pytest.raises(ValueError, match=message):
+        CascadingCache(**options)
 
 
 def test_attends_to_what_it_kept_and_the_new_token(baseline):

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .. import (
     CACHE_NAME,
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
@@ -36,6 +37,7 @@ CACHES = {
     "squeezed": SqueezedAttentionCache,
     "quest-published": functools.partial(QuestCache, score="published"),
     "quest-codes": functools.partial(QuestCache, codes=2),
+    "cascading": CascadingCache,
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document

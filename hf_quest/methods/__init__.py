@@ -1,6 +1,7 @@
 """The ways to choose what a decode step reads or what is kept, each a file."""
 
 from .base import Attended, Method
+from .cascading import Cascading
 from .h2o import H2O
 from .quest import Quest
 from .recycled_attention import RecycledAttention
@@ -13,6 +14,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "Attended",
+    "Cascading",
     "Method",
     "Quest",
     "RecycledAttention",
