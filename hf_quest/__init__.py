@@ -13,6 +13,7 @@ from .seam.caches import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SqueezedAttentionCache",
     "StreamingLLMCache",
     "TOVACache",
+    "ThinKCache",
     "TokenSelectCache",
     "capture",
     "prefill_progress",

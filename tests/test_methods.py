@@ -32,6 +32,7 @@ from hf_quest import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -70,8 +71,13 @@ def squeezed_cache(budget=2048, **options):
     return SqueezedAttentionCache(budget, share=0.3, num_newest=3, **options)
 
 
+def think_cache(budget=32, **options):
+    return ThinKCache(budget, share=0.7, **options)
+
+
+COMPRESSING = [think_cache]
 REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
-METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING]
+METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 
@@ -81,8 +87,15 @@ def model():
     return make_model()
 
 
-@pytest.fixture(params=EVICTING, ids=lambda baseline: baseline.__name__)
+@pytest.fixture(params=EVICTING, ids=lambda evicting: evicting.__name__)
+def evicting(request):
+    """A cache that keeps some tokens as they were."""
+    return request.param
+
+
+@pytest.fixture(params=[*EVICTING, *COMPRESSING], ids=lambda baseline: baseline.__name__)
 def baseline(request):
+    """Makes a cache of a method after which something is gone."""
     return request.param
 
 
@@ -92,7 +105,10 @@ def method(request):
     return request.param
 
 
-@pytest.fixture(params=[method for method in METHODS if method not in EVICTING], ids=lambda method: method.__name__)
+READING = [method for method in METHODS if method not in EVICTING + COMPRESSING]
+
+
+@pytest.fixture(params=READING, ids=lambda method: method.__name__)
 def reading(request):
     """Makes a cache of a method that keeps everything and reads less."""
     return request.param
@@ -227,12 +243,12 @@ RULES = {
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("budget", [5, 8, 11])
-def test_keeps_what_its_paper_says(baseline, budget, num_kv_heads):
+def test_keeps_what_its_paper_says(evicting, budget, num_kv_heads):
     num_prompt, num_tokens = 16, 30
     stream = Stream(num_tokens, num_kv_heads=num_kv_heads, seed=budget)
-    cache = baseline(budget=budget, dense_layers=0)
+    cache = evicting(budget=budget, dense_layers=0)
     stream.feed(cache, 0, num_prompt)
-    for end, expected in enumerate(RULES[baseline](stream, num_prompt, num_tokens, budget), start=num_prompt):
+    for end, expected in enumerate(RULES[evicting](stream, num_prompt, num_tokens, budget), start=num_prompt):
         if end > num_prompt:
             stream.feed(cache, end - 1, end)
         layer = cache.layers[0]
@@ -282,8 +298,8 @@ def test_wrong_sub_caches(options, message):
         CascadingCache(**options)
 
 
-def test_attends_to_what_it_kept_and_the_new_token(baseline):
-    stream, cache = Stream(31), baseline(budget=9, dense_layers=0)
+def test_attends_to_what_it_kept_and_the_new_token(evicting):
+    stream, cache = Stream(31), evicting(budget=9, dense_layers=0)
     stream.feed(cache, 0, 30)
     kept = cache.layers[0].storage.positions[0].tolist()
     output = stream.feed(cache, 30, 31)
@@ -293,8 +309,8 @@ def test_attends_to_what_it_kept_and_the_new_token(baseline):
         torch.testing.assert_close(output[0, 0, head], expected)  # float32 sums of ten terms
 
 
-def test_memory_falls_to_the_budget(model, baseline):
-    cache = baseline(budget=BUDGET)
+def test_memory_falls_to_the_budget(model, evicting):
+    cache = evicting(budget=BUDGET)
     generate(model, tokens(PROMPT), cache)
     for index, layer in enumerate(cache.layers):
         if index < cache.dense_layers:
@@ -559,7 +575,7 @@ def test_a_model_with_fewer_layers_is_noticed_and_undone(model, method):
 def test_a_model_with_more_layers_is_refused(model, method):
     cache = read(model, method(budget=BUDGET))
     other = make_model(num_hidden_layers=5)
-    if method not in EVICTING:
+    if method in READING:
         with pytest.raises(ValueError, match=r"this model has more.*content of this one is unchanged"):
             forward(other, cache, tokens(1))
         assert_same_state(cache, read(model, method(budget=BUDGET)))
@@ -873,16 +889,16 @@ def test_an_encoder_decoder_takes_it_for_self_attention(translator, method):
     torch.testing.assert_close(everything, dense, rtol=1e-4, atol=1e-4)  # float32 sums in another order
     few = translate(quest, EncoderDecoderCache(method(budget=small_budget(method)), DynamicCache()))
     has_bias = quest.config.model_type == "t5"  # by which nobody chooses
-    assert (few[-1] - dense[-1]).abs().max() > 1e-2 or (has_bias and method not in EVICTING)
+    assert (few[-1] - dense[-1]).abs().max() > 1e-2 or (has_bias and method in READING)
 
 
-def test_a_position_bias_of_what_was_kept_is_refused(baseline):
+def test_a_position_bias_of_what_was_kept_is_refused(evicting):
     """T5 makes it in layer 0, of as many positions as that hands on."""
     torch.manual_seed(0)
     size = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
     model = T5ForConditionalGeneration(T5Config(**size, **T5, attn_implementation="quest")).eval()
     with pytest.raises(QuestError, match="would hide others than it means"):
-        translate(model, EncoderDecoderCache(baseline(budget=BUDGET, dense_layers=0), DynamicCache()))
+        translate(model, EncoderDecoderCache(evicting(budget=BUDGET, dense_layers=0), DynamicCache()))
 
 
 def test_an_encoder_decoder_cannot_take_it_for_cross_attention(translator, method):

@@ -22,6 +22,7 @@ from .. import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -38,6 +39,7 @@ CACHES = {
     "quest-published": functools.partial(QuestCache, score="published"),
     "quest-codes": functools.partial(QuestCache, codes=2),
     "cascading": CascadingCache,
+    "think": ThinKCache,
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document

@@ -7,6 +7,7 @@ from .quest import Quest
 from .recycled_attention import RecycledAttention
 from .squeezed_attention import SqueezedAttention
 from .streaming_llm import StreamingLLM
+from .think import ThinK
 from .token_select import TokenSelect
 from .tova import TOVA
 
@@ -20,5 +21,6 @@ __all__ = [
     "RecycledAttention",
     "SqueezedAttention",
     "StreamingLLM",
+    "ThinK",
     "TokenSelect",
 ]

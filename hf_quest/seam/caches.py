@@ -5,7 +5,17 @@ from typing import Any
 import torch
 
 from .. import former
-from ..methods import H2O, TOVA, Cascading, Quest, RecycledAttention, SqueezedAttention, StreamingLLM, TokenSelect
+from ..methods import (
+    H2O,
+    TOVA,
+    Cascading,
+    Quest,
+    RecycledAttention,
+    SqueezedAttention,
+    StreamingLLM,
+    ThinK,
+    TokenSelect,
+)
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
@@ -113,6 +123,15 @@ class CascadingCache(MethodCache):
         dense_layers: int = 2,
     ):
         super().__init__(Cascading(budget, num_cascades, num_first, decay), dense_layers=dense_layers)
+
+
+class ThinKCache(MethodCache):
+    """Keeps every token, and of keys older than the newest `budget` the channels that the prompt's last queries used,
+    see `hf_quest.methods.ThinK`; `dense_layers` keep everything. Forwards are eager.
+    """
+
+    def __init__(self, budget: int = 32, *, share: float = 0.4, num_queries: int = 32, dense_layers: int = 2):
+        super().__init__(ThinK(budget, share, num_queries), dense_layers=dense_layers)
 
 
 class RecycledAttentionCache(MethodCache):
