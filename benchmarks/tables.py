@@ -29,6 +29,8 @@ METHODS = {
     "recycled_attention": ["recycled"],
     "token_select": ["tokenselect"],
     "squeezed_attention": ["squeezed"],
+    "cascading": ["cascading"],
+    "think": ["think"],
 }
 COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache

@@ -7,11 +7,13 @@ from .prompts import CritiPrefill
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import (
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -21,6 +23,7 @@ from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
+    "CascadingCache",
     "CritiPrefill",
     "H2OCache",
     "Method",
@@ -32,6 +35,7 @@ __all__ = [
     "SqueezedAttentionCache",
     "StreamingLLMCache",
     "TOVACache",
+    "ThinKCache",
     "TokenSelectCache",
     "capture",
     "prefill_progress",

@@ -42,7 +42,7 @@ class Read:
         """
         storage = self.layer.storage
         if self.layer.evicts:
-            return sum(tensor.nbytes for tensor in (storage.keys, storage.values, *storage.beside.values()))
+            return sum(tensor.nbytes for tensor in storage.read_by_step())
         of_token = storage.keys[0, 0, 0].nbytes + storage.values[0, 0, 0].nbytes
         num_bytes = float(self.tokens().sum()) * of_token
         if self.choice is not None:

@@ -26,13 +26,10 @@ def choices(name: str, values: str) -> type[Enum]:
 
 # As in hf_quest.evaluation, which is slow to import; a test holds them together.
 Job = choices("Job", "passkey facts digest")
-Method = choices(
-    "Method", "dense quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes"
-)
-BudgetedMethod = choices(
-    "BudgetedMethod", "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes"
-)
-AnyMethod = choices("AnyMethod", f"{' '.join(Method)} best-pages best-tokens")
+BUDGETED = "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes cascading think"
+Method = choices("Method", f"dense {BUDGETED}")
+BudgetedMethod = choices("BudgetedMethod", BUDGETED)
+AnyMethod = choices("AnyMethod", f"dense {BUDGETED} best-pages best-tokens")
 LongBenchSet = choices("LongBenchSet", "qasper hotpotqa multifieldqa_en gov_report narrativeqa triviaqa")
 Task = choices("Task", "niah_single_1 niah_multikey_2 niah_multikey_3 vt cwe fwe")
 CompareTask = choices("CompareTask", f"text {' '.join(Job)} {' '.join(Task)} speed")

@@ -20,6 +20,7 @@ NUM_TIMED = 16  # steps in a run, as many as RecycledAttention has from one full
 NUM_TURNS = 2  # runs of steps, of which the fastest counts: others use the machine, too
 
 
+KEYS_VALUES = ("keys", "values", "pruned")  # the last are keys that have lost channels
 NUM_GENERATED = NUM_PROFILED + NUM_TURNS * NUM_TIMED + 1
 
 
@@ -32,10 +33,10 @@ def held(cache: Cache) -> dict[str, float]:
     kept, kv_bytes, metadata_bytes = [], 0, 0
     for layer in cache.layers:
         tensors = stored(layer)
-        kv_bytes += tensors["keys"].nbytes + tensors["values"].nbytes
-        metadata_bytes += sum(tensor.nbytes for name, tensor in tensors.items() if name not in ("keys", "values"))
+        kv_bytes += sum(tensor.nbytes for name, tensor in tensors.items() if name in KEYS_VALUES)
+        metadata_bytes += sum(tensor.nbytes for name, tensor in tensors.items() if name not in KEYS_VALUES)
         if not getattr(layer, "is_dense", False) and not layer.is_sliding:
-            kept.append(tensors["keys"].shape[2])
+            kept.append(tensors["values"].shape[2])
     num_rows = tensors["keys"].shape[0]
     return {
         "kept": sum(kept) / max(1, len(kept)),

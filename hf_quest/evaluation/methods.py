@@ -16,11 +16,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .. import (
     CACHE_NAME,
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -37,6 +39,8 @@ CACHES = {
     "squeezed": SqueezedAttentionCache,
     "quest-published": functools.partial(QuestCache, score="published"),
     "quest-codes": functools.partial(QuestCache, codes=2),
+    "cascading": CascadingCache,
+    "think": ThinKCache,
 }
 METHODS = (DENSE, *CACHES)
 KINDS = CACHES | ORACLES

@@ -29,6 +29,20 @@ class Kept(Storage):
         self.positions = self.is_visible = self.is_token = None
         self.before = None  # (tensors, length) until the forward that changed them has ended
 
+    @property
+    def num_held(self):
+        """Tokens that are held of a KV head."""
+        return self.capacity
+
+    @property
+    def places(self):
+        """The positions, or None where these are all that were seen, in order."""
+        return None if self.capacity == self.length else self.positions
+
+    def read_by_step(self):
+        """The tensors that a step reads."""
+        return [self.keys, self.values, *self.beside.values()]
+
     def append(self, keys, values):
         batch_size, num_kv_heads, num_new, _ = keys.shape
         if self.keys is None:
@@ -41,7 +55,7 @@ class Kept(Storage):
         for name, tensor in self.beside.items():
             new[name] = tensor.new_zeros(*keys.shape[:3], *tensor.shape[3:])
         old = self.tensors()
-        joined = {name: torch.cat([old[name], new[name]], dim=2) for name in old}
+        joined = old | {name: torch.cat([old[name], tokens], dim=2) for name, tokens in new.items()}
         stored = {name: tensor.detach() for name, tensor in joined.items()}
         self.before = (old, self.length)
         self.put(stored)
