@@ -252,7 +252,7 @@ class TestCommand:
         report = json.loads(output.read_text())
         assert {record["method"] for record in report["records"] if record["task"] == "fwe"} == {DENSE, UNCOUNTED}
         table = compare_table(report)
-        (column,) = [list(column.cells) for column in table.columns if column.header == "fwe"]
+        (column,) = [list(column.cells) for column in table.columns if column.header == "fwe, later / first"]
         assert column == ["0 %", *["-"] * (len(WAYS) - 1)]
 
     def test_the_table_names_the_machine_and_the_command(self, output):

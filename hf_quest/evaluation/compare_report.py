@@ -16,6 +16,7 @@ from .report import mean, way_of
 
 Row = dict[Any, float]  # by the name of a measure, or by task and protocol
 Column = Callable[[Row, Row], str]  # of a row and dense attention's
+COLORS = (*(f"C{index}" for index in range(10)), "navy", "darkgreen", "salmon", "gold")
 ORDER = (*METHODS, *ORACLES)
 
 OF_TEXT: dict[str, Column] = {
@@ -69,10 +70,10 @@ def columns(report: dict[str, Any], by_task: bool) -> dict[str, Column]:
     tasks = [task for task in configuration["tasks"] if task in QUESTIONS]
     found = dict(OF_TEXT) if TEXT in configuration["tasks"] else {}
     if by_task:
-        found |= {task: answers([task]) for task in tasks}
+        found |= {f"{task}, later / first": answers([task]) for task in tasks}
     elif tasks:
         counted = {record["task"] for record in report["records"] if record.get("protocol") == FIRST}
-        found["answers"] = answers([task for task in tasks if task in counted])
+        found["answers, later / first"] = answers([task for task in tasks if task in counted])
     if SPEED in configuration["tasks"]:
         machine = configuration["machine"] or report["environment"]["processor"]
         found[f"ms a token ({machine})"] = lambda row, dense: f"{row['ms']:.0f}"
@@ -153,4 +154,4 @@ def style_of(method: str, index: int) -> dict[str, Any]:
     """Oracles are black."""
     if method in ORACLES:
         return {"color": "black", "linestyle": ":", "marker": "+" if method == "best-pages" else "x", "zorder": 3}
-    return {"color": f"C{index % 10}", "marker": MARKERS[method], "markersize": 5}
+    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[method], "markersize": 5}
