@@ -282,14 +282,18 @@ def loaded():
     return load(str(tiny.PATH), "cpu")
 
 
-def test_methods_can_be_added_to_a_file(loaded, tmp_path):
+def test_methods_and_tasks_can_be_added_to_a_file(loaded, tmp_path):
     output = tmp_path / "compare.json"
-    options = {"tasks": ["text"], "lengths": [200], "budgets": [64], "num_windows": 1, "num_steps": 2, "output": output}
+    options = {"lengths": [200], "budgets": [64], "num_windows": 1, "num_steps": 2, "num_samples": 1, "output": output}
+    options["tasks"] = ["text"]
     first = evaluate_compare(*loaded, TEXT, methods=["quest"], **options)
     both = evaluate_compare(*loaded, TEXT, methods=["h2o"], **options)
     assert both["configuration"]["methods"] == ["quest", "h2o"]
     assert [record["method"] for record in both["records"]] == [DENSE, "quest", "h2o"]
     assert both["records"][:2] == first["records"]
+    more = evaluate_compare(*loaded, TEXT, methods=["h2o"], **{**options, "tasks": ["passkey"]})
+    assert more["configuration"]["tasks"] == ["text", "passkey"]
+    assert more["records"][:3] == both["records"]
     with pytest.raises(ValueError, match="another configuration"):
         evaluate_compare(*loaded, TEXT, methods=["h2o"], **{**options, "budgets": [32]})
 

@@ -74,7 +74,7 @@ def evaluate_compare(
         num_rounds: times that all ways take turns at `speed`; of each the fastest counts.
         machine: what the table calls this machine, by default its processor.
         batch_size: windows or questions at a time.
-        output: a JSON file, with which an interrupted run goes on, as does one with more methods.
+        output: a JSON file, with which an interrupted run goes on, as does one with more tasks or methods.
 
     Returns:
         The report: configuration, environment and records, each of one way and one batch of one task.
@@ -109,7 +109,7 @@ def evaluate_compare(
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
     }
-    results = Results(model, configuration, output, growing=["methods"])
+    results = Results(model, configuration, output, growing=["tasks", "methods"])
     exam = Exam(model, tokenizer, ways, batch_size)
     units: dict[str, Unit] = {}
     for length in lengths:

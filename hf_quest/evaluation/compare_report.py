@@ -66,15 +66,15 @@ def answers(tasks: Sequence[str]) -> Column:
 
 def columns(report: dict[str, Any], by_task: bool) -> dict[str, Column]:
     """What the table says of a way, by the title of its column."""
-    configuration = report["configuration"]
-    tasks = [task for task in configuration["tasks"] if task in QUESTIONS]
-    found = dict(OF_TEXT) if TEXT in configuration["tasks"] else {}
+    configuration, recorded = report["configuration"], {record["task"] for record in report["records"]}
+    tasks = [task for task in QUESTIONS if task in recorded]
+    found = dict(OF_TEXT) if TEXT in recorded else {}
     if by_task:
         found |= {f"{task}, later / first": answers([task]) for task in tasks}
     elif tasks:
         counted = {record["task"] for record in report["records"] if record.get("protocol") == FIRST}
         found["answers, later / first"] = answers([task for task in tasks if task in counted])
-    if SPEED in configuration["tasks"]:
+    if SPEED in recorded:
         machine = configuration["machine"] or report["environment"]["processor"]
         found[f"ms a token ({machine})"] = lambda row, dense: f"{row['ms']:.0f}"
         found["peak memory, MB"] = lambda row, dense: f"{row['peak_bytes'] / 1e6:.0f}"
