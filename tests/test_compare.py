@@ -214,6 +214,7 @@ class TestGenerate:
         cache_bytes = 4 * 2 * 500 * TestBytes.token
         assert found["peak_bytes"] > cache_bytes
         assert 0.1 < found["ms"] < 10_000
+        assert 0.1 < found["cpu_ms"] < found["ms"] * torch.get_num_threads() + 1
 
 
 class TestCommand:
@@ -239,7 +240,17 @@ class TestCommand:
         rows = rows_of(report)
         assert [way for _, way in rows] == [Way(DENSE, None), *(Way(method, 64) for method in WAYS if method != DENSE)]
         for (_, way), row in rows.items():
-            assert {"kl", "losses", "kept", "kv_bytes", "metadata_bytes", "read_bytes", "ms", "peak_bytes"} <= {*row}
+            assert {
+                "kl",
+                "losses",
+                "kept",
+                "kv_bytes",
+                "metadata_bytes",
+                "read_bytes",
+                "ms",
+                "cpu_ms",
+                "peak_bytes",
+            } <= {*row}
             assert {
                 protocol for task, protocol in (key for key in row if isinstance(key, tuple)) if task == "passkey"
             } == ({LATER} if way.method == DENSE else {LATER, FIRST})

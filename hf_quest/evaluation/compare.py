@@ -103,7 +103,6 @@ def evaluate_compare(
         "num_samples": num_samples,
         "max_new_tokens": max_new_tokens,
         "at_least": at_least,
-        "num_rounds": num_rounds,
         "machine": machine,
         "seed": seed,
         "batch_size": batch_size,

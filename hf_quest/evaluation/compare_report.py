@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def rows_of(report: dict[str, Any]) -> dict[tuple[int, Way], Row]:
                 found.setdefault((record["task"], record["protocol"]), []).extend(value)
             elif name not in ("answers", "length", "budget") and not isinstance(value, str | None):
                 found.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-    reductions = {"ms": min, "peak_bytes": max}
+    reductions = {"ms": min, "cpu_ms": min, "peak_bytes": max}
     keys = sorted(lists, key=lambda key: (key[0], key[1].budget or 0, ORDER.index(key[1].method)))
     return {key: {name: reductions.get(name, mean)(values) for name, values in lists[key].items()} for key in keys}
 
@@ -77,42 +78,46 @@ def columns(report: dict[str, Any], by_task: bool) -> dict[str, Column]:
     if SPEED in recorded:
         machine = configuration["machine"] or report["environment"]["processor"]
         found[f"ms a token ({machine})"] = lambda row, dense: f"{row['ms']:.0f}"
+        found["processor, ms"] = lambda row, dense: f"{row['cpu_ms']:.0f}"
         found["peak memory, MB"] = lambda row, dense: f"{row['peak_bytes'] / 1e6:.0f}"
     return found
 
 
-def lines(report: dict[str, Any], by_task: bool) -> list[tuple[int, Way, list[str]]]:
-    """The table's lines: of each length and way the cells of the columns. What is not measured yet is left open."""
-    rows = rows_of(report)
-    found = []
+def lines(report: dict[str, Any], by_task: bool) -> list[tuple[int, Way, dict[str, str]]]:
+    """The table's lines: of each length and way the cells by their columns. What is not measured is left out."""
+    rows, found = rows_of(report), []
     for (length, way), row in rows.items():
-        cells = []
-        for cell in columns(report, by_task).values():
-            try:
-                cells.append(cell(row, rows[length, Way(DENSE, None)]))
-            except KeyError:
-                cells.append("-")
+        cells = {}
+        for column, cell in columns(report, by_task).items():
+            with suppress(KeyError):
+                cells[column] = cell(row, rows[length, Way(DENSE, None)])
         found.append((length, way, cells))
     return found
 
 
 def compare_table(report: dict[str, Any]) -> Table:
     """One line for each length, budget and method."""
-    table = Table("tokens", "budget", "method", *columns(report, by_task=True))
+    titles = list(columns(report, by_task=True))
+    table = Table("tokens", "budget", "method", *titles)
     for length, way, cells in lines(report, by_task=True):
-        table.add_row(f"{length:,}", "all" if way.budget is None else f"{way.budget:,}", way.method, *cells)
+        table.add_row(f"{length:,}", budget_of(way), way.method, *(cells.get(column, "-") for column in titles))
     return table
 
 
 def method_table(reports: Sequence[dict[str, Any]], methods: Sequence[str]) -> Table:
     """The lines of some methods, and of dense attention, in the tables of several models."""
-    table = Table("model", "tokens", "budget", "method", *columns(reports[0], by_task=False))
+    titles = list(dict.fromkeys(column for report in reports for column in columns(report, by_task=False)))
+    table = Table("model", "tokens", "budget", "method", *titles)
     for report in reports:
         for length, way, cells in lines(report, by_task=False):
             if way.method in (DENSE, *methods):
-                budget = "all" if way.budget is None else f"{way.budget:,}"
-                table.add_row(title(report), f"{length:,}", budget, way.method, *cells)
+                known = (title(report), f"{length:,}", budget_of(way), way.method)
+                table.add_row(*known, *(cells.get(column, "-") for column in titles))
     return table
+
+
+def budget_of(way: Way) -> str:
+    return "all" if way.budget is None else f"{way.budget:,}"
 
 
 def title(report: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,15 +81,15 @@ class BytesRead:
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token of `generate` is there, and stops nothing."""
+    """Notes when each token of `generate` is there, by the wall's clock and by this process's, and stops nothing."""
 
     def __init__(self):
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def __call__(self, input_ids, scores, **kwargs):
         if input_ids.is_cuda:
             torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -96,11 +97,12 @@ def measured_generate(model: PreTrainedModel, cache: Cache, ids: Tensor) -> dict
     """Generates NUM_GENERATED tokens behind [1, N] with an empty cache.
 
     Returns:
-        `ms`, per step: the fastest of NUM_TURNS runs of NUM_TIMED steps. `peak_bytes`, the most memory that was in
-        use beyond the model's while it read the prompt and took its first step.
+        `ms`, per step: the fastest of NUM_TURNS runs of NUM_TIMED steps, and `cpu_ms`, the processor's time in all
+        threads, which others that use the machine do not lengthen. `peak_bytes`, the most memory that was in use beyond
+        the model's while it read the prompt and took its first step.
     """
 
-    def generate(tokens: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    def generate(tokens: Tensor, count: int) -> tuple[Tensor, list[tuple[float, float]]]:
         clock = Clock()
         options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, CACHE_NAME: cache}
         tokens = model.generate(
@@ -112,8 +114,10 @@ def measured_generate(model: PreTrainedModel, cache: Cache, ids: Tensor) -> dict
         ids, _ = generate(ids, NUM_PROFILED)
     peak_bytes = most_bytes()
     _, times = generate(ids, NUM_TURNS * NUM_TIMED + 1)
-    runs = [times[first + NUM_TIMED] - times[first] for first in range(0, NUM_TURNS * NUM_TIMED, NUM_TIMED)]
-    return {"ms": 1000 * min(runs) / NUM_TIMED, "peak_bytes": peak_bytes}
+    ends = times[::NUM_TIMED]
+    runs = [[1000 * (end - begin) / NUM_TIMED for begin, end in zip(*pair, strict=True)] for pair in pairwise(ends)]
+    ms, cpu_ms = map(min, zip(*runs, strict=True))
+    return {"ms": ms, "cpu_ms": cpu_ms, "peak_bytes": peak_bytes}
 
 
 @contextmanager
