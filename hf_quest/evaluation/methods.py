@@ -22,6 +22,7 @@ from .. import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    SubGenCache,
     ThinKCache,
     TokenSelectCache,
     TOVACache,
@@ -40,6 +41,7 @@ CACHES = {
     "quest-codes": functools.partial(QuestCache, codes=2),
     "cascading": CascadingCache,
     "think": ThinKCache,
+    "subgen": SubGenCache,
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document
