@@ -31,6 +31,7 @@ METHODS = {
     "squeezed_attention": ["squeezed"],
     "cascading": ["cascading"],
     "think": ["think"],
+    "subgen": ["subgen"],
 }
 COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache

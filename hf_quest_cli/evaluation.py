@@ -26,7 +26,9 @@ def choices(name: str, values: str) -> type[Enum]:
 
 # As in hf_quest.evaluation, which is slow to import; a test holds them together.
 Job = choices("Job", "passkey facts digest")
-BUDGETED = "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes cascading think"
+BUDGETED = (
+    "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes cascading think subgen"
+)
 Method = choices("Method", f"dense {BUDGETED}")
 BudgetedMethod = choices("BudgetedMethod", BUDGETED)
 AnyMethod = choices("AnyMethod", f"dense {BUDGETED} best-pages best-tokens")

@@ -32,6 +32,7 @@ from hf_quest import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    SubGenCache,
     ThinKCache,
     TokenSelectCache,
     TOVACache,
@@ -75,7 +76,7 @@ def think_cache(budget=32, **options):
     return ThinKCache(budget, share=0.7, **options)
 
 
-COMPRESSING = [think_cache]
+COMPRESSING = [think_cache, SubGenCache]
 REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
 METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
@@ -383,7 +384,9 @@ def test_sampling(model, method):
     logits = torch.stack(output.logits, dim=1)
     for row, sequence in enumerate(output.sequences):
         expected = feed(model, method(budget=BUDGET), tokens(PROMPT), sequence[None, PROMPT:])
-        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)  # batched float32 sums
+        # Batched float32 sums. SubGen's outputs are no averages of values, and as rounding some times as large.
+        tolerance = 1e-3 if method is SubGenCache else 1e-4
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=tolerance, atol=tolerance)
 
 
 def test_beam_search(model, method):

@@ -22,6 +22,7 @@ from .. import (
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    SubGenCache,
     ThinKCache,
     TokenSelectCache,
     TOVACache,
@@ -41,6 +42,7 @@ CACHES = {
     "quest-codes": functools.partial(QuestCache, codes=2),
     "cascading": CascadingCache,
     "think": ThinKCache,
+    "subgen": SubGenCache,
 }
 METHODS = (DENSE, *CACHES)
 KINDS = CACHES | ORACLES

@@ -7,6 +7,7 @@ from .quest import Quest
 from .recycled_attention import RecycledAttention
 from .squeezed_attention import SqueezedAttention
 from .streaming_llm import StreamingLLM
+from .subgen import SubGen
 from .think import ThinK
 from .token_select import TokenSelect
 from .tova import TOVA
@@ -21,6 +22,7 @@ __all__ = [
     "RecycledAttention",
     "SqueezedAttention",
     "StreamingLLM",
+    "SubGen",
     "ThinK",
     "TokenSelect",
 ]

@@ -13,6 +13,7 @@ from ..methods import (
     RecycledAttention,
     SqueezedAttention,
     StreamingLLM,
+    SubGen,
     ThinK,
     TokenSelect,
 )
@@ -132,6 +133,24 @@ class ThinKCache(MethodCache):
 
     def __init__(self, budget: int = 32, *, share: float = 0.4, num_queries: int = 32, dense_layers: int = 2):
         super().__init__(ThinK(budget, share, num_queries), dense_layers=dense_layers)
+
+
+class SubGenCache(MethodCache):
+    """Keeps the newest tokens, and of the others a sample by the norm of their values and clusters of their keys, see
+    `hf_quest.methods.SubGen`; `dense_layers` keep everything. Forwards are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        recent: float = 0.5,
+        num_first: int = 4,
+        num_samples: int = 1,
+        seed: int = 0,
+        dense_layers: int = 2,
+    ):
+        super().__init__(SubGen(budget, recent, num_first, num_samples, seed), dense_layers=dense_layers)
 
 
 class RecycledAttentionCache(MethodCache):

@@ -172,7 +172,7 @@ class Layer(CacheLayerMixin):
         keys, values = keys.view_as(keys), values.view_as(values)
         keys.quest_layer = values.quest_layer = self
         if self.evicts:  # before it does
-            keys.quest_positions = self.storage.places
+            keys.quest_positions, keys.quest_weights = self.storage.places, self.storage.weights
         return keys, values
 
     def receive(self, attention_mask):

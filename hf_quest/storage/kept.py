@@ -21,6 +21,7 @@ class Kept(Storage):
     """
 
     evicts = True
+    weights = None  # (numerator, denominator), where tokens count otherwise than once, see `Weighted`
     names: ClassVar[tuple[str, ...]] = ("keys", "values", "positions", "is_visible", "is_token")
 
     def __init__(self, rows, beside_tokens):
