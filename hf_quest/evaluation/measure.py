@@ -1,7 +1,7 @@
 """What a cache holds and what its steps read, and what `generate` takes of time and memory: as measured."""
 
-import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedModel, StoppingCriteria
 
 from .. import CACHE_NAME, MethodCache
@@ -122,22 +124,47 @@ def measured_generate(model: PreTrainedModel, cache: Cache, ids: Tensor) -> dict
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that tells, afterwards, how many bytes were in use at most beyond those before."""
+    """Yields a function that tells, afterwards, how many bytes were in use at most beyond those before.
+
+    On a CPU they are counted by the tensors that operations make: what one of them uses inside of itself is not seen.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says when it begins and ends
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        yield lambda: most_in_use(profile)
+    with Made() as made:
+        yield lambda: made.most
 
 
-def most_in_use(profile: torch.profiler.profile) -> int:
-    """The largest sum of the allocations less what was freed, in a profile of memory."""
-    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-    in_use = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        in_use += event.nbytes()
-        most = max(most, in_use)
-    return most
+class Made(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made meanwhile and are still there, and how many they were at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: set[int] = set()
+        self.in_use = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):  # of what was there before, too
+            if id(storage) not in self.known:
+                self.know(storage, 0)
+        output = function(*args, **(kwargs or {}))
+        for storage in storages(output):
+            if id(storage) not in self.known:
+                self.know(storage, storage.nbytes())
+        self.most = max(self.most, self.in_use)
+        return output
+
+    def know(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        self.known.add(id(storage))
+        self.in_use += num_bytes
+        weakref.finalize(storage, self.forget, id(storage), num_bytes)
+
+    def forget(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
+        self.in_use -= num_bytes
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
