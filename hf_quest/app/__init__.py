@@ -13,7 +13,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from .. import demo
-from ..reading.extract import MAX_BYTES
+from ..reading.extract.result import MAX_BYTES
 from .documents import SAMPLES
 from .engine import Engine
 from .page import build
