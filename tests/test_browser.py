@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -133,6 +134,11 @@ def choose_sample(tab, sample):
     tab.get_by_role("option", name=sample.title).click()
 
 
+def choose_layer(tab, name):
+    tab.locator("#layer input").click()
+    tab.get_by_role("option", name=name).click()
+
+
 def upload(tab, path):
     tab.get_by_label("Your own file").check()
     tab.locator("#upload input[type=file]").set_input_files(path)
@@ -213,11 +219,11 @@ def test_the_default_document_is_summarized_with_its_sources(tab, folder):
     expect(tab.locator("#page h3")).to_contain_text("Passage 6 of")
     # A layer alone is another picture, with sources of its own.
     heat, sources = tab.evaluate(HEAT), tab.locator("#sources").inner_text()
-    tab.get_by_label("Layer 5").check()
+    choose_layer(tab, "Layer 5")
     tab.wait_for_function(f"before => {HEAT} !== before", arg=heat)
     expect(tab.locator("#sources h3")).to_contain_text("in layer 5")
     assert tab.locator("#sources").inner_text() != sources
-    tab.get_by_label("All layers").check()
+    choose_layer(tab, "All layers")
     tab.wait_for_function(f"before => {HEAT} === before", arg=heat)
     expect(tab.locator("#sources h3")).not_to_contain_text("layer")
     rows.nth(2).locator("button").first.click()
@@ -337,7 +343,7 @@ def test_a_file_that_takes_long_is_stopped_at_once(tab, tmp_path, app):
     run(tab)
     expect(status(tab)).to_contain_text(re.compile(r"Opening slow\.pdf"))
     tab.locator("#stop").click()
-    expect(status(tab)).to_contain_text("Stopped, before the document was read", timeout=3_000)
+    expect(status(tab)).to_contain_text("Stopped, before the model read anything", timeout=3_000)
     assert not app[0].visitors.entries
 
 
@@ -439,6 +445,24 @@ def test_a_bad_model_name_says_so_and_the_model_stays(tab):
     tab.locator("#model-name input, #model-name textarea").fill("no/such-model")
     run(tab)
     refused(tab, "no/such-model cannot be loaded")
+
+
+def test_a_stop_while_a_model_loads_is_obeyed_at_once(tab, tmp_path, monkeypatch):
+    shutil.copytree(tiny.PATH, tmp_path / "large")
+    go, load = threading.Event(), demo.load
+    monkeypatch.setattr(demo, "load", lambda *arguments: go.wait(60) and load(*arguments))
+    tab.get_by_label("Another model").check()
+    tab.locator("#model-name input, #model-name textarea").fill(str(tmp_path / "large"))
+    run(tab)
+    expect(status(tab)).to_contain_text(re.compile(r"Loading .*large: \d+ s"))
+    tab.locator("#stop").click()
+    expect(status(tab)).to_contain_text("Stopped, before the model read anything", timeout=3_000)
+    # The model before is there, and does not wait.
+    tab.get_by_label("Tiny model inside").check()
+    shorten(tab, 16)
+    run(tab)
+    finished(tab)
+    go.set()
 
 
 def test_another_model_is_one_choice_away(tab, tmp_path):
