@@ -426,6 +426,24 @@ def test_a_busy_port_is_named_before_a_model_is_loaded():
     )
     result = CliRunner().invoke(cli, ["app", "--host", "no.such.host.invalid", "--port", "0"])
     assert result.stderr.startswith("Error: There is no host no.such.host.invalid: ")
+    result = CliRunner().invoke(cli, ["app", "--host", "192.0.2.1", "--port", "0"])
+    assert result.stderr == "Error: This machine has no address 192.0.2.1. Give another --host.\n"
+
+
+@pytest.mark.parametrize(
+    "root_path", ["not a path", "quest", "http://[broken", "ftp://example.org/quest", "//quest", "/a b"]
+)
+def test_a_root_path_that_is_none_is_one_line(root_path):
+    result = CliRunner().invoke(cli, ["app", "--port", "0", "--root-path", root_path])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: --root-path is a path such as /quest, or a URL such as https://example.org/quest, not {root_path}.\n"
+    )
+
+
+@pytest.mark.parametrize("root_path", ["", "/", "/quest", "/a/b-c/", "https://example.org/quest", "http://[::1]:80"])
+def test_a_root_path_may_be_a_path_or_a_url(root_path):
+    app.check_root_path(root_path)
 
 
 def test_smollm2_is_made_of_its_installed_package(tmp_path, monkeypatch):

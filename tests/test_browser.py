@@ -26,9 +26,9 @@ from hf_quest.app.documents import Sample, library, write  # noqa: E402
 from hf_quest.evaluation.documents import heldout_text  # noqa: E402
 
 expect = playwright.expect
-expect.set_options(timeout=60_000)
 # `make pictures` sets it: then the pictures are of the documents that ship, which take longer.
 PICTURES = os.environ.get("HF_QUEST_PICTURES")
+expect.set_options(timeout=240_000 if PICTURES else 60_000)
 SAMPLES = (
     documents.SAMPLES[::2]
     if PICTURES
@@ -68,7 +68,7 @@ FAINT = """() => {
     return [element.value ?? element.textContent.trim().slice(0, 40), element.className, contrast.toFixed(2)];
   }).filter(([, , contrast]) => contrast < 4.5);
 }"""
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(500 if PICTURES else 180)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def status(tab):
 
 
 def finished(tab):
-    expect(status(tab)).to_contain_text("Finished", timeout=120_000)
+    expect(status(tab)).to_contain_text("Finished", timeout=240_000)
     expect(tab.locator("#run")).to_be_enabled()
 
 

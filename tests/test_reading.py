@@ -87,7 +87,11 @@ ENCODED = {
     ),
     "a line in Latin-1": (f"{TEXT}Le café de Zürich.\n".encode("latin-1"), "Le café de Zürich.", "Windows-1252"),
     "French in CP1252": (FRENCH.encode("cp1252"), FRENCH, "Windows-1252"),
-    "Czech in CP1250": (CZECH.encode("cp1250"), CZECH, "Windows-1250, which it looks like, with words such as Zpráva, že, ocelové"),
+    "Czech in CP1250": (
+        CZECH.encode("cp1250"),
+        CZECH,
+        "Windows-1250, which it looks like, with words such as Zpráva, že, ocelové",
+    ),
     "GB18030": (CHINESE.encode("gb18030"), CHINESE, "GB18030"),
     "Chinese in UTF-8": (CHINESE.encode(), CHINESE, None),
     "Hebrew in UTF-8": (HEBREW.encode(), HEBREW, None),
@@ -150,7 +154,11 @@ def test_control_characters_are_left_out_and_counted(tmp_path, inserted, said):
         ("a.txt", b"a word " * 750_000, "holds 5,250,000 characters, and the limit is 5,000,000."),
         ("a.pdf", TEXT, "is not a PDF, by what it holds."),
         ("a.pdf", b"%PDF-1.4\n", "cannot be read as PDF, its end is missing, as after a download that broke off"),
-        ("a.pdf", pdf(pages_of(TEXT)).replace(b"/Catalog", b"/Nothing")[:-400], "cannot be read as PDF, its end is miss"),
+        (
+            "a.pdf",
+            pdf(pages_of(TEXT)).replace(b"/Catalog", b"/Nothing")[:-400],
+            "cannot be read as PDF, its end is miss",
+        ),
         ("a.pdf", pdf(pages_of(TEXT)).replace(b"/Kids [", b"/Kids [2 0 R "), "cannot be read as PDF, it is broken"),
         ("a.pdf", pdf([]), "is a PDF without pages."),
         ("a.pdf", pdf([b"q Q"] * 3), "3 pages of 3 without text (a picture, perhaps): 1, 2, 3. Run character recog"),
@@ -232,14 +240,18 @@ def test_of_a_pdf_that_was_cut_off_the_whole_pages_are_read_and_the_others_count
     contents = [page_of(lines[first : first + 20]) for first in range(0, len(lines), 20)]
     whole = pdf(contents, packed=False)
     # As many programs write it, the pages come first, which point to what is on them.
-    start, pages, end = (whole.index(b"\n%d 0 obj" % number) for number in (4, 4 + len(contents), 3 + 2 * len(contents)))
+    start, pages, end = (
+        whole.index(b"\n%d 0 obj" % number) for number in (4, 4 + len(contents), 3 + 2 * len(contents))
+    )
     drawings = whole[start:pages]
     content = whole[:start] + whole[pages:end] + drawings[: drawings.index(b"\n6 0 obj") + 300]
     document = read(tmp_path, "a.pdf", content)
     same_letters(document.text, "".join(lines[:40]))
     num_pages = document.num_pages
     assert document.notes[0] == CUT
-    assert f"Left out: {num_pages - 2} pages of {num_pages} of which the text cannot be read: 3, 4, " in document.notes[-1]
+    assert (
+        f"Left out: {num_pages - 2} pages of {num_pages} of which the text cannot be read: 3, 4, " in document.notes[-1]
+    )
 
 
 def test_bookmarks_are_headings(tmp_path):

@@ -12,8 +12,8 @@ HEADER = """
 <header class="hq-header">
   <h1>Quest <span>reads what matters</span></h1>
   <p>A long document is read once. Then the same model answers twice: with dense attention, which goes through all that
-  it has read for every word, and with Quest, which goes back only to the passages that this word needs. What is read and
-  written is counted in tokens, which are words or parts of words.</p>
+  it has read for every word, and with Quest, which goes back only to the passages that this word needs. Lengths are in
+  tokens: words, or parts of words.</p>
 </header>
 """
 LOOKED = """
@@ -80,7 +80,7 @@ def race(run=None):
     """Both answers side by side, what each costs, and the speedup between them."""
     dense, quest = (run.dense, run.quest) if run else (None, None)
     speedup = run.speedup if run else None
-    budget = f"reads at most {run.budget:,} tokens for each" if run else "reads selected passages"
+    budget = f"reads at most {run.budget:,} tokens" if run else "reads selected passages"
     number = f"{speedup:.1f}×" if speedup else "–"
     agree = ""
     if run is not None and run.phase == "finished":
@@ -88,7 +88,7 @@ def race(run=None):
         agree = "the same answer" if common == longer else f"the first {common} of {longer} tokens agree"
     return (
         '<div class="hq-race">'
-        + answer("Dense attention", "reads everything for each token", "dense", dense, run, 1.0)
+        + answer("Dense attention", "reads everything", "dense", dense, run, 1.0)
         + f'<div class="hq-speedup"><b>{number}</b><span>speedup per token</span><em>{agree}</em></div>'
         + answer("Quest", budget, "quest", quest, run, run.read_share if run else None)
         + "</div>"
@@ -108,7 +108,7 @@ def answer(title, subtitle, kind, contestant, run, share):
     return (
         f'<section class="hq-answer hq-{kind}" aria-label="{title}"><h2>{title}<small>{escape(subtitle)}</small></h2>'
         f'<div class="hq-text">{text}{ending(contestant, run)}</div>'
-        f"<dl><div><dt>tokens per second</dt><dd>{speed}</dd></div><div><dt>until the first</dt><dd>{first}</dd></div>"
+        f"<dl><div><dt>tokens/s</dt><dd>{speed}</dd></div><div><dt>first after</dt><dd>{first}</dd></div>"
         f"<div><dt>memory read</dt><dd>{read}</dd></div><div><dt>tokens</dt><dd>{number}</dd></div>"
         "</dl></section>"
     )

@@ -16,7 +16,10 @@ SIGNATURES = {
     b"%PDF-": "is a PDF, by what it holds. Give it a name that ends in .pdf.",
     b"PK\x03\x04": "is a ZIP file, by what it holds. If it is a Word document, give it a name that ends in .docx.",
 }
-NUM_EXAMPLES, LONGEST = 3, 12  # words, and their characters, by which a reader sees whether an encoding was guessed right
+NUM_EXAMPLES, LONGEST = (
+    3,
+    12,
+)  # words, and their characters, by which a reader sees whether an encoding was guessed right
 
 
 def read_text(content):
