@@ -271,6 +271,51 @@ def test_enter_asks_a_question(tab):
     expect(tab.locator("#page mark")).to_contain_text(f"The secret code of {name}")
 
 
+# In which component the focus is, of what label, and whether that can be seen.
+FOCUSED = """() => {
+  const element = document.activeElement;
+  const component = element.closest('#source, #document, #model, #task, #question, #budget, #longest, #run, #stop');
+  const style = getComputedStyle(element);
+  const name = (element.closest('label') ?? element).textContent.trim();
+  return [component?.id, name, style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2];
+}"""
+
+
+def tab_to(tab, component, name=""):
+    """Press the Tab key until the focus is there; returns the components on the way."""
+    seen = {}
+    for _ in range(30):
+        tab.keyboard.press("Tab")
+        place, label, is_shown = tab.evaluate(FOCUSED)
+        assert is_shown, (place, label)
+        seen[place] = True
+        if place == component and name in label:
+            return list(seen)
+    raise AssertionError(f"no {component} {name} after {list(seen)}")
+
+
+def test_the_keyboard_alone_chooses_runs_and_stops(tab):
+    assert tab_to(tab, "run") == ["source", "document", "model", "task", "budget", "longest", "run"]
+    tab.keyboard.press("Enter")
+    expect(status(tab)).to_contain_text("Reading")
+    tab_to(tab, "stop")
+    tab.keyboard.press("Enter")
+    expect(status(tab)).to_contain_text("Stopped", timeout=3_000)
+    # Another task shows the question, in which Enter asks.
+    tab.reload()
+    expect(tab.locator("#run")).to_be_enabled()
+    tab_to(tab, "task", "Question")
+    tab.keyboard.press("Space")
+    expect(tab.locator("#question")).to_be_visible()
+    tab_to(tab, "question")
+    tab.keyboard.type("what is this?")
+    tab.keyboard.press("Enter")
+    expect(status(tab)).to_contain_text("Reading")
+    tab_to(tab, "stop")
+    tab.keyboard.press("Space")
+    expect(status(tab)).to_contain_text("Stopped", timeout=3_000)
+
+
 def test_a_pdf_is_read_and_its_pages_are_named(tab, tmp_path):
     hostile = "<img src=x onerror=document.title='broken'><script>document.title='broken'</script>${1+1} {{value}}"
     pages = pages_of(write(SAMPLES[0])[0].text + "\n" + hostile)
