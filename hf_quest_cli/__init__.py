@@ -164,8 +164,9 @@ def app_command(
     ] = "",
 ):
     """Ask about a long document in a browser: dense attention and Quest side by side, and where Quest looked."""
-    from hf_quest.app import check_port, serve
+    from hf_quest.app import check_port, check_root_path, serve
 
+    check_root_path(root_path)
     check_port(host, port)
     with console.status(f"Loading {model or 'the tiny model inside'}"):
         page, url = serve(model, device.value, host, port or None, root_path=root_path)

@@ -146,6 +146,35 @@ def test_doctor_says_what_is_there():
     assert "Transformers" in run("doctor").stdout
 
 
+SMALL = ["--budget", "64", "--length", "512"]
+AS_JSON = {
+    "doctor": [],
+    "demo": ["{document}", "--budget", "64", "--max-new-tokens", "2"],
+    "calibrate": ["--text", "{document}", "--budget", "64", "--scored", "2", "--output", "{folder}/page.html"],
+    "eval passkey": [*SMALL, "--iterations", "1", "--method", "quest"],
+    "eval recall": [*SMALL, "--documents", "1", "--job", "passkey", "--method", "quest"],
+    "eval perplexity": [*SMALL, "--rows", "1", "--scored", "2", "--method", "quest"],
+    "eval top10": [*SMALL, "--documents", "1", "--method", "quest"],
+    "eval selection": [*SMALL, "--windows", "1", "--steps", "2", "--method", "default"],
+    "eval ruler": ["--length", "1024", "--samples", "1", "--task", "niah_single_1", "--method", "dense"],
+}
+
+
+@pytest.mark.parametrize("command", AS_JSON)
+def test_as_json_there_is_nothing_else_on_stdout(document, tmp_path, command):
+    arguments = [each.format(document=document, folder=tmp_path) for each in AS_JSON[command]]
+    result = run(*command.split(), *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_a_results_file_is_printed_as_it_is(tmp_path):
+    path = tmp_path / "passkey.json"
+    run("eval", "passkey", *AS_JSON["eval passkey"], "--output", path)
+    result = run("eval", "report", path, "--json")
+    assert json.loads(result.stdout) == json.loads(path.read_text())
+
+
 def test_an_unforeseen_error_is_one_line_too(document, monkeypatch):
     def broken(*arguments):
         raise KeyError("what\nnever")
