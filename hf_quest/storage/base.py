@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 
+from ..kernels import ops
 from .rows import Rows
 
 
@@ -187,4 +188,4 @@ class Storage:
 
     def find_addresses(self):
         """The row of this layer in `kernels.ops.decode`'s addresses."""
-        return [0] * 6
+        return [0] * ops.NUM_ADDRESSES
