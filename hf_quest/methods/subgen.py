@@ -27,9 +27,9 @@ class SubGen(Method):
     What is not verified: the paper gives a radius within which a key joins a cluster. Here it is the least distance of
     two centres: a key opens a cluster, and of more than there is room for the two nearest become one, whose centre is
     the older. A reviewer of a later paper of the authors reports that the experiments ran a clustering of the whole
-    prompt instead of this one; the split of the budget and the number of samples are not known. Those here are ours, and so are the first tokens
-    that are kept as they are: where attention has sinks the estimate is useless without them, and on SmolLM2 it loses
-    several times what a window of as many tokens loses with them.
+    prompt instead of this one. The split of the budget and the number of samples are not known; those here are ours.
+    So are the first tokens that are kept as they are: where attention has sinks the estimate is useless without them,
+    and with them it still loses, on SmolLM2, several times what a window of as many tokens loses.
 
     What the mask hides later takes part all the same, and is hidden where it was sampled.
 
