@@ -171,10 +171,14 @@ class SubGen(Method):
 
 def squared_norms(values):
     """[B, Hkv, n] float64."""
-    return values.double().square().sum(dim=-1)
+    return wide(values).square().sum(dim=-1).double()
 
 
 def keys_in(pages, slots):
-    """[B, Hkv, L, D] in 32 bits or more: the keys in `slots`."""
-    keys = pages.keys.gather(2, slots[..., None].expand(*slots.shape, pages.keys.shape[3]))
-    return keys.to(torch.promote_types(keys.dtype, torch.float32))
+    """[B, Hkv, L, D]: the keys in `slots`."""
+    return wide(pages.keys.gather(2, slots[..., None].expand(*slots.shape, pages.keys.shape[3])))
+
+
+def wide(tensor):
+    """In 32 bits, or in more as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
