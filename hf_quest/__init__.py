@@ -4,6 +4,7 @@ from . import former
 from .errors import QuestError
 from .methods import Method
 from .prompts import CritiPrefill
+from .seam.ahead import decode_ahead
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import (
@@ -40,6 +41,7 @@ __all__ = [
     "ThinKCache",
     "TokenSelectCache",
     "capture",
+    "decode_ahead",
     "prefill_progress",
 ]
 __version__ = "0.2.0"
