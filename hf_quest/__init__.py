@@ -8,11 +8,14 @@ from .seam.ahead import decode_ahead
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import (
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    SubGenCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -22,6 +25,7 @@ from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
+    "CascadingCache",
     "CritiPrefill",
     "H2OCache",
     "Method",
@@ -32,7 +36,9 @@ __all__ = [
     "RecycledAttentionCache",
     "SqueezedAttentionCache",
     "StreamingLLMCache",
+    "SubGenCache",
     "TOVACache",
+    "ThinKCache",
     "TokenSelectCache",
     "capture",
     "decode_ahead",

@@ -26,12 +26,11 @@ def choices(name: str, values: str) -> type[Enum]:
 
 # As in hf_quest.evaluation, which is slow to import; a test holds them together.
 Job = choices("Job", "passkey facts digest")
-Method = choices(
-    "Method", "dense quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes"
+BUDGETED = (
+    "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes cascading think subgen"
 )
-BudgetedMethod = choices(
-    "BudgetedMethod", "quest h2o tova streamingllm recycled tokenselect squeezed quest-published quest-codes"
-)
+Method = choices("Method", f"dense {BUDGETED}")
+BudgetedMethod = choices("BudgetedMethod", BUDGETED)
 LongBenchSet = choices("LongBenchSet", "qasper hotpotqa multifieldqa_en gov_report narrativeqa triviaqa")
 Task = choices("Task", "niah_single_1 niah_multikey_2 niah_multikey_3 vt cwe fwe")
 RealModel = choices("RealModel", "smollm2 gemma3")

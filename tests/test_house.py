@@ -25,7 +25,11 @@ ARROWS = {
 # What objects of Transformers and PyTorch are given, and by which file alone.
 GIVEN = {
     "kernels/build.py": {"CUDA_HOME"},  # of PyTorch's compiler
-    "seam/layer.py": {"quest_layer", "quest_positions"},  # of the tensors that the model hands on to its attention
+    "seam/layer.py": {
+        "quest_layer",
+        "quest_positions",
+        "quest_weights",
+    },  # of the tensors that the model hands on to its attention
     "seam/capture/recording.py": {"_compiled_call"},  # of the model, for `generate`
 }
 

@@ -16,11 +16,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .. import (
     CACHE_NAME,
+    CascadingCache,
     H2OCache,
     QuestCache,
     RecycledAttentionCache,
     SqueezedAttentionCache,
     StreamingLLMCache,
+    SubGenCache,
+    ThinKCache,
     TokenSelectCache,
     TOVACache,
 )
@@ -36,6 +39,9 @@ CACHES = {
     "squeezed": SqueezedAttentionCache,
     "quest-published": functools.partial(QuestCache, score="published"),
     "quest-codes": functools.partial(QuestCache, codes=2),
+    "cascading": CascadingCache,
+    "think": ThinKCache,
+    "subgen": SubGenCache,
 }
 METHODS = (DENSE, *CACHES)
 EVERYTHING = 2**30  # tokens, a budget that covers every document

@@ -39,6 +39,7 @@ class Method:
 
     min_budget: ClassVar[int] = 1  # tokens
     evicts: ClassVar[bool] = False  # what `keep` leaves out is gone
+    storage: ClassVar[type[Kept]] = Kept  # of a method that evicts
     fused: ClassVar[Any] = None  # kernels that store, choose and attend in one, see `methods.quest.Chain`
 
     def __post_init__(self) -> None:

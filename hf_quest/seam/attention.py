@@ -8,6 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import QuestError, say_once
+from ..methods import Attended
+from ..methods.weights import weighted_attention
 from ..reference import Logits
 from .evicting import at_positions
 from .masks import quest_mask
@@ -180,8 +182,11 @@ def kept_attention(layer, module, query, key, value, attention_mask, **kwargs):
     mask = at_positions(attention_mask, key.quest_positions, query, layer.length)
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = at_positions(kwargs["position_bias"], key.quest_positions, query, layer.length)
-    attend_all = dense_decode if query.shape[2] == 1 else dense_attention
-    output = attend_all(module, query, key, value, mask, **kwargs)
+    if key.quest_weights is not None:
+        output = attend_by_weights(query, key, value, mask, key.quest_weights, **kwargs)
+    else:
+        attend_all = dense_decode if query.shape[2] == 1 else dense_attention
+        output = attend_all(module, query, key, value, mask, **kwargs)
     if not handed.is_seen:  # else it was by the layer whose keys and values this call shares
         logits = logits_of(query, **kwargs)
         tell(layer, query, None, logits)
@@ -191,6 +196,14 @@ def kept_attention(layer, module, query, key, value, attention_mask, **kwargs):
         handed.end()
         layer.shared.end_forward(layer.layer_idx)
     return output
+
+
+def attend_by_weights(query, key, value, mask, weights, position_bias=None, dropout=0.0, **kwargs):
+    """`dense_attention` in which tokens count as often as the weights of a `storage.Weighted` say."""
+    attended = Attended(query, mask, None, logits_of(query, **kwargs), position_bias)
+    with torch.autocast(query.device.type, enabled=False):
+        output = weighted_attention(key, value, attended, *weights, dropout)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def dense_attention(module, query, key, value, attention_mask, **kwargs):

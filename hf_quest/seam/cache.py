@@ -188,7 +188,8 @@ class MethodCache(generate.Events, Forwards, former.Cache):
             for layer in self.layers
             if layer.selects
         )
-        return (sum(self.tokens_attended) + beside) / stored
+        unread = sum(layer.storage.num_unread for layer in self.layers)
+        return (sum(self.tokens_attended) + beside - unread) / stored
 
     def can_be_compiled(self) -> bool:
         # In a graph it is asked for whether a mask must hide unused slots, which the kernels never read.

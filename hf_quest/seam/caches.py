@@ -5,7 +5,18 @@ from typing import Any
 import torch
 
 from .. import former
-from ..methods import H2O, TOVA, Quest, RecycledAttention, SqueezedAttention, StreamingLLM, TokenSelect
+from ..methods import (
+    H2O,
+    TOVA,
+    Cascading,
+    Quest,
+    RecycledAttention,
+    SqueezedAttention,
+    StreamingLLM,
+    SubGen,
+    ThinK,
+    TokenSelect,
+)
 from ..methods.quest import score_named
 from ..prompts import CritiPrefill
 from ..reference import Score
@@ -96,6 +107,50 @@ class StreamingLLMCache(MethodCache):
 
     def __init__(self, budget: int = 2048, *, dense_layers: int = 2):
         super().__init__(StreamingLLM(budget), dense_layers=dense_layers)
+
+
+class CascadingCache(MethodCache):
+    """Keeps the first tokens and others ever more thinly towards the past, see `hf_quest.methods.Cascading`;
+    `dense_layers` keep everything. Forwards are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        num_cascades: int = 4,
+        num_first: int = 64,
+        decay: float = 0.9999,
+        dense_layers: int = 2,
+    ):
+        super().__init__(Cascading(budget, num_cascades, num_first, decay), dense_layers=dense_layers)
+
+
+class ThinKCache(MethodCache):
+    """Keeps every token, and of keys older than the newest `budget` the channels that the prompt's last queries used,
+    see `hf_quest.methods.ThinK`; `dense_layers` keep everything. Forwards are eager.
+    """
+
+    def __init__(self, budget: int = 32, *, share: float = 0.4, num_queries: int = 32, dense_layers: int = 2):
+        super().__init__(ThinK(budget, share, num_queries), dense_layers=dense_layers)
+
+
+class SubGenCache(MethodCache):
+    """Keeps the newest tokens, and of the others a sample by the norm of their values and clusters of their keys, see
+    `hf_quest.methods.SubGen`; `dense_layers` keep everything. Forwards are eager.
+    """
+
+    def __init__(
+        self,
+        budget: int = 2048,
+        *,
+        recent: float = 0.5,
+        num_first: int = 16,
+        num_samples: int = 1,
+        seed: int = 0,
+        dense_layers: int = 2,
+    ):
+        super().__init__(SubGen(budget, recent, num_first, num_samples, seed), dense_layers=dense_layers)
 
 
 class RecycledAttentionCache(MethodCache):

@@ -58,6 +58,6 @@ def check_crop(layer, num_removed):
 
 def refuse_crop():
     raise QuestError(
-        "A cache that evicts cannot take tokens back, as crop and assisted decoding do. Use generate without an "
-        "assistant, or QuestCache."
+        "A cache that evicts cannot take tokens back, as crop and assisted decoding do: what it dropped for them does "
+        "not come back. Use generate without an assistant, or QuestCache."
     )

@@ -7,7 +7,9 @@ from ..methods import Attended
 
 
 def at_positions(by_token, positions, query, num_seen):
-    """A mask or bias of all tokens seen, [B, 1 or Hq, T, N], as [B, Hq, T, n] of `positions`, [B, Hkv, n]."""
+    """A mask or bias of all tokens seen, [B, 1 or Hq, T, N], as [B, Hq, T, n] of `positions`, [B, Hkv, n], or as it is
+    where these are None.
+    """
     if by_token is None:
         return None
     if by_token.shape[3] != num_seen:
@@ -16,7 +18,7 @@ def at_positions(by_token, positions, query, num_seen):
             "it counts the keys that a layer kept, and would hide others than it means. Where layer 0 makes it for "
             "all layers, dense_layers=1 or more helps; otherwise use QuestCache."
         )
-    if positions.shape[2] == num_seen:
+    if positions is None:
         return by_token
     num_heads, num_queries = query.shape[1:3]
     slot = positions.repeat_interleave(num_heads // positions.shape[1], dim=1)

@@ -60,7 +60,7 @@ class Layer(CacheLayerMixin):
     @property
     def num_read(self):
         """Tokens that a step which does not choose reads."""
-        return self.storage.capacity if self.evicts else self.num_dense
+        return self.storage.num_held if self.evicts else self.num_dense
 
     @property
     def num_dense(self):
@@ -172,7 +172,7 @@ class Layer(CacheLayerMixin):
         keys, values = keys.view_as(keys), values.view_as(values)
         keys.quest_layer = values.quest_layer = self
         if self.evicts:  # before it does
-            keys.quest_positions = self.storage.positions
+            keys.quest_positions, keys.quest_weights = self.storage.places, self.storage.weights
         return keys, values
 
     def receive(self, attention_mask):

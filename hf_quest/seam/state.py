@@ -45,7 +45,7 @@ class State:
         if layer_idx in self.reaches:
             return Ring(self.rows, self.max_cache_len, self.reaches[layer_idx])
         if method.evicts and not self.is_dense(layer_idx):
-            return Kept(self.rows, method.beside_tokens)
+            return method.storage(self.rows, method.beside_tokens)
         is_dense, is_fused = self.is_dense(layer_idx), method.fused is not None
         beside = {} if is_dense else {"beside_tokens": method.beside_tokens, "beside_pages": method.beside_pages}
         block_size = method.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks

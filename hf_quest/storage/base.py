@@ -20,6 +20,7 @@ class Storage:
     evicts = False  # what a method leaves out is gone
     is_local = False  # it holds what a window reaches
     has_kernels = False  # whether the CUDA kernels serve it
+    num_unread = 0.0  # what a step that reads all reads less, in tokens, where some have lost channels
     reach: int | None = None  # tokens that the layer attends, the query's own included; None: all
 
     def __init__(self, rows: Rows, max_cache_len: int | None = None):

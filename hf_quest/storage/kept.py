@@ -21,6 +21,7 @@ class Kept(Storage):
     """
 
     evicts = True
+    weights = None  # (numerator, denominator), where tokens count otherwise than once, see `Weighted`
     names: ClassVar[tuple[str, ...]] = ("keys", "values", "positions", "is_visible", "is_token")
 
     def __init__(self, rows, beside_tokens):
@@ -28,6 +29,16 @@ class Kept(Storage):
         self.beside_tokens = beside_tokens
         self.positions = self.is_visible = self.is_token = None
         self.before = None  # (tensors, length) until the forward that changed them has ended
+
+    @property
+    def num_held(self):
+        """Tokens that are held of a KV head."""
+        return self.capacity
+
+    @property
+    def places(self):
+        """The positions, or None where these are all that were seen, in order."""
+        return None if self.capacity == self.length else self.positions
 
     def append(self, keys, values):
         batch_size, num_kv_heads, num_new, _ = keys.shape
@@ -41,7 +52,7 @@ class Kept(Storage):
         for name, tensor in self.beside.items():
             new[name] = tensor.new_zeros(*keys.shape[:3], *tensor.shape[3:])
         old = self.tensors()
-        joined = {name: torch.cat([old[name], new[name]], dim=2) for name in old}
+        joined = old | {name: torch.cat([old[name], tokens], dim=2) for name, tokens in new.items()}
         stored = {name: tensor.detach() for name, tensor in joined.items()}
         self.before = (old, self.length)
         self.put(stored)
