@@ -17,6 +17,7 @@ from .seam.caches import (
 )
 from .seam.capture import capture
 from .seam.progress import prefill_progress
+from .seam.saving import saved_inputs
 from .watch import PageReads
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "TokenSelectCache",
     "capture",
     "prefill_progress",
+    "saved_inputs",
 ]
 __version__ = "0.2.0"
 

@@ -1,9 +1,10 @@
 """Storage: what Pages, Ring and Kept share."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from ..errors import QuestError
 from .rows import Rows
 
 
@@ -127,6 +128,20 @@ class Storage:
             else:
                 setattr(self, name, moved)
 
+    def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What it takes to go on elsewhere: all that is stored, by name, and facts that JSON can hold."""
+        return self.tensors(), {"length": self.length, "left_padding": list(self.left_padding)}
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:
+        """Be, where nothing is stored, what `saved` told of, on a device. The tensors are copied."""
+        self.begin_rows(tuple(facts["left_padding"]))
+        self.restore_tensors(tensors, facts, device)
+        self.set_length(facts["length"])
+
+    def restore_tensors(self, tensors, facts, device):
+        """Have copies of what was stored, for `restore`."""
+        raise NotImplementedError
+
     def offload(self):
         """Move what is stored to the CPU, until `prefetch` or the next token."""
         self.is_away = self.keys is not None
@@ -187,3 +202,22 @@ class Storage:
     def find_addresses(self):
         """The row of this layer in `kernels.ops.decode`'s addresses."""
         return [0] * 6
+
+
+def check_restored(found, expected):
+    """Raise if saved tensors, by name, are not of the names, shapes and dtypes of others."""
+    kinds = [
+        {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+        for tensors in (found, expected)
+    ]
+    if kinds[0] != kinds[1]:
+        raise QuestError(
+            f"A layer was saved as {kinds[0]}, and with these settings this version of hf_quest keeps {kinds[1]}. Load "
+            "it with the version that saved it, or let the model read the document again."
+        )
+
+
+def copy_by_head(target, source):
+    """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
+    for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):
+        part.copy_(content)

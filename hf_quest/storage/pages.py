@@ -5,7 +5,7 @@ import torch
 from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import ops
-from .base import Storage
+from .base import Storage, check_restored, copy_by_head
 from .memory import Memories, Memory
 from .rows import cannot_be_written
 
@@ -183,6 +183,22 @@ class Pages(Storage):
         self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
         for tensor, content in zip(self.filled(), filled, strict=True):
             tensor.copy_(content)
+
+    def saved(self):
+        remembered, memories = self.memories.saved()
+        stored = dict(zip(self.tensors(), self.filled(), strict=True))
+        return {**stored, **remembered}, {**super().saved()[1], "memories": memories}
+
+    def restore_tensors(self, tensors, facts, device):
+        tensors = self.memories.restore(tensors, facts["memories"], device)
+        like_keys, like_values = (tensors[name][:, :, :0].to(device) for name in self.names)
+        num_slots = self.with_headroom(facts["length"])
+        self.allocate(like_keys, like_values, like_keys.shape[0], num_slots, like_keys.dtype)
+        self.length = facts["length"]
+        filled = dict(zip(self.tensors(), self.filled(), strict=True))
+        check_restored(tensors, filled)
+        for name, content in tensors.items():
+            copy_by_head(filled[name], content)
 
     def filled(self, start=0):
         """Views of what is stored of the slots from `start` on: keys, values, and what is beside tokens and pages."""
