@@ -1,6 +1,8 @@
 """Saving: caches in folders, and back in another process."""
 
 import dataclasses
+import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,10 @@ class Saving(Forwards):
             OSError: where something is there already, or there is no room. In all cases the cache is as it was.
         """
         model = self._check_can_be_saved(model)
-        layers = [layer.saved() for layer in self.layers]
-        files = {file_of(idx): tensors for idx, (tensors, _) in enumerate(layers)}
+        layers = [of_layer(layer) for layer in self.layers]
         content = {
             "cache": type(self).__name__,
+            "hf_quest": sys.modules[__package__.partition(".")[0]].__version__,
             "transformers": transformers.__version__,
             "tokens": self.get_seq_length(),
             "rows": len(self.left_padding),
@@ -61,9 +63,12 @@ class Saving(Forwards):
             "model": described(model),
             "layers": [facts for _, facts in layers],
         }
-        if inputs is not None:
-            files[INPUTS] = checked_inputs(inputs, content["rows"], content["tokens"])
-        folders.write(Path(folder), content, files)
+        of_inputs = {} if inputs is None else {INPUTS: checked_inputs(inputs, content["rows"], content["tokens"])}
+        files = ((file_of(layer.layer_idx), layer.saved()[0]) for layer in self.layers)
+        num_bytes = sum(size for size, _ in layers) + sum(
+            tensor.nbytes for each in of_inputs.values() for tensor in each.values()
+        )
+        folders.write(Path(folder), content, num_bytes, itertools.chain(files, of_inputs.items()))
 
     def _check_can_be_saved(self, model):
         """Raise if there is nothing whole to save; return the model that read it."""
@@ -80,9 +85,9 @@ class Saving(Forwards):
         refuse(model)
         if num_caching_layers(model) != len(self.layers):
             raise QuestError(
-                f"This cache holds {len(self.layers)} layers, and {type(model).__name__} has "
-                f"{num_caching_layers(model)} that cache keys and values: its first forward did not end, or another "
-                "model read it. Call cache.reset() and let the model read the document, or name the model that did."
+                f"{type(model).__name__} caches keys and values in {num_caching_layers(model)} layers, and this cache "
+                f"holds those of {len(self.layers)}: its first forward did not end, or another model read it. Call "
+                "cache.reset() and let the model read the document, or name the model that did."
             )
         return model
 
@@ -130,8 +135,8 @@ class Saving(Forwards):
             check(content["model"], model, folder)
         if len(content["layers"]) != num_caching_layers(model):
             raise QuestError(
-                f"{folder} holds {len(content['layers'])} layers, and {type(model).__name__} has "
-                f"{num_caching_layers(model)} that cache keys and values. Load the model that read the document."
+                f"{type(model).__name__} caches keys and values in {num_caching_layers(model)} layers, and {folder} "
+                f"holds those of {len(content['layers'])}. Load the model that read the document."
             )
         cache = cls._with_method(**settings_of(content["settings"], method, folder))
         cache._restore(folder, content, model)
@@ -150,6 +155,12 @@ class Saving(Forwards):
             tensors = folders.tensors_in(folder, file_of(layer_idx), content)
             self.layers[layer_idx].restore(tensors, facts, device)
         self.was_read_by(model)
+
+
+def of_layer(layer):
+    """(bytes, facts) of what is saved of a layer, whose tensors are made again when it is written: one layer's only."""
+    tensors, facts = layer.saved()
+    return sum(tensor.nbytes for tensor in tensors.values()), facts
 
 
 def file_of(layer_idx):
@@ -175,7 +186,7 @@ def saved_inputs(folder: str | Path) -> BatchEncoding:
 
 def checked_inputs(inputs, num_rows, num_tokens):
     """The ids among the inputs, and what has their shape."""
-    ids = inputs.get("input_ids")
+    ids = inputs.get("input_ids") if hasattr(inputs, "get") else None
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise ValueError(
             'inputs are what the tokenizer gave with return_tensors="pt": "input_ids" are a tensor [rows, tokens]. '

@@ -217,6 +217,16 @@ def check_restored(found, expected):
         )
 
 
+def filled_up(tensor, counts):
+    """[B, H, P, ...] with zeros after the first `counts[b]` of row b, where nothing was ever written."""
+    if min(counts) == tensor.shape[2]:
+        return tensor
+    tensor = tensor.clone()
+    for row, count in zip(tensor, counts, strict=True):
+        row[:, count:] = 0
+    return tensor
+
+
 def copy_by_head(target, source):
     """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
     for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):

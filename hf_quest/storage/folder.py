@@ -1,7 +1,7 @@
 """Folders of tensors on a disk: written whole or not at all, and read only if they are as they were written.
 
-`cache.json` has the format's version, what the writer describes, and of every safetensors file its size, the hash of its
-header and a sum of each tensor. It is written last, into a folder of another name, which is then renamed.
+`cache.json` has the format's version, what the writer describes, and of every safetensors file its size, the hash of
+its header and a sum of each tensor. It is written last, into a folder of another name, which is then renamed.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,21 @@ def check_target(folder: Path, num_bytes: int) -> None:
         )
 
 
-def write(folder: Path, content: dict[str, Any], files: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Write `content`, which JSON can hold, and files of tensors by name, one after the other.
+def write(
+    folder: Path, content: dict[str, Any], num_bytes: int, files: Iterable[tuple[str, dict[str, torch.Tensor]]]
+) -> None:
+    """Write `content`, which JSON can hold, and files of tensors by name, `num_bytes` in all, one after the other.
 
     Raises:
         OSError: if it cannot be written. Nothing is left of it then.
     """
     folder = folder.absolute()
-    check_target(folder, sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values()))
+    check_target(folder, num_bytes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.saving-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         part.mkdir()
-        written = {name: write_file(part / f"{name}{SUFFIX}", tensors) for name, tensors in files.items()}
+        written = {name: write_file(part / f"{name}{SUFFIX}", tensors) for name, tensors in files}
         (part / INDEX).write_text(index_of({**content, "files": written}))
         sync(part / INDEX)
         sync(part)

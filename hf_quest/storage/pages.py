@@ -5,7 +5,7 @@ import torch
 from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import ops
-from .base import Storage, check_restored, copy_by_head
+from .base import Storage, check_restored, copy_by_head, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
 
@@ -187,6 +187,9 @@ class Pages(Storage):
     def saved(self):
         remembered, memories = self.memories.saved()
         stored = dict(zip(self.tensors(), self.filled(), strict=True))
+        num_pages = [self.num_pages(self.length - padding) for padding in self.left_padding]
+        of_pages = self.beside_pages(self.keys.shape[-1], self.keys.dtype)
+        stored |= {name: filled_up(stored[name], num_pages) for name in of_pages}
         return {**stored, **remembered}, {**super().saved()[1], "memories": memories}
 
     def restore_tensors(self, tensors, facts, device):
