@@ -65,7 +65,8 @@ def text_config(model):
 def num_caching_layers(model):
     """Layers that cache keys and values of their own."""
     config = text_config(model)
-    return len(DynamicCache(config=config).layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    num_own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return min(len(DynamicCache(config=config).layers), num_own)  # which counts them in some versions
 
 
 def weights_of(model):
