@@ -3,6 +3,7 @@
 from . import former
 from .errors import QuestError
 from .methods import Method
+from .planning import MemoryPlan, plan_memory
 from .prompts import CritiPrefill
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
@@ -24,6 +25,7 @@ __all__ = [
     "CACHE_NAME",
     "CritiPrefill",
     "H2OCache",
+    "MemoryPlan",
     "Method",
     "MethodCache",
     "PageReads",
@@ -35,6 +37,7 @@ __all__ = [
     "TOVACache",
     "TokenSelectCache",
     "capture",
+    "plan_memory",
     "prefill_progress",
     "saved_inputs",
 ]
