@@ -32,6 +32,7 @@ from .seam.same_model import plain
 from .storage import Pages
 
 SKETCHED = "quest_sketched"  # an attention that asks for its output's memory and computes nothing
+EXPERTS = torch.ops.aten._grouped_mm.default  # [T, D] by [experts, D, E]: [T, E]
 LOCAL, ROOM, TOKENS = "local layers", "room to grow", "keys and values"
 KINDS = {"keys": TOKENS, "values": TOKENS, "bounds": "bounds", "scales": "bounds"}
 
@@ -50,7 +51,8 @@ class Sketch:
         is_loaded = isinstance(model, PreTrainedModel)
         self.weights = size_of(model if is_loaded else self.model)
         self.is_quantised = not is_loaded and getattr(config, "quantization_config", None) is not None
-        one = self.read(self.empty(QuestCache()), 1, 1)
+        with Asked([]):
+            one = self.read(self.empty(QuestCache()), 1, 1)
         self.new = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in one.layers]  # [1, Hkv, 0, D]
 
     def ask(self, like, num_tokens, batch_size, chunk_size, last):
@@ -162,7 +164,10 @@ class Asked(TorchDispatchMode):
         self.most = self.now
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        if func is EXPERTS and args[0].is_meta:  # which PyTorch knows of in bfloat16 alone there
+            result = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
