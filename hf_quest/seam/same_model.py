@@ -18,6 +18,8 @@ IGNORED = frozenset(
 IGNORED_ENDS = ("_token_id", "_dropout", "_pdrop")
 NUM_SAMPLES = 64  # values of each weight
 NUM_SHOWN = 3  # differences in a message
+MOST_SHOWN = 80  # characters of a setting
+WRAPPERS = ("base_model.model.", "_orig_mod.")  # of names of weights, in a model of peft or one that is compiled
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -34,7 +36,7 @@ def check(known, model, folder):
     """Raise if a model is not the one that was `described`."""
     found = settings_of(model)
     names = [name for name in known["settings"] if name in found and known["settings"][name] != found[name]]
-    others = [f"{name}={known['settings'][name]!r} there and {found[name]!r} here" for name in names]
+    others = [f"{name}={shown(known['settings'][name])} there and {shown(found[name])} here" for name in names]
     if not others:
         others = other_weights(known["weights"], weights_of(model))
     if others:
@@ -44,6 +46,11 @@ def check(known, model, folder):
             f"{more}. Load the model that read the document, in the same way, or let this one read it. If it is the "
             "same for your purpose, pass check_model=False."
         )
+
+
+def shown(value):
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def settings_of(model):
@@ -78,7 +85,9 @@ def weights_of(model):
     found = {}
     for name, tensor in sorted(named_tensors(model)):
         parts = [hash_of_samples(part) for part in plain(tensor)]
-        found[name.replace("_orig_mod.", "")] = None if None in parts else "".join(parts)
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        found[name] = None if None in parts else "".join(parts)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from .. import methods
@@ -138,7 +138,7 @@ class Saving(Forwards):
                 f"{type(model).__name__} caches keys and values in {num_caching_layers(model)} layers, and {folder} "
                 f"holds those of {len(content['layers'])}. Load the model that read the document."
             )
-        cache = cls._with_method(**settings_of(content["settings"], method, folder))
+        cache = cls._with_method(**arguments_of(content["settings"], method, folder))
         cache._restore(folder, content, model)
         return cache
 
@@ -202,6 +202,8 @@ def checked_inputs(inputs, num_rows, num_tokens):
 
 def refuse(model):
     """Raise for a model whose caches hold a part of what it takes to go on."""
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(f"model is the model that read the document, loaded again, not a {type(model).__name__}.")
     config = text_config(model)
     if (getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1) > 1:
         raise QuestError(
@@ -237,7 +239,7 @@ def from_json(value):
     return getattr(torch, value["dtype"]) if "dtype" in value else Score(**value["score"])
 
 
-def settings_of(saved, method, folder):
+def arguments_of(saved, method, folder):
     """The arguments of a MethodCache that were saved."""
     try:
         prefill = None if saved["prefill"] is None else CritiPrefill(**saved["prefill"])
@@ -251,7 +253,8 @@ def settings_of(saved, method, folder):
 
 def method_of(saved, given, folder):
     """The method that was saved, or the one that is given if it is the same."""
-    known = getattr(methods, saved["name"], None)
+    known = {name: getattr(methods, name) for name in methods.__all__}.get(saved["name"])
+    known = known if known is not None and issubclass(known, Method) else None
     if given is None and known is None:
         raise QuestError(
             f"{folder} was saved with a method of one's own, {saved['name']}, of which the settings are known and not "

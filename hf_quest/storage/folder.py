@@ -116,6 +116,8 @@ def hash_of_header(path):
 
 def sync(path):
     """Have the disk hold a file, or the names in a folder."""
+    if os.name == "nt" and path.is_dir():
+        return  # which Windows does by itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
