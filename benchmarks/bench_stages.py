@@ -1,4 +1,4 @@
-"""Microseconds per layer of Quest's four stages on a GPU, one by one and together, beside dense decode attention.
+"""Microseconds per layer of Quest's stages on a GPU, one by one and together, beside dense decode attention.
 
     python benchmarks/bench_stages.py
 
@@ -8,7 +8,9 @@ Keys and queries are random, so the selected pages lie scattered. `chain` is est
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
 too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
 What depends on the score has the default one, and in a table of its own the published one beside it, the replays of
-both in turns; `chain by sums of shares` is what the default is not, since it costs more.
+both in turns; `chain by sums of shares` is what the default is not, since it costs more. `chain by codes` is what
+`QuestCache(512, codes=2)` runs, with `refine` in it: tokens of eight times the budget's pages are chosen by their
+codes, and `attend tokens` reads them one by one.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 
@@ -40,6 +42,7 @@ FLASHINFER = {"FlashInfer": False, "FlashInfer, tensor cores": True}
 BASELINES = (*SDPA, *FLASHINFER) if flashinfer else tuple(SDPA)
 HEAD_DIM, PAGE_SIZE = 128, 16
 BY_SCORE = ("estimate", "select", "chain", "chain with append", "chain with wide bounds")  # what depends on the score
+CODE_BITS, CODE_BUDGET, CANDIDATES = 2, 512, 8
 SUMS_OF_SHARES = Score(width=0.5, keeps_first=True, group="sum")
 MAX_LAYERS, MAX_BYTES = 32, 60e9
 DTYPE = torch.bfloat16
@@ -59,8 +62,11 @@ class Layer:
     counters: torch.Tensor
     where: tuple  # length, padding
     num_selected: int
+    codes: torch.Tensor
     scores: torch.Tensor = None
     page_ids: torch.Tensor = None
+    candidates: torch.Tensor = None
+    token_ids: torch.Tensor = None
 
     def append(self):
         tokens = (self.new_key, self.new_value)
@@ -90,6 +96,27 @@ class Layer:
 
     def chain_by_sums_of_shares(self):
         self.chain(SUMS_OF_SHARES)
+
+    def append_with_codes(self):
+        tokens = (self.new_key, self.new_value)
+        ops.append(self.keys, self.values, *self.bounds, *tokens, *self.where, PAGE_SIZE, self.codes)
+
+    def select_candidates(self):
+        num_candidates = CANDIDATES * CODE_BUDGET // PAGE_SIZE
+        self.candidates = ops.select(self.scores, *self.where, num_candidates, PAGE_SIZE, DEFAULT.keeps_first)
+
+    def refine(self):
+        where = (*self.where, PAGE_SIZE, HEAD_DIM**-0.5)
+        self.token_ids = ops.refine(self.query, *self.bounds, self.codes, self.candidates, *where, CODE_BUDGET)
+
+    def attend_tokens(self):
+        where = (*self.where, 1, HEAD_DIM**-0.5)
+        ops.attend(self.query, self.keys, self.values, self.token_ids, *where, counters=self.counters)
+
+    def chain_by_codes(self):
+        where = (*self.where, self.candidates.shape[-1], PAGE_SIZE, HEAD_DIM**-0.5)
+        by_codes = {"codes": self.codes, "num_tokens": CODE_BUDGET}
+        ops.chain(self.query, self.keys, self.values, *self.bounds, *where, score=DEFAULT, **by_codes)
 
     def sdpa(self):
         has_groups = self.query.shape[1] != self.keys.shape[1]
@@ -122,12 +149,14 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
     new_key, new_value = (normal(batch_size, num_kv_heads, 1) for _ in range(2))
     length = torch.tensor([context], device="cuda")
     where = (length, torch.zeros(batch_size, dtype=torch.int64, device="cuda"))
-    for each in (bounds, wide_bounds):
-        ops.append(keys, values, *each, keys, values, *where, PAGE_SIZE)
+    codes = keys.new_empty(*keys.shape[:3], HEAD_DIM * CODE_BITS // 8, dtype=torch.uint8)
+    ops.append(keys, values, *wide_bounds, keys, values, *where, PAGE_SIZE)
+    ops.append(keys, values, *bounds, keys, values, *where, PAGE_SIZE, codes)
     tokens = (query, new_key, new_value)
-    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, budget // PAGE_SIZE)
-    layer.estimate()
-    layer.select()
+    choice = (budget // PAGE_SIZE, codes)
+    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, *choice)
+    for stage in (layer.estimate, layer.select, layer.select_candidates, layer.refine):
+        stage()
     return layer
 
 
@@ -206,6 +235,13 @@ def measure(case, budget, num_replays):
     moved["chain with append"] = moved["chain"] + moved["append"]
     moved["chain with wide bounds"] = moved["chain"] + (token_bytes - page_bytes) * num_pages
     moved["chain by sums of shares"] = moved["chain"]
+    num_looked_at = min(CANDIDATES * CODE_BUDGET, context)
+    code_bytes = HEAD_DIM * CODE_BITS // 8 * batch_size * num_kv_heads  # of a token
+    moved["append with codes"] = moved["append"]  # a page's are written with its last token
+    moved["select candidates"] = score_bytes
+    moved["refine"] = code_bytes * num_looked_at + page_bytes * num_looked_at // PAGE_SIZE
+    moved["attend tokens"] = token_bytes * min(CODE_BUDGET, context)
+    moved["chain by codes"] = moved["estimate"] + score_bytes + moved["refine"] + moved["attend tokens"]
     stages = {}
     for name, num_bytes in moved.items():
         run = getattr(Layer, name.replace(" ", "_"))

@@ -29,11 +29,12 @@ from rich.table import Table
 from tables import RESULTS, markdown
 
 ROOT = Path(__file__).parents[1]
-FILES = ("tests/test_prompt_kernels.py", "tests/test_kernels.py")
+FILES = ("tests/test_prompt_kernels.py", "tests/test_codes_gpu.py", "tests/test_kernels.py")
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
 OF_A_CALL = ("processor", "command")  # of which a report may have several
 LARGE = ("test_more_than_2_to_the_31_elements", "test_more_scores_than_shared_memory_holds")  # in one process, in turns
-SLOW = ("test_a_captured_graph_follows_the_storage",)  # minutes under racecheck, so each in a process of its own
+# Minutes under racecheck, so each in a process of its own:
+SLOW = ("test_a_captured_graph_follows_the_storage", "test_a_captured_step_follows_the_storage")
 MOST_TESTS = {"racecheck": 10, "memcheck": 120, "synccheck": 120, "initcheck": 60}  # in a process
 CONSOLE = Console(width=160)
 

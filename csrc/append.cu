@@ -4,6 +4,7 @@
 // loads before the stores, and keeps the minimum and maximum of the keys in registers. A page that begins among the new
 // tokens starts its bounds afresh; an older one starts from the bounds that it has, and no stored key is read again:
 // bounds of 8 bits, once rounded outwards, widen to what rounding the bounds of all keys would give.
+// When a page is full its keys are read once more, and their codes written by its bounds.
 // Slots before a row's padding are cut into pages as well, of negative index: they are copied and have no bounds.
 
 #include "common.cuh"
@@ -14,6 +15,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kVector = 8;  // channels
 constexpr int kTokensInFlight = 8;
+constexpr int kKeysInFlight = 4;  // whose codes are made; more would be too many registers
+constexpr float kTiny = 1.17549435e-38f;  // the lowest normal number
 
 template <typename T>
 __device__ void widen(uint4& lowest, uint4& highest, uint4 key) {
@@ -65,8 +68,45 @@ __device__ void widen(Bounds8& bounds, uint4 lowest, uint4 highest) {
     bounds.exponent = exponent;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams params) {
+// Writes the codes of the kVector channels of `num_keys` keys that stand `stride` apart, each channel's nearest of
+// 2^bits levels between its bounds: reference arithmetic, so that codes are the same wherever they are made. Codes
+// stand `code_stride` bytes apart.
+template <typename T, int kBits>
+__device__ void encode(const uint4* keys, int64_t stride, int num_keys, const float (&lowest)[kVector],
+                       const float (&highest)[kVector], uint8_t* codes, int64_t code_stride) {
+    constexpr float kMost = (1 << kBits) - 1;
+    float inverse[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        const float step = __fdiv_rn(__fsub_rn(highest[i], lowest[i]), kMost);
+        inverse[i] = __frcp_rn(step < kTiny ? kTiny : step);  // of what is no number as well, like the reference
+    }
+#pragma unroll 1
+    for (int first = 0; first < num_keys; first += kKeysInFlight) {
+        uint4 key[kKeysInFlight];
+#pragma unroll
+        for (int i = 0; i < kKeysInFlight; ++i) key[i] = keys[(first + i) * stride];
+#pragma unroll
+        for (int i = 0; i < kKeysInFlight; ++i) {
+            unsigned code = 0;
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+                const float channel = to_float(reinterpret_cast<const T*>(&key[i])[j]);
+                const float level = rintf(__fmul_rn(__fsub_rn(channel, lowest[j]), inverse[j]));
+                code |= unsigned(fminf(fmaxf(level, 0.0f), kMost)) << kBits * j;
+            }
+            uint8_t* own = codes + (first + i) * code_stride;
+            if constexpr (kBits == 2) {
+                *reinterpret_cast<uint16_t*>(own) = uint16_t(code);
+            } else {
+                *reinterpret_cast<uint32_t*>(own) = code;
+            }
+        }
+    }
+}
+
+template <typename T, int kBits>  // of codes, or 0
+__global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(const AppendParams params) {
     wait_for_previous_kernel();
     let_next_kernel_begin();
     const Storage storage = find(params.storage);
@@ -145,6 +185,26 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams par
         bounds[0] = lowest;
         bounds[num_vectors] = highest;
     }
+    if constexpr (kBits > 0) {
+        const bool is_full = slot_end == page_start + params.page_size;
+        if (!has_bounds || !is_full) return;
+        float low[kVector], high[kVector];
+        const float scale8 = __uint_as_float(widest.exponent << 23);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (has_bounds8) {
+                low[i] = float(reinterpret_cast<const int8_t*>(&widest.lowest)[i]) * scale8;
+                high[i] = float(reinterpret_cast<const int8_t*>(&widest.highest)[i]) * scale8;
+            } else {
+                low[i] = to_float(reinterpret_cast<const T*>(&lowest)[i]);
+                high[i] = to_float(reinterpret_cast<const T*>(&highest)[i]);
+            }
+        }
+        const int64_t code_bytes = params.head_dim * kBits / 8;
+        uint8_t* codes = storage.codes + (head_idx * storage.capacity + page_start) * code_bytes;
+        encode<T, kBits>(keys + page_start * num_vectors, num_vectors, params.page_size, low, high,
+                         codes + vector_idx * kBits, code_bytes);
+    }
 }
 
 }  // namespace
@@ -154,8 +214,18 @@ cudaError_t launch_append(const AppendParams& params) {
     const int64_t pages_per_block = num_threads / (params.head_dim / kVector);
     const int64_t num_touched = ceil_div<int64_t>(params.num_new - 1, params.page_size) + 1;
     const dim3 grid(unsigned(ceil_div(num_touched, pages_per_block)), params.num_kv_heads, params.num_rows);
-    const auto kernel = params.data_type == DataType::kHalf ? append_kernel<__half> : append_kernel<__nv_bfloat16>;
-    return launch(kernel, grid, num_threads, 0, params);
+    const auto run = [&](auto bits) {
+        constexpr int kBits = decltype(bits)::value;
+        const bool is_half = params.data_type == DataType::kHalf;
+        const auto kernel = is_half ? append_kernel<__half, kBits> : append_kernel<__nv_bfloat16, kBits>;
+        return launch(kernel, grid, num_threads, 0, params);
+    };
+    switch (params.code_bits) {
+        case 0: return run(std::integral_constant<int, 0>());
+        case 2: return run(std::integral_constant<int, 2>());
+        case 4: return run(std::integral_constant<int, 4>());
+        default: return cudaErrorInvalidValue;
+    }
 }
 
 }  // namespace hf_quest

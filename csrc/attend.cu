@@ -1,4 +1,4 @@
-// attend: exact softmax attention of up to 8 query heads over the chosen pages, or all pages, of their KV head.
+// attend: exact softmax attention of up to 8 query heads over the chosen pages or tokens, or all, of their KV head.
 //
 // A warp takes 16 tokens at a time, their keys and values in flight together. Logits are heads x tokens on tensor
 // cores, with keys straight from memory as the right operand (common.cuh). Their layout is that of the right operand of
@@ -25,6 +25,8 @@ constexpr int least_blocks_per_sm(int) { return 2; }  // three leave a few regis
 constexpr int least_blocks_per_sm(int head_dim) { return blocks_per_sm(head_dim); }
 #endif
 
+enum class Chosen { kAll, kPages, kTokens };
+
 // How much of a list of pages counts: all of it, or where it is longer than the row, up to its last page.
 __device__ void count_listed(int& num_listed, const int64_t* page_ids, int num_selected, int num_tokens,
                              int page_size) {
@@ -40,9 +42,11 @@ __device__ void count_listed(int& num_listed, const int64_t* page_ids, int num_s
     __syncthreads();
 }
 
-template <typename T, int kHeadDim, bool kIsDense>
+template <typename T, int kHeadDim, Chosen kChosen>
 __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) attend_kernel(const AttendParams params) {
     constexpr int kQuads = kHeadDim / 4;  // of channels
+    constexpr bool kIsDense = kChosen == Chosen::kAll;
+    using Tile = std::conditional_t<kChosen == Chosen::kTokens, Singles, Runs>;
     __shared__ WarpSums<kHeadDim, kWarps> warp_sums;
     __shared__ bool is_last;
     wait_for_previous_kernel();
@@ -82,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, least_blocks_per_sm(kHeadDim)) atten
     const HeadQuery<T, kHeadDim> head_query(query + own_head * params.query_strides[1]);
     const T* keys = static_cast<const T*>(storage.keys) + row_start;
     const T* values = static_cast<const T*>(storage.values) + row_start;
-    attend_tiles<T, kHeadDim, kWarps>(warp_sums, RegisterTokens<T, kHeadDim>(keys, values, num_tokens), head_query,
-                                      num_heads, first_tile, end_tile, params.page_size, params.scaling, params.softcap,
-                                      find_token);
+    attend_tiles<T, kHeadDim, kWarps, Tile>(warp_sums, RegisterTokens<T, kHeadDim>(keys, values, num_tokens),
+                                            head_query, num_heads, first_tile, end_tile, params.page_size,
+                                            params.scaling, params.softcap, find_token);
 
     T* output = static_cast<T*>(params.output);
     output += (int64_t(row_idx) * params.num_kv_heads * params.group_size + first_head) * kHeadDim;
@@ -148,8 +152,9 @@ cudaError_t launch_attend(const AttendParams& params) {
     const dim3 grid(params.num_splits, num_tiles, params.num_rows);
     return for_head_dim(params.data_type, params.head_dim, [&](auto element, auto head_dim) {
         constexpr int kHeadDim = decltype(head_dim)::value;
-        const auto kernel = params.page_ids == nullptr ? attend_kernel<decltype(element), kHeadDim, true>
-                                                       : attend_kernel<decltype(element), kHeadDim, false>;
+        const auto kernel = params.page_ids == nullptr ? attend_kernel<decltype(element), kHeadDim, Chosen::kAll>
+                            : params.page_size == 1    ? attend_kernel<decltype(element), kHeadDim, Chosen::kTokens>
+                                                       : attend_kernel<decltype(element), kHeadDim, Chosen::kPages>;
         return launch(kernel, grid, kThreads, 0, params);
     });
 }

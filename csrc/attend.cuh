@@ -205,6 +205,21 @@ __device__ void add_values(LaneSums<kHeadDim>& output, const LaneValues<kHeadDim
     }
 }
 
+// The tokens of a tile, of which token(half_idx, idx) is one, or kNoToken or more where there is none. In runs that lie
+// together, as those of pages do:
+struct Runs {
+    int starts[2];
+
+    __device__ int token(int half_idx, int idx) const { return starts[half_idx] + idx; }
+};
+
+// Or each chosen by itself: lane i has token i % 16. All lanes of a warp call token() at once.
+struct Singles {
+    int own;
+
+    __device__ int token(int half_idx, int idx) const { return __shfl_sync(kWholeWarp, own, half_idx * kHalf + idx); }
+};
+
 // How a row's tokens come to the lanes of a warp, tile by tile: load_keys() and load_values() begin, each followed by
 // end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
 // kSets tiles on their way, if kLoadsAhead. Past the newest token that one is read again.
@@ -225,10 +240,11 @@ struct RegisterTokens {
           values(values + threadIdx.x % kWarpSize / 4 * L::kVector),
           newest(num_tokens - 1) {}
 
-    __device__ void load_keys(int, const int (&starts)[2]) {
+    template <typename Tile>
+    __device__ void load_keys(int, Tile tile) {
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            const int token_idx = min(starts[half_idx] + int(threadIdx.x % kWarpSize / 4), newest);
+            const int token_idx = min(tile.token(half_idx, threadIdx.x % kWarpSize / 4), newest);
             const T* token = keys + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int i = 0; i < kHeadDim / kChunk; ++i) {
@@ -237,10 +253,11 @@ struct RegisterTokens {
         }
     }
 
-    __device__ void load_values(int, const int (&starts)[2]) {
+    template <typename Tile>
+    __device__ void load_values(int, Tile tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token_idx = min(starts[i / 2] + 2 * int(threadIdx.x % 4) + i % 2, newest);
+            const int token_idx = min(tile.token(i / 2, 2 * (threadIdx.x % 4) + i % 2), newest);
             const T* token = values + unsigned(token_idx) * kHeadDim;
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
@@ -279,21 +296,28 @@ struct SharedTokens {
     __device__ char* key_rows(int set) const { return rows + set * kTileBytes; }
     __device__ char* value_rows(int set) const { return rows + set * kTileBytes + kTile * kKeyBytes; }
 
-    __device__ void load(const T* tokens, const int (&starts)[2], char* target, int row_bytes) const {
+    template <typename Tile>
+    __device__ void load(const T* tokens, Tile tile, char* target, int row_bytes) const {
         static_assert(kHalf * kVectors % kWarpSize == 0);  // so that a half is known where the loop is unrolled
         __syncwarp();  // until all lanes have taken what was there
 #pragma unroll
         for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
             const int half_idx = i * kWarpSize / (kHalf * kVectors);
-            const int token_idx = min(starts[half_idx] + row_idx % kHalf, newest);
+            const int token_idx = min(tile.token(half_idx, row_idx % kHalf), newest);
             copy_async_once(address_of(target + row_idx * row_bytes + vector * 16),
                             tokens + unsigned(token_idx) * kHeadDim + vector * 8);
         }
     }
 
-    __device__ void load_keys(int set, const int (&starts)[2]) { load(keys, starts, key_rows(set), kKeyBytes); }
-    __device__ void load_values(int set, const int (&starts)[2]) { load(values, starts, value_rows(set), kValueBytes); }
+    template <typename Tile>
+    __device__ void load_keys(int set, Tile tile) {
+        load(keys, tile, key_rows(set), kKeyBytes);
+    }
+    template <typename Tile>
+    __device__ void load_values(int set, Tile tile) {
+        load(values, tile, value_rows(set), kValueBytes);
+    }
     __device__ void end_load() { commit_copies(); }
 
     // Until the oldest load has come, of the two for each tile on its way.
@@ -338,11 +362,11 @@ struct SharedTokens {
 };
 
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
-// first of the 8 tokens that are chosen from the i-th on, i a multiple of 8, or kNoToken. `query` is that of head
-// group_idx of `num_heads`. Ends with all sums in `warp_sums`. Loads come after what shuffles, which would wait in the
-// same queue until memory has taken them.
-// Where a tile has no visible token, the newest one is read, and gets no weight; spare heads are the last one again.
-template <typename T, int kHeadDim, int kWarps, typename Tokens, typename FindToken>
+// i-th token that is chosen, or kNoToken; if tiles are Runs it is asked for multiples of 8 and has 7 behind it. `query`
+// is that of head group_idx of `num_heads`. Ends with all sums in `warp_sums`. Loads come after what shuffles, which
+// would wait in the same queue until memory has taken them. Where a tile has no visible token, the newest one is read,
+// and gets no weight; spare heads are the last one again.
+template <typename T, int kHeadDim, int kWarps, typename Tile, typename Tokens, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,
                              int num_heads, int first_tile, int end_tile, int page_size, float scaling, float softcap,
                              FindToken find_token) {
@@ -354,17 +378,22 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
     float maximum = kLowest, sum = 0.0f;        // of head group_idx; the sum is of this lane's tokens alone
     int half_starts[2] = {kNoToken, kNoToken};  // lane i has those of the warp's i-th tile from here
     first_tile += warp_idx;
-    int start[kSets][2];
+    Tile tiles[kSets];
     const auto find_tokens = [&](int set, int tile_idx) {
-        const int round_idx = (tile_idx - first_tile) / kWarps;
-        if (round_idx % kWarpSize == 0) {
-            const int chosen = (tile_idx + lane_idx * kWarps) * kTile;
-            half_starts[0] = find_token(chosen);
-            half_starts[1] = page_size < kTile ? find_token(chosen + kHalf) : half_starts[0] + kHalf;
-        }
+        if constexpr (std::is_same_v<Tile, Singles>) {
+            tiles[set].own = find_token(tile_idx * kTile + lane_idx % kTile);
+            return;
+        } else {
+            const int round_idx = (tile_idx - first_tile) / kWarps;
+            if (round_idx % kWarpSize == 0) {
+                const int chosen = (tile_idx + lane_idx * kWarps) * kTile;
+                half_starts[0] = find_token(chosen);
+                half_starts[1] = page_size < kTile ? find_token(chosen + kHalf) : half_starts[0] + kHalf;
+            }
 #pragma unroll
-        for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            start[set][half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
+            for (int half_idx = 0; half_idx < 2; ++half_idx) {
+                tiles[set].starts[half_idx] = __shfl_sync(kWholeWarp, half_starts[half_idx], round_idx % kWarpSize);
+            }
         }
     };
     if constexpr (Tokens::kLoadsAhead) {
@@ -375,9 +404,9 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
             const bool is_tile = first_tile + set * kWarps < end_tile;
-            if (is_tile) tokens.load_keys(set, start[set]);
+            if (is_tile) tokens.load_keys(set, tiles[set]);
             tokens.end_load();
-            if (is_tile) tokens.load_values(set, start[set]);
+            if (is_tile) tokens.load_values(set, tiles[set]);
             tokens.end_load();
         }
     }
@@ -387,7 +416,7 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
             if (set > 0 && tile_idx >= end_tile) break;
             if constexpr (!Tokens::kLoadsAhead) {
                 find_tokens(set, tile_idx);
-                tokens.load_keys(set, start[set]);
+                tokens.load_keys(set, tiles[set]);
             }
             float logit[4];
             multiply_keys<T>(logit, query, tokens.take_keys(set));
@@ -400,13 +429,13 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
             float new_maximum = maximum;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const bool is_visible = start[set][i / 2] + 2 * quad_idx + i % 2 <= tokens.newest;
+                const bool is_visible = tiles[set].token(i / 2, 2 * quad_idx + i % 2) <= tokens.newest;
                 logit[i] = is_visible ? logit[i] * kLog2E : -INFINITY;
                 new_maximum = fmaxf(new_maximum, logit[i]);
             }
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 1));
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kWholeWarp, new_maximum, 2));
-            if constexpr (!Tokens::kLoadsAhead) tokens.load_values(set, start[set]);
+            if constexpr (!Tokens::kLoadsAhead) tokens.load_values(set, tiles[set]);
             const float correction = weight_of(maximum, new_maximum);
             maximum = new_maximum;
             sum *= correction;
@@ -425,11 +454,11 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
             const bool has_next = tile_idx + kSets * kWarps < end_tile;
             if (Tokens::kLoadsAhead && has_next) {
                 find_tokens(set, tile_idx + kSets * kWarps);
-                tokens.load_keys(set, start[set]);
+                tokens.load_keys(set, tiles[set]);
             }
             tokens.end_load();
             add_values<T>(output, tokens.take_values(set), even_correction, odd_correction, low_weights, high_weights);
-            if (Tokens::kLoadsAhead && has_next) tokens.load_values(set, start[set]);
+            if (Tokens::kLoadsAhead && has_next) tokens.load_values(set, tiles[set]);
             tokens.end_load();
         }
     }

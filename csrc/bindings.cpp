@@ -60,17 +60,25 @@ void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tens
 }
 
 // What ops.py has of reference.Score.
-Score score_of(double width, bool keeps_first, std::string_view group) {
+Agreement agreement_of(std::string_view group) {
     TORCH_CHECK_VALUE(group == "max" || group == "sum" || group == "share", "no such agreement of a group: ", group);
-    const Agreement agreement = group == "max" ? Agreement::kMax : group == "sum" ? Agreement::kSum : Agreement::kShare;
-    return {float(width), keeps_first, agreement};
+    return group == "max" ? Agreement::kMax : group == "sum" ? Agreement::kSum : Agreement::kShare;
+}
+
+Score score_of(double width, bool keeps_first, std::string_view group) {
+    return {float(width), keeps_first, agreement_of(group)};
+}
+
+// Bits of a channel in codes of [..., D * bits / 8].
+int64_t code_bits_of(const std::optional<Tensor>& codes, int64_t head_dim) {
+    return codes ? codes->size(-1) * 8 / head_dim : 0;
 }
 
 // What a launch with storage of unknown capacity must be ready for.
 constexpr int64_t kAnyCapacity = int64_t(1) << 40;
 
 void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_keys, const Tensor& new_values,
-               const Tensor& length, const Tensor& padding, int64_t page_size) {
+               const Tensor& length, const Tensor& padding, int64_t page_size, int64_t code_bits) {
     AppendParams params = {};
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(new_keys);
@@ -78,6 +86,7 @@ void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_ke
     params.num_kv_heads = new_keys.size(1);
     params.head_dim = new_keys.size(3);
     params.page_size = page_size;
+    params.code_bits = code_bits;
     params.num_new = new_keys.size(2);
     params.new_keys = rows_of(new_keys, type);
     params.new_values = rows_of(new_values, type);
@@ -136,6 +145,52 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
     return page_ids;
 }
 
+// How tokens are chosen by their codes; code_bits 0 where pages are attended whole.
+struct TokenChoice {
+    int64_t code_bits, num_tokens;
+    Agreement agreement;
+};
+
+Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv_heads, const Tensor& page_ids,
+                     const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+                     const TokenChoice& choice) {
+    RefineParams params = {};
+    params.launch = launch_on_current_stream();
+    params.data_type = data_type_of(query);
+    params.num_rows = query.size(0);
+    params.num_kv_heads = num_kv_heads;
+    params.group_size = query.size(1) / num_kv_heads;
+    params.head_dim = query.size(3);
+    params.page_size = page_size;
+    params.code_bits = choice.code_bits;
+    params.num_candidates = page_ids.size(3);
+    params.num_tokens = choice.num_tokens;
+    params.scaling = scaling;
+    params.agreement = choice.agreement;
+    params.query = rows_of(query, query.scalar_type());
+    params.query_strides[0] = query.stride(0);
+    params.query_strides[1] = query.stride(1);
+    params.length = length.data_ptr<int64_t>();
+    params.padding = padding.data_ptr<int64_t>();
+    params.storage = storage;
+    params.page_ids = page_ids.data_ptr<int64_t>();
+    params.num_blocks = count_refine_blocks(params);
+    // Freed on return; the allocator keeps to the stream's order.
+    const auto floats = query.options().dtype(at::kFloat);
+    const int64_t num_heads = query.size(0) * num_kv_heads, num_slots = params.num_candidates * page_size;
+    const Tensor logits = at::empty({num_heads, params.group_size, num_slots}, floats);
+    const Tensor head_sums = at::empty(
+        {num_heads, params.num_blocks, (params.group_size + kHeadTile - 1) / kHeadTile * kHeadTile, 2}, floats);
+    const Tensor keys = at::empty({num_heads, num_slots}, query.options().dtype(at::kInt));
+    const Tensor token_ids = at::empty({query.size(0), num_kv_heads, 1, choice.num_tokens}, page_ids.options());
+    params.logits = logits.data_ptr<float>();
+    params.head_sums = reinterpret_cast<float2*>(head_sums.data_ptr<float>());
+    params.keys = reinterpret_cast<unsigned*>(keys.data_ptr<int>());
+    params.token_ids = token_ids.data_ptr<int64_t>();
+    C10_CUDA_CHECK(launch_refine(params));
+    return token_ids;
+}
+
 // What `attend` and the chain are told, but for the pages.
 AttendParams describe(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
                       const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
@@ -189,15 +244,17 @@ int cluster_size_of(const AttendParams& params) {
     return found != known.end() ? found->second : known[shape] = find_cluster_size(params);
 }
 
-// Estimate, select and attend: fused where clusters serve, one by one otherwise.
+// Estimate, select and attend: fused where clusters serve, one by one otherwise, as it is with codes, which choose
+// tokens of the `num_selected` pages.
 void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
-                   int64_t num_selected, const Score& score, const std::optional<Tensor>& told_ids) {
+                   int64_t num_selected, const Score& score, const TokenChoice& choice,
+                   const std::optional<Tensor>& told_ids) {
     params.num_selected = num_selected;
     params.score = score;
     Storage& storage = params.storage;
     // Shares take a normaliser over all pages, which clusters would have to exchange before their scores.
     const bool is_fused = score.agreement == Agreement::kMax || params.group_size == 1;
-    const int cluster_size = is_fused ? cluster_size_of(params) : 0;
+    const int cluster_size = is_fused && choice.code_bits == 0 ? cluster_size_of(params) : 0;
     Tensor scores;
     if (storage.scores == nullptr && storage.addresses == nullptr && (cluster_size == 0 || needs_scores(params))) {
         const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
@@ -211,23 +268,30 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
                    params.scaling, score);
-    const Tensor page_ids =
+    Tensor ids =
         select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size, score.keeps_first);
-    if (told_ids) told_ids->copy_(page_ids);
+    if (choice.code_bits > 0) {
+        ids = refine_tokens(storage, query, params.num_kv_heads, ids, length, padding, params.page_size, params.scaling,
+                            choice);
+        params.page_size = 1;
+    }
+    if (told_ids) told_ids->copy_(ids);
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
-    attend_pages(params, page_ids, counters);
+    attend_pages(params, ids, counters);
 }
 
 void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& bounds,
             const std::optional<Tensor>& scales, const Tensor& new_keys, const Tensor& new_values, const Tensor& length,
-            const Tensor& padding, int64_t page_size) {
+            const Tensor& padding, int64_t page_size, const std::optional<Tensor>& codes) {
     const c10::cuda::CUDAGuard guard(keys.device());
     Storage storage = {};
     storage.keys = address_of(keys);
     storage.values = address_of(values);
     if (bounds) set_bounds(storage, *bounds, scales);
     storage.capacity = keys.size(2);
-    append_to(storage, keys.scalar_type(), new_keys, new_values, length, padding, page_size);
+    if (codes) storage.codes = codes->data_ptr<uint8_t>();
+    append_to(storage, keys.scalar_type(), new_keys, new_values, length, padding, page_size,
+              code_bits_of(codes, keys.size(3)));
 }
 
 Tensor estimate(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& length,
@@ -254,6 +318,18 @@ Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding,
     return select_pages(storage, scores.size(1), length, padding, num_selected, page_size, keeps_first);
 }
 
+Tensor refine(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& codes,
+              const Tensor& page_ids, const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+              int64_t num_tokens, std::string_view group) {
+    const c10::cuda::CUDAGuard guard(query.device());
+    Storage storage = {};
+    set_bounds(storage, bounds, scales);
+    storage.codes = codes.data_ptr<uint8_t>();
+    storage.capacity = codes.size(2);
+    const TokenChoice choice = {code_bits_of(codes, query.size(3)), num_tokens, agreement_of(group)};
+    return refine_tokens(storage, query, bounds.size(1), page_ids, length, padding, page_size, scaling, choice);
+}
+
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& page_ids,
               const Tensor& length, const Tensor& padding, const Tensor& counters, int64_t page_size, double scaling,
               std::optional<double> softcap, const std::optional<Tensor>& sinks) {
@@ -272,17 +348,20 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bounds,
              const std::optional<Tensor>& scales, const Tensor& length, const Tensor& padding, int64_t num_selected,
              int64_t page_size, double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks,
-             const std::optional<Tensor>& page_ids, double width, bool keeps_first, std::string_view group) {
+             const std::optional<Tensor>& page_ids, double width, bool keeps_first, std::string_view group,
+             const std::optional<Tensor>& codes, int64_t num_tokens, std::string_view token_group) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.keys = address_of(keys);
     storage.values = address_of(values);
     set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
+    if (codes) storage.codes = codes->data_ptr<uint8_t>();
+    const TokenChoice choice = {code_bits_of(codes, keys.size(3)), num_tokens, agreement_of(token_group)};
     const Tensor output = at::empty(query.sizes(), query.options());
     attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
                            softcap, sinks, output),
-                  query, length, padding, num_selected, score_of(width, keeps_first, group), page_ids);
+                  query, length, padding, num_selected, score_of(width, keeps_first, group), choice, page_ids);
     return output;
 }
 
@@ -291,18 +370,20 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
               const Tensor& addresses, const Tensor& length, const Tensor& padding, int64_t layer_idx,
               int64_t num_kv_heads, int64_t num_selected, int64_t page_size, double scaling,
               std::optional<double> softcap, const std::optional<Tensor>& sinks, double width, bool keeps_first,
-              std::string_view group) {
+              std::string_view group, int64_t code_bits, int64_t num_tokens, std::string_view token_group) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.capacity = kAnyCapacity;
     storage.addresses = addresses.data_ptr<int64_t>() + layer_idx * addresses.size(1);
-    if (new_keys) append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size);
+    if (new_keys)
+        append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size, code_bits);
     const Tensor output = at::empty(query.sizes(), query.options());
     const AttendParams params = describe(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size,
                                          scaling, softcap, sinks, output);
     if (num_selected > 0) {
         const Score score = score_of(width, keeps_first, group);
-        attend_chosen(params, query, length, padding, num_selected, score, std::nullopt);
+        const TokenChoice choice = {code_bits, num_tokens, agreement_of(token_group)};
+        attend_chosen(params, query, length, padding, num_selected, score, choice, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
     }
@@ -375,6 +456,7 @@ TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
     library.impl("append", &hf_quest::operators::append);
     library.impl("estimate", &hf_quest::operators::estimate);
     library.impl("select", &hf_quest::operators::select);
+    library.impl("refine", &hf_quest::operators::refine);
     library.impl("attend", &hf_quest::operators::attend);
     library.impl("chain", &hf_quest::operators::chain);
     library.impl("decode", &hf_quest::operators::decode);

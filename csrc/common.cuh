@@ -159,13 +159,10 @@ __device__ inline void let_next_kernel_begin() {
 __device__ inline Storage find(const Storage& storage) {
     const int64_t* addresses = storage.addresses;
     if (addresses == nullptr) return storage;
-    return {reinterpret_cast<void*>(addresses[0]),
-            reinterpret_cast<void*>(addresses[1]),
-            reinterpret_cast<void*>(addresses[2]),
-            reinterpret_cast<uint8_t*>(addresses[3]),
-            reinterpret_cast<float*>(addresses[4]),
-            addresses[5],
-            addresses};
+    return {reinterpret_cast<void*>(addresses[0]),    reinterpret_cast<void*>(addresses[1]),
+            reinterpret_cast<void*>(addresses[2]),    reinterpret_cast<uint8_t*>(addresses[3]),
+            reinterpret_cast<float*>(addresses[4]),   addresses[5],
+            reinterpret_cast<uint8_t*>(addresses[6]), addresses};
 }
 
 __device__ inline int64_t count_pages(const Storage& storage, int page_size) {

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "estimate.cuh"
+#include "shares.cuh"
 
 namespace hf_quest {
 namespace {
@@ -26,29 +27,6 @@ constexpr int kBytesAtHand = 48 << 10;  // of it, without being asked for
 constexpr int blocks_per_sm(int head_dim) { return head_dim > 128 ? 2 : head_dim > 64 ? 3 : 5; }
 
 constexpr int kMostHeadTiles = 4;  // of a group
-
-constexpr float kLargestLogit = 1e30f;
-constexpr float kNoLogit = -3e38f;  // lower than all, and finite, so that differences are numbers
-
-// A score as a logit to base 2, and a finite one, so that a page's alone does not make all shares meaningless.
-__device__ inline float logit_of(float score, float factor) {
-    return fmaxf(fminf(score * factor, kLargestLogit), -kLargestLogit);
-}
-
-// The sum of 2^logit over some pages: `sum` times 2^maximum.
-struct LogitSum {
-    float maximum = kNoLogit, sum = 0.0f;
-
-    __device__ void add(LogitSum other) {
-        const float new_maximum = fmaxf(maximum, other.maximum);
-        sum = sum * power_of_two(maximum - new_maximum) + other.sum * power_of_two(other.maximum - new_maximum);
-        maximum = new_maximum;
-    }
-
-    __device__ void add_lanes(int distance) {
-        add({__shfl_xor_sync(kWholeWarp, maximum, distance), __shfl_xor_sync(kWholeWarp, sum, distance)});
-    }
-};
 
 // What a kernel gives: scores by which heads agree, or what they need for that.
 enum class Gives { kLargest, kHeadSums, kShares };

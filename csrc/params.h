@@ -40,13 +40,14 @@ struct Storage {
     uint8_t* scales;           // [B, Hkv, pages, D / 32], with which bounds are int8, or null: bounds are like keys
     float* scores;             // [B, Hkv, 1, pages]
     int64_t capacity;          // slots
-    const int64_t* addresses;  // [6] on the device, or null: the six members above, which count instead of them
+    uint8_t* codes;            // [B, Hkv, capacity, D * code_bits / 8] or null
+    const int64_t* addresses;  // [7] on the device, or null: the seven members above, which count instead of them
 };
 
 struct AppendParams {
     Launch launch;
     DataType data_type;
-    int num_rows, num_kv_heads, head_dim, page_size;
+    int num_rows, num_kv_heads, head_dim, page_size, code_bits;
     int64_t num_new;
     const void* new_keys;    // [B, Hkv, T, D]
     const void* new_values;  // [B, Hkv, T, D]
@@ -80,6 +81,26 @@ struct SelectParams {
     int64_t* page_ids;       // [B, Hkv, 1, num_selected]
 };
 
+// `num_candidates` pages, of which the newest is one and not scored: its tokens are chosen whatever their codes.
+struct RefineParams {
+    Launch launch;
+    DataType data_type;
+    int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens;
+    float scaling;
+    Agreement agreement;
+    const void* query;         // [B, Hq, 1, D]
+    int64_t query_strides[2];  // of B and Hq, in elements
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
+    Storage storage;
+    const int64_t* page_ids;   // [B, Hkv, 1, num_candidates]
+    int num_blocks;            // count_refine_blocks()
+    float* logits;             // [B, Hkv, G, num_candidates * S]; scratch
+    float2* head_sums;         // [B, Hkv, head tiles, num_blocks, 8]; scratch
+    unsigned* keys;            // [B, Hkv, num_candidates * S]; scratch
+    int64_t* token_ids;        // [B, Hkv, 1, num_tokens]
+};
+
 struct AttendParams {
     Launch launch;
     DataType data_type;
@@ -89,7 +110,7 @@ struct AttendParams {
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
-    const int64_t* page_ids;   // [B, Hkv, 1, num_selected], or null for every page
+    const int64_t* page_ids;   // [B, Hkv, 1, num_selected], of tokens if page_size is 1, or null for every page
     int64_t* told_ids;         // the same, where launch_chain tells what it chose, or null
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
@@ -146,6 +167,8 @@ cudaError_t launch_estimate(const EstimateParams& params);
 int64_t count_head_sums(const EstimateParams& params);  // 0 where heads don't agree by shares
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
+cudaError_t launch_refine(const RefineParams& params);
+int count_refine_blocks(const RefineParams& params);  // of a row's KV head
 
 // For prompts, on sm_90 alone: head dim 128, blocks of 16 or 32, segments that are multiples of 128 and begin at
 // multiples of their size.

@@ -25,7 +25,7 @@ def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tens
 
 def encode(keys: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
     """[..., D·b / 8] uint8, rounded up, of [..., D] keys, each channel the nearest value of its grid."""
-    levels = ((keys.float() - lowest) / step).nan_to_num(0.0).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    levels = ((keys.float() - lowest) * step.reciprocal()).nan_to_num(0.0).round().clamp(0, 2**bits - 1).to(torch.uint8)
     levels = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
     place = torch.arange(0, 8, bits, dtype=torch.uint8, device=keys.device)
     return (levels << place).sum(dim=-1, dtype=torch.uint8)

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from small_llama import PROMPT, generate, make_model, tokens
+from small_llama import PROMPT, generate, make_model, on_any_device, tokens
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from hf_quest import QuestCache, QuestError, reference
@@ -266,9 +267,19 @@ def test_wrong_arguments(options, message):
         QuestCache(**options)
 
 
-def test_it_is_not_compiled(model):
-    assert not QuestCache(48, codes=2).can_be_compiled()
-    assert QuestCache(48).can_be_compiled()
+def test_it_is_compiled_in_one_graph(model):
+    cache = QuestCache(48, codes=2, candidates=2, dense_layers=1)
+    expected = generate(model, tokens(PROMPT), cache)
+    torch._dynamo.reset()
+    counters.clear()
+    cache.reset()
+    assert torch.equal(generate(model, tokens(PROMPT), cache, compile_config=on_any_device()), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options", [{"codes": 8}, {"codes": 2, "candidates": None}], ids=str)
+def test_what_the_kernels_do_not_know_is_not_compiled(options):
+    assert not QuestCache(48, **options).can_be_compiled()
 
 
 def test_cropping_beyond_a_page_is_refused_as_ever(model):

@@ -30,6 +30,7 @@ def fake():
             "new_keys": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
             "new_values": torch.empty(B, 5, Hkv, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
             "query": torch.empty(B, 1, Hkv * G, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2),
+            "codes": torch.empty(B, Hkv, P * S, D // 4, dtype=torch.uint8, device="cuda"),
             "scores": torch.empty(B, Hkv, 1, P, device="cuda"),
             "page_ids": torch.empty(B, Hkv, 1, K, dtype=torch.int64, device="cuda"),
             "length": torch.empty(1, dtype=torch.int64, device="cuda"),
@@ -42,6 +43,7 @@ ARGUMENTS = {
     "append": ["keys", "values", "bounds", "scales", "new_keys", "new_values", "length", "padding", "page_size"],
     "estimate": ["query", "bounds", "scales", "length", "padding", "page_size"],
     "select": ["scores", "length", "padding", "page_size"],
+    "refine": ["query", "bounds", "scales", "codes", "page_ids", "length", "padding", "page_size"],
     "chain": ["query", "keys", "values", "bounds", "scales", "length", "padding", "page_size"],
     "attend": ["query", "keys", "values", "page_ids", "length", "padding", "page_size"],
 }
@@ -49,6 +51,7 @@ OPTIONS = {
     "append": {},
     "estimate": {"scaling": 0.1},
     "select": {"num_selected": K},
+    "refine": {"scaling": 0.1, "num_tokens": 24},
     "attend": {"scaling": 0.1},
     "chain": {"num_selected": K, "scaling": 0.1, "page_ids": None},
 }
@@ -64,6 +67,7 @@ def call(op, tensors, **changes):
     [
         ("estimate", (B, Hkv, 1, P), torch.float32),
         ("select", (B, Hkv, 1, K), torch.int64),
+        ("refine", (B, Hkv, 1, 24), torch.int64),
         ("attend", (B, Hkv * G, 1, D), torch.bfloat16),
         ("chain", (B, Hkv * G, 1, D), torch.bfloat16),
     ],
@@ -77,6 +81,23 @@ def test_fakes_have_the_shape_of_the_results(fake, op, shape, dtype):
 def test_append_returns_nothing_and_takes_no_bounds(fake):
     assert call("append", fake) is None
     assert call("append", fake, bounds=None, scales=None) is None
+    assert call("append", fake, codes=fake["codes"]) is None
+    with pytest.raises(ValueError, match="there must be bounds"):
+        call("append", fake, bounds=None, scales=None, codes=fake["codes"])
+
+
+def test_a_chain_by_codes_tells_tokens(fake):
+    told = torch.empty(B, Hkv, 1, 24, dtype=torch.int64, device="cuda")
+    by_codes = {"codes": fake["codes"], "num_tokens": 24}
+    assert call("chain", fake, page_ids=told, **by_codes).shape == (B, Hkv * G, 1, D)
+    with pytest.raises(ValueError, match="page_ids must have the shape"):
+        call("chain", fake, page_ids=fake["page_ids"], **by_codes)
+
+
+def test_attend_takes_tokens_for_pages_of_one(fake):
+    assert call("attend", fake, page_size=1).shape == (B, Hkv * G, 1, D)
+    with pytest.raises(ValueError, match="page_size"):
+        call("attend", fake, page_size=1, page_ids=None)
 
 
 def test_attend_takes_no_pages(fake):
@@ -85,9 +106,10 @@ def test_attend_takes_no_pages(fake):
 
 def test_schemas_declare_what_is_mutated():
     assert {op: mutated(op) for op in [*ARGUMENTS, "prompt_estimate", "prompt_attend"]} == {
-        "append": ["keys", "values", "bounds", "scales"],
+        "append": ["keys", "values", "bounds", "scales", "codes"],
         "estimate": [],
         "select": [],
+        "refine": [],
         "attend": ["counters"],
         "chain": ["page_ids"],
         "prompt_estimate": [],
@@ -140,6 +162,10 @@ def test_every_argument_is_checked(fake, op, name, wrong):
     [
         ("append", {"page_size": 24}, "page_size"),
         ("select", {"num_selected": 0}, "num_selected"),
+        ("refine", {"num_tokens": S - 1}, "num_tokens is 16 or more"),
+        ("refine", {"group": "mean"}, "group must be one of"),
+        ("refine", {"codes": torch.uint8}, "codes of .2, 4. bits, not 8"),
+        ("chain", {"codes": torch.uint8, "num_tokens": 24}, "codes of .2, 4. bits, not 8"),
         ("attend", {"query": (B, Hkv * G + 1, 1, D)}, "heads"),
         ("attend", {"query": (B, Hkv * 33, 1, D)}, "heads"),
         ("attend", {"query": (B, Hkv * G, 2, D)}, "one query per row"),
@@ -153,6 +179,8 @@ def test_what_the_kernels_do_not_serve_is_said(fake, op, changes, message):
         name: torch.empty(value, dtype=torch.bfloat16, device="cuda") if isinstance(value, tuple) else value
         for name, value in changes.items()
     }
+    if "codes" in changes:  # of 8 bits
+        changes["codes"] = torch.empty(B, Hkv, P * S, D, dtype=changes["codes"], device="cuda")
     with pytest.raises(ValueError, match=message):
         call(op, fake, **changes)
 
@@ -321,7 +349,7 @@ class TestBuild:
             "-gencode=arch=compute_90a,code=sm_90a"
         ]
         sources = {Path(source).name for source in options["sources"]}
-        stages = {"append.cu", "attend.cu", "chain.cu", "estimate.cu", "select.cu"}
+        stages = {"append.cu", "attend.cu", "chain.cu", "estimate.cu", "refine.cu", "select.cu"}
         assert sources == {*stages, "prompt_attend.cu", "prompt_estimate.cu", "bindings.cpp"}
         assert re.fullmatch(
             r"hf_quest builds its CUDA kernels for sm_90a in \S+, once ... done in \d+ s\n", capsys.readouterr().err

@@ -1,17 +1,15 @@
 """csrc/select.cuh against hf_quest/reference.py without a GPU: by threads of the CPU, watched for races and bounds."""
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from on_cpu import build_program, needs_nvcc
 
 from hf_quest import reference
-from hf_quest.kernels import build
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which knows where CUDA's headers are")
+pytestmark = needs_nvcc
 
 CASES = [  # threads, pages, and how many are wanted
     *((256, *case) for case in [(5, 3), (2047, 1), (2047, 40), (2047, 127), (3000, 2999), (8192, 249)]),
@@ -44,12 +42,7 @@ SCORES = {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    program = tmp_path_factory.mktemp("select") / "select_on_cpu"
-    source = Path(__file__).with_name("select_on_cpu.cpp")
-    flags = ["-x", "c++", "-std=c++20", "-O1", f"-I{build.find_sources()}", "-Xcompiler", "-fsanitize=thread"]
-    flags += ["-Xcompiler", "-fsanitize=bounds", "-Xcompiler", "-fno-sanitize-recover=all"]
-    subprocess.run(["nvcc", *flags, "-o", program, source], check=True)
-    return program
+    return build_program("select_on_cpu", tmp_path_factory)
 
 
 @pytest.mark.parametrize(("num_threads", "num_pages", "num_wanted"), CASES)

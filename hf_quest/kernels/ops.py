@@ -1,4 +1,4 @@
-"""The four stages on CUDA, as operators of `torch.ops.hf_quest`: schemas, fakes and checks. The kernels are in csrc/.
+"""The five stages on CUDA, as operators of `torch.ops.hf_quest`: schemas, fakes and checks. The kernels are in csrc/.
 
 Stages, arguments and shapes are those of `reference`, which says what they mean, with these differences. `length` is a
 tensor on the device, [1] int64: the kernels stop at it, so that a captured graph stays right while the sequence grows.
@@ -20,7 +20,8 @@ PAGE_SIZES = (8, 16, 32, 64)
 MAX_GROUP = 32
 MAX_SLOTS = 2**24  # so that 32 bits count the elements of a head
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
-NUM_ADDRESSES = 6  # of a layer, see decode
+NUM_ADDRESSES = 7  # of a layer, see decode
+CODE_BITS = (2, 4)  # of a channel, for which there are kernels
 PROMPT_HEAD_DIM, PROMPT_BLOCK_SIZES, PROMPT_TILE = 128, (16, 32), 128  # of the kernels for prompts
 PROMPT_MAX_SAMPLES = 1024  # queries of a segment that are looked at, of all heads that choose together
 SCALE_BLOCK = 32  # channels that share a scale, in csrc as in reference.py
@@ -28,7 +29,7 @@ SCALE_BLOCK = 32  # channels that share a scale, in csrc as in reference.py
 library = torch.library.Library("hf_quest", "DEF")
 library.define(
     "append(Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? bounds, Tensor(d!)? scales, Tensor new_keys, "
-    "Tensor new_values, Tensor length, Tensor padding, int page_size) -> ()"
+    "Tensor new_values, Tensor length, Tensor padding, int page_size, Tensor(e!)? codes=None) -> ()"
 )
 library.define(
     "estimate(Tensor query, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, int page_size, "
@@ -39,18 +40,24 @@ library.define(
     "bool keeps_first=False) -> Tensor"
 )
 library.define(
+    "refine(Tensor query, Tensor bounds, Tensor? scales, Tensor codes, Tensor page_ids, Tensor length, Tensor padding, "
+    "int page_size, float scaling, int num_tokens, str group='sum') -> Tensor"
+)
+library.define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor? page_ids, Tensor length, Tensor padding, "
     "Tensor(a!) counters, int page_size, float scaling, float? softcap=None, Tensor? sinks=None) -> Tensor"
 )
 library.define(
     "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, "
     "int num_selected, int page_size, float scaling, float? softcap=None, Tensor? sinks=None, "
-    "Tensor(a!)? page_ids=None, float width=0.5, bool keeps_first=True, str group='max') -> Tensor"
+    "Tensor(a!)? page_ids=None, float width=0.5, bool keeps_first=True, str group='max', Tensor? codes=None, "
+    "int num_tokens=0, str token_group='sum') -> Tensor"
 )
 library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
-    "Tensor? sinks=None, float width=0.5, bool keeps_first=True, str group='max') -> Tensor"
+    "Tensor? sinks=None, float width=0.5, bool keeps_first=True, str group='max', int code_bits=0, int num_tokens=0, "
+    "str token_group='sum') -> Tensor"
 )
 
 library.define(
@@ -80,8 +87,10 @@ def serves(keys, values, page_size):
     return build.load()
 
 
-def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
+def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes=None):
     """Store new keys and values in the last T of the `length` filled slots and update the bounds of their pages.
+
+    The codes of a page are written when it is full.
 
     Args:
         keys, values: [B, Hkv, capacity, D], mutated.
@@ -89,6 +98,7 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
             int8 (`reference.to_8_bits`), or None for bounds in the dtype of the keys.
         new_keys, new_values: [B, Hkv, T, D], in any layout with 16-byte aligned rows.
         length: [1] int64. padding: [B] int64.
+        codes: [B, Hkv, capacity, D * bits / 8] uint8, mutated, as in `codes.encode`; or None.
     """
     batch_size, num_kv_heads, num_new, head_dim = new_keys.shape
     stored = (batch_size, num_kv_heads, keys.shape[2], head_dim)
@@ -103,7 +113,11 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
     _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
     if not 1 <= num_new <= keys.shape[2]:
         raise ValueError(f"append takes 1 to {keys.shape[2]} new tokens, the capacity, not {num_new}.")
-    torch.ops.hf_quest.append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size)
+    if codes is not None:
+        _check_codes(codes, keys, (batch_size, num_kv_heads))
+        if bounds is None:
+            raise ValueError("codes are on the grid of a page's bounds, so there must be bounds.")
+    torch.ops.hf_quest.append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes)
 
 
 def estimate(query, bounds, scales, length, padding, page_size, scaling, score=PUBLISHED):
@@ -146,19 +160,50 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size, keeps_first)
 
 
+def refine(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
+    """Token ids [B, Hkv, 1, num_tokens] int64, ascending, then -1: `codes.refine`, with logits rounded by 2^-21 of the
+    largest that their page could have.
+
+    Args:
+        query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
+        bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
+        codes: [B, Hkv, capacity, D * bits / 8] uint8, of 2 or 4 bits, where P pages hold the capacity.
+        page_ids: [B, Hkv, 1, C] int64, the candidates, as `select` gives them.
+        length: [1] int64. padding: [B] int64.
+        num_tokens: those of the newest page included.
+        group: of `reference.GROUPS`.
+    """
+    batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
+    _check_page_size(page_size)
+    _check_query(query, num_kv_heads, head_dim)
+    _check_bounds(bounds, scales, query, (query.shape[0], num_kv_heads, num_pages))
+    _check_codes(codes, query, (batch_size, num_kv_heads))
+    if -(-codes.shape[2] // page_size) != num_pages:
+        raise ValueError(f"{num_pages} pages of {page_size} do not hold codes of {codes.shape[2]} tokens.")
+    _check("page_ids", page_ids, bounds.device, (torch.int64,), (batch_size, num_kv_heads, 1, page_ids.shape[-1]))
+    _check("length", length, bounds.device, (torch.int64,), (1,))
+    _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
+    _check_num_tokens(num_tokens, page_size)
+    _check_group(group)
+    where = (page_ids, length, padding, page_size)
+    return torch.ops.hf_quest.refine(query, bounds, scales, codes, *where, scaling, num_tokens, group)
+
+
 def attend(query, keys, values, page_ids, length, padding, page_size, scaling, softcap=None, sinks=None, counters=None):
     """Attention [B, Hq, 1, D] of each row's newest token over its pages, or over all that is stored.
 
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
         keys, values: [B, Hkv, capacity, D].
-        page_ids: [B, Hkv, 1, K] int64, -1 for none; None for every page, which is dense attention.
+        page_ids: [B, Hkv, 1, K] int64, -1 for none; None for every page, which is dense attention. With a page_size of
+            1 they are tokens.
         length: [1] int64. padding: [B] int64.
         softcap: float or None. sinks: [Hq] in the dtype of `query`, or None.
         counters: what `new_counters` returns. Calls that may run at the same time need counters of their own.
     """
     batch_size, num_kv_heads, capacity, head_dim = keys.shape
-    _check_page_size(page_size)
+    if page_size != 1 or page_ids is None:
+        _check_page_size(page_size)
     _check("keys", keys, keys.device, DTYPES, (batch_size, num_kv_heads, capacity, head_dim))
     _check("values", values, keys.device, (keys.dtype,), (batch_size, num_kv_heads, capacity, head_dim))
     _check_query(query, num_kv_heads, head_dim, keys)
@@ -193,12 +238,19 @@ def chain(
     sinks=None,
     page_ids=None,
     score=PUBLISHED,
+    codes=None,
+    num_tokens=0,
+    token_group="sum",
 ):
     """`estimate`, `select` and `attend`, in one kernel where the GPU has thread block clusters (sm_90 and later).
+
+    With codes there is `refine` between them, each stage in kernels of its own.
 
     Args:
         num_selected: K. `page_ids`: [B, Hkv, 1, K] int64, mutated to what was selected, or None. `score`: a
             `reference.Score`. The others as there.
+        codes: as in `refine`, or None. With them K pages are candidates, `num_tokens` of whose tokens are attended,
+            `token_group` is the group of `refine`, and `page_ids`, [B, Hkv, 1, num_tokens], gets the tokens.
 
     Returns:
         [B, Hq, 1, D].
@@ -214,11 +266,17 @@ def chain(
     _check_num_selected(num_selected)
     if sinks is not None:
         _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
+    if codes is not None:
+        _check_codes(codes, keys, (batch_size, num_kv_heads))
+        _check_num_tokens(num_tokens, page_size)
     if page_ids is not None:
-        _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, num_selected))
+        shape = (batch_size, num_kv_heads, 1, num_selected if codes is None else num_tokens)
+        _check("page_ids", page_ids, keys.device, (torch.int64,), shape)
     _check_score(score)
+    _check_group(token_group)
     where = (length, padding, num_selected, page_size, scaling)
-    return torch.ops.hf_quest.chain(query, keys, values, bounds, scales, *where, softcap, sinks, page_ids, *score)
+    how = (softcap, sinks, page_ids, *score, codes, num_tokens, token_group)
+    return torch.ops.hf_quest.chain(query, keys, values, bounds, scales, *where, *how)
 
 
 def decode(
@@ -236,8 +294,12 @@ def decode(
     softcap=None,
     sinks=None,
     score=PUBLISHED,
+    code_bits=0,
+    num_tokens=0,
+    token_group="sum",
 ):
-    """A decode step of one layer, all four stages: append, estimate and select unless it is dense, attend.
+    """A decode step of one layer, all its stages: append; estimate and select, unless it is dense, and with codes
+    refine; attend.
 
     Made for captured graphs. The storage is no argument but found on the device, so that a graph does not depend on
     where storage lies and how large it is, and it may move between two replays. What is written there (the new token's
@@ -246,11 +308,13 @@ def decode(
     Args:
         query: [B, Hq, 1, D].
         new_keys, new_values: [B, Hkv, 1, D], or None where they are stored already.
-        addresses: [layers, 6] int64, a row for every layer: the addresses of its keys, values, bounds, scales and
-            scores ([B, Hkv, 1, P] float32, to work in), each 0 where there are none, and its capacity in slots.
+        addresses: [layers, 7] int64, a row for every layer: the addresses of its keys, values, bounds, scales and
+            scores ([B, Hkv, 1, P] float32, to work in), its capacity in slots, and the address of its codes; 0 for what
+            there is not.
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
         score: a `reference.Score`.
+        code_bits: of a channel in codes, or 0 where there are none. num_tokens, token_group: as in `chain`.
 
     Returns:
         [B, Hq, 1, D].
@@ -265,6 +329,10 @@ def decode(
     _check("length", length, query.device, (torch.int64,), (1,))
     _check("padding", padding, query.device, (torch.int64,), (batch_size,))
     _check_score(score)
+    if code_bits:
+        _check_code_bits(code_bits)
+        _check_num_tokens(num_tokens, page_size)
+    _check_group(token_group)
     return torch.ops.hf_quest.decode(
         query,
         new_keys,
@@ -280,6 +348,9 @@ def decode(
         softcap,
         sinks,
         *score,
+        code_bits,
+        num_tokens,
+        token_group,
     )
 
 
@@ -386,6 +457,28 @@ def _check_num_selected(num_selected):
         raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
 
 
+def _check_num_tokens(num_tokens, page_size):
+    if num_tokens < page_size:
+        raise ValueError(f"num_tokens is {page_size} or more, those of the newest page, not {num_tokens}.")
+
+
+def _check_group(group):
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {GROUPS}, not {group!r}.")
+
+
+def _check_code_bits(bits):
+    if bits not in CODE_BITS:
+        raise ValueError(f"The CUDA kernels serve codes of {CODE_BITS} bits, not {bits}.")
+
+
+def _check_codes(codes, like, rows):
+    """Raise unless these are codes of `rows`, (B, Hkv), of keys or queries such as `like`."""
+    head_dim = like.shape[-1]
+    _check_code_bits(codes.shape[-1] * 8 // head_dim)
+    _check("codes", codes, like.device, (torch.uint8,), (*rows, *codes.shape[2:]))
+
+
 def _check_score(score):
     if not 0 <= score.width <= 1 or score.group not in GROUPS:
         raise ValueError(f"score must have a width from 0 to 1 and a group of {GROUPS}; it is {score}.")
@@ -445,7 +538,7 @@ def _check_rows(name, tensor, device, dtypes, shape):
 
 
 @torch.library.register_fake("hf_quest::append", lib=library)
-def _(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size):
+def _(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes=None):
     return None
 
 
@@ -458,6 +551,11 @@ def _(query, bounds, *settings, **options):
 @torch.library.register_fake("hf_quest::select", lib=library)
 def _(scores, length, padding, num_selected, *settings, **options):
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
+
+
+@torch.library.register_fake("hf_quest::refine", lib=library)
+def _(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
+    return page_ids.new_empty((*page_ids.shape[:-1], num_tokens))
 
 
 @torch.library.register_fake("hf_quest::attend", lib=library)

@@ -20,16 +20,17 @@ class Chain:
     """Quest's stages in one operator, where the CUDA kernels serve a layer."""
 
     @staticmethod
-    def attend(method, pages, query, length, logits, page_ids):
+    def attend(method, pages, query, length, logits, ids):
         """Attention [B, Hq, 1, D] of one query per row in the slots before `length`, [1] int64.
 
         Args:
-            page_ids: [B, Hkv, 1, K] int64, mutated to what was selected, or None.
+            ids: [B, Hkv, 1, K] int64, mutated to what was chosen, of `method.choice_shape`, or None.
         """
         # Not by `ops`, whose checks would tell of the storage's own tensors at every step.
         stored = (pages.keys, pages.values, pages.beside["bounds"], pages.beside.get("scales"))
-        where = (length, pages.padding, method.num_selected, pages.page_size)
-        return torch.ops.hf_quest.chain(query, *stored, *where, *logits, page_ids, *method.score)
+        where = (length, pages.padding, method.num_found, pages.page_size)
+        by_codes = (pages.beside["codes"], method.num_attended, TOKEN_GROUP) if method.codes else ()
+        return torch.ops.hf_quest.chain(query, *stored, *where, *logits, ids, *method.score, *by_codes)
 
     @staticmethod
     def step(method, pages, layer_idx, query, new, logits, reads_all):
@@ -39,8 +40,11 @@ class Chain:
         """
         on_device = pages.on_device
         where = (on_device.addresses, on_device.length, on_device.padding, layer_idx, pages.num_kv_heads)
-        num_selected = 0 if reads_all else method.num_selected
-        return ops.decode(query, *(new or (None, None)), *where, num_selected, pages.page_size, *logits, method.score)
+        num_found = 0 if reads_all else method.num_found
+        # A dense layer has none.
+        by_codes = (method.codes, method.num_attended, TOKEN_GROUP) if "codes" in pages.beside else ()
+        new = new or (None, None)
+        return ops.decode(query, *new, *where, num_found, pages.page_size, *logits, method.score, *by_codes)
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Quest(Method):
 
     @property
     def fused(self):
-        """The kernels choose pages; by codes nothing is fused."""
-        return None if self.codes else Chain
+        """The kernels, which have no code of a whole cache, nor of any number of bits."""
+        return Chain if self.codes is None or (self.codes in ops.CODE_BITS and self.candidates is not None) else None
 
     def __post_init__(self):
         if not is_int(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
@@ -103,8 +107,18 @@ class Quest(Method):
         return math.inf if self.candidates is None else self.candidates * self.num_selected
 
     @property
+    def num_found(self) -> float:
+        """Pages that a decode step finds by their bounds."""
+        return self.num_candidates if self.codes else self.num_selected
+
+    @property
     def num_attended(self):
         return self.num_selected * self.page_size
+
+    @property
+    def choice_shape(self) -> tuple[int, int]:
+        """How many ids a step chooses per KV head, and how many tokens are of one."""
+        return (self.num_attended, 1) if self.codes else (self.num_selected, self.page_size)
 
     def beside_tokens(self, head_dim, dtype):
         return {} if self.codes is None else {"codes": ((-(-head_dim * self.codes // 8),), torch.uint8)}
@@ -128,7 +142,7 @@ class Quest(Method):
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
         where = (length, pages.padding, self.page_size)
         scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
-        num_found = min(self.num_candidates, scores.shape[-1]) if self.codes else self.num_selected
+        num_found = min(self.num_found, scores.shape[-1]) if self.codes else self.num_found
         ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
         if self.codes is None:
             return Choice(ids, self.page_size)

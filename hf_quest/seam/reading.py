@@ -86,9 +86,10 @@ def attend_sparse(layer, query, offset, logits):
     length = length + offset if offset else length
     if layer.shared.watcher is None:
         return method.fused.attend(method, pages, query, length, logits, None)
-    page_ids = pages.padding.new_empty(*pages.keys.shape[:2], 1, method.num_selected)
-    output = method.fused.attend(method, pages, query, length, logits, page_ids)
-    tell(layer, query, Choice(page_ids, method.page_size), logits, offset)
+    num_ids, tokens_per_id = method.choice_shape
+    ids = pages.padding.new_empty(*pages.keys.shape[:2], 1, num_ids)
+    output = method.fused.attend(method, pages, query, length, logits, ids)
+    tell(layer, query, Choice(ids, tokens_per_id), logits, offset)
     return output
 
 

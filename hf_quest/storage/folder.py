@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import QuestError
-from .base import copy_by_head
+from .copies import copy_by_head
 
 INDEX = "cache.json"
 SUFFIX = ".safetensors"

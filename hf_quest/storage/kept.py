@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 
 from ..reference import order_of
-from .base import Storage, check_restored
+from .base import Storage
+from .copies import check_restored
 
 
 class Kept(Storage):

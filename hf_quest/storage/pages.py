@@ -5,7 +5,8 @@ import torch
 from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import ops
-from .base import Storage, check_restored, copy_by_head, filled_up
+from .base import Storage
+from .copies import check_restored, copy_by_head, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
 
@@ -21,7 +22,7 @@ class Pages(Storage):
         page_size, block_size: tokens; there is storage for whole blocks, which are made of whole pages.
         beside_tokens, beside_pages: functions of a head dim and a dtype, those of the keys, that give for each name the
             shape that follows [B, Hkv, slots or pages] and the dtype.
-        keeps_bounds: whether `bounds` and `scales` are among them, which the kernels bring up to date and read.
+        keeps_bounds: whether `bounds`, `scales`, `codes` are among them, which the kernels bring up to date and read.
         gives_step_gradients: whether keys and values of a single token get gradients, too, for which all are copied.
     """
 
@@ -91,7 +92,8 @@ class Pages(Storage):
         if self.has_kernels:
             beside = (self.kernel_tensor("bounds"), self.kernel_tensor("scales"))  # which it brings up to date
             where = (self.on_device.length, self.padding, self.page_size)
-            torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where)
+            codes = self.kernel_tensor("codes")
+            torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where, codes)
         else:
             reference.append(self.keys, self.values, None, None, keys, values, end, self.padding, self.page_size)
 
@@ -260,8 +262,9 @@ class Pages(Storage):
         if not self.has_kernels:
             return super().find_addresses()
         beside = [self.kernel_tensor("bounds"), self.kernel_tensor("scales")]
-        tensors = [self.keys, self.values, *beside, self.work]
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [self.capacity]
+        tensors = [self.keys, self.values, *beside, self.work, self.kernel_tensor("codes")]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return [*addresses[:5], self.capacity, addresses[5]]
 
 
 def nothing(head_dim, dtype):

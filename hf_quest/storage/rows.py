@@ -14,7 +14,7 @@ class OnDevice:
 
     length: torch.Tensor | None = None  # [1] int64, slots filled, those of the forward under way included
     padding: torch.Tensor | None = None  # [B] int64, slots at the start of each row that hold no token
-    addresses: torch.Tensor | None = None  # [layers, 6] int64, see kernels.ops.decode
+    addresses: torch.Tensor | None = None  # [layers, NUM_ADDRESSES] int64, see kernels.ops.decode
 
 
 @dataclass

@@ -1,0 +1,210 @@
+// What kernels use of CUDA, with the threads of a block as threads of the CPU. Built with -fsanitize=thread,bounds a
+// program ends at a race, and at an index that is too large, which a GPU may well get away with.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <optional>
+#include <thread>
+#include <vector>
+
+using std::max, std::min;
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline std::optional<std::barrier<>> block_barrier;
+
+struct Warp {
+    std::barrier<> barrier{32};
+    std::array<std::barrier<>, 8> quad_barriers = {B(4), B(4), B(4), B(4), B(4), B(4), B(4), B(4)};
+    std::array<std::atomic<unsigned>, 32> values;
+
+    using B = std::barrier<>;
+};
+inline std::array<Warp, 32> warps;
+
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+
+// The values of all lanes, or of the four of a quad, as `lanes` says.
+inline std::array<unsigned, 32> exchange(unsigned value, unsigned lanes = ~0u) {
+    Warp& warp = warps[threadIdx.x / 32];
+    std::barrier<>& barrier = lanes == ~0u ? warp.barrier : warp.quad_barriers[threadIdx.x % 32 / 4];
+    warp.values[threadIdx.x % 32] = value;
+    barrier.arrive_and_wait();
+    std::array<unsigned, 32> values;
+    std::copy(warp.values.begin(), warp.values.end(), values.begin());
+    barrier.arrive_and_wait();
+    return values;
+}
+
+inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
+
+template <typename Value>
+Value __shfl_sync(unsigned lanes, Value value, int lane_idx) {
+    return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes).at(lane_idx));
+}
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned lanes, Value value, int mask) {
+    return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes)[threadIdx.x % 32 ^ mask]);
+}
+
+inline int __shfl_up_sync(unsigned, int value, int distance) {
+    const int lane_idx = threadIdx.x % 32;
+    return int(exchange(value)[lane_idx < distance ? lane_idx : lane_idx - distance]);
+}
+
+inline unsigned __ballot_sync(unsigned, bool is_set) {
+    unsigned ballot = 0;
+    const auto are_set = exchange(is_set);
+    for (int i = 0; i < 32; ++i) ballot |= are_set[i] << i;
+    return ballot;
+}
+
+inline unsigned __reduce_min_sync(unsigned, unsigned value) { return std::ranges::min(exchange(value)); }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) { return std::ranges::max(exchange(value)); }
+
+template <typename Value>
+Value atomicAdd(Value* target, Value value) {
+    return std::atomic_ref(*target).fetch_add(value, std::memory_order_relaxed);
+}
+
+template <typename Value, typename Change>
+void change(Value* target, Change change) {
+    std::atomic_ref atomic(*target);
+    Value before = atomic.load(std::memory_order_relaxed);
+    while (!atomic.compare_exchange_weak(before, change(before), std::memory_order_relaxed)) {
+    }
+}
+
+inline void atomicMin(unsigned* target, unsigned value) {
+    change(target, [=](unsigned before) { return min(before, value); });
+}
+
+template <typename Value>
+void atomicMax(Value* target, Value value) {
+    change(target, [=](Value before) { return max(before, value); });
+}
+
+inline int __clz(unsigned value) { return std::countl_zero(value); }
+inline int __clzll(uint64_t value) { return std::countl_zero(value); }
+inline int __ffs(unsigned value) { return value == 0 ? 0 : std::countr_zero(value) + 1; }
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
+size_t __cvta_generic_to_shared(const void*);  // which common.cuh mentions
+
+template <typename Value>
+Value __ldcg(const Value* source) {
+    return *source;
+}
+
+// Runs what a thread does in all threads of a block.
+template <typename Run>
+void run_block(int num_threads, Run run) {
+    block_barrier.emplace(num_threads);
+    std::vector<std::thread> threads;
+    const uint3 block = blockIdx;
+    for (int idx = 0; idx < num_threads; ++idx) {
+        threads.emplace_back([&, idx] {
+            threadIdx = {unsigned(idx), 0, 0};
+            blockIdx = block;
+            run();
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+// Runs a kernel, whose shared memory is static, block after block.
+template <typename Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
+    gridDim = config->gridDim;
+    blockDim = config->blockDim;
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+                run_block(int(blockDim.x), [&] { kernel(params); });
+            }
+        }
+    }
+    return cudaSuccess;
+}
+
+inline float __fdiv_rn(float dividend, float divisor) { return dividend / divisor; }
+inline float __fdividef(float dividend, float divisor) { return dividend / divisor; }
+inline float __frcp_rn(float value) { return 1.0f / value; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __float2int_rd(float value) { return int(std::floor(value)); }
+inline int __float2int_ru(float value) { return int(std::ceil(value)); }
+inline void __threadfence() {}  // blocks run one after the other
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
+
+// Some inline functions of common.cuh are assembly.
+#define power_of_two power_of_two_in_assembly
+#define load_once load_once_in_assembly
+#include "common.cuh"
+#undef power_of_two
+#undef load_once
+#undef __shared__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+namespace hf_quest {
+
+inline float power_of_two(float exponent) { return exponent < -126.0f ? 0.0f : std::exp2(exponent); }
+
+inline uint4 load_once(const uint4* source) { return *source; }
+inline uint2 load_once(const uint2* source) { return *source; }
+
+// A product of tensor cores, of which value_of(pair, i) is a factor.
+template <typename ValueOf>
+void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_left, std::array<uint32_t, 2> own_right,
+                      ValueOf value_of) {
+    std::array<std::array<unsigned, 32>, 4> left;
+    std::array<std::array<unsigned, 32>, 2> right;
+    for (int i = 0; i < 4; ++i) left[i] = exchange(own_left[i]);
+    for (int i = 0; i < 2; ++i) right[i] = exchange(own_right[i]);
+    const int group_idx = threadIdx.x % 32 / 4, quad_idx = threadIdx.x % 4;
+    for (int i = 0; i < 4; ++i) {  // of row group_idx + i / 2 * 8 and column 2 * quad_idx + i % 2
+        double sum = sums[i];
+        for (int k = 0; k < 16; ++k) {  // which lane k / 2 % 4 of a quad has, in pair k / 8
+            const unsigned of_row = left[k / 8 * 2 + i / 2][group_idx * 4 + k / 2 % 4];
+            const unsigned of_column = right[k / 8][(2 * quad_idx + i % 2) * 4 + k / 2 % 4];
+            sum += value_of(of_row, k % 2) * value_of(of_column, k % 2);
+        }
+        sums[i] = float(sum);
+    }
+}
+
+template <>
+inline void multiply_add<__half>(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3,
+                                 uint32_t right0, uint32_t right1) {
+    multiply_in_warp(sums, {left0, left1, left2, left3}, {right0, right1}, [](unsigned pair, int idx) {
+        const __half_raw half = {static_cast<unsigned short>(pair >> 16 * idx)};
+        return double(__half2float(half));
+    });
+}
+
+template <>
+inline void multiply_add<__nv_bfloat16>(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2,
+                                        uint32_t left3, uint32_t right0, uint32_t right1) {
+    multiply_in_warp(sums, {left0, left1, left2, left3}, {right0, right1},
+                     [](unsigned pair, int idx) { return double(std::bit_cast<float>(pair >> 16 * idx << 16)); });
+}
+
+}  // namespace hf_quest
