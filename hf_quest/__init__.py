@@ -5,6 +5,7 @@ from .errors import QuestError
 from .methods import Method
 from .planning import MemoryPlan, plan_memory
 from .prompts import CritiPrefill
+from .seam.ahead import decode_ahead
 from .seam.attention import register
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import (
@@ -37,6 +38,7 @@ __all__ = [
     "TOVACache",
     "TokenSelectCache",
     "capture",
+    "decode_ahead",
     "plan_memory",
     "prefill_progress",
     "saved_inputs",

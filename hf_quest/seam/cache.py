@@ -229,6 +229,16 @@ class MethodCache(generate.Events, Saving, former.Cache):
             self._prepare_step()
         return MaskLength(num_keys, self), offset
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the last forward's mask was causal with left padding, so that the next one's is known."""
+        return self.masks.num_known is not None
+
+    def go_on(self) -> None:
+        """Be ready for a decode step whose mask, which nobody makes, goes on as that of the last one."""
+        num_keys, _ = self.get_mask_sizes(1, 0)
+        self.masks.go_on(int(num_keys), self.left_padding)
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if self.max_cache_len is None else self.max_cache_len
 

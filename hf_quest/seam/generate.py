@@ -15,6 +15,7 @@ LOOPS = frozenset(
     inspect.unwrap(getattr(GenerationMixin, name)).__code__
     for name in ("_sample", "_beam_search", "_assisted_decoding")
 )
+GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
 MODULE_CALL = frozenset({torch.nn.Module._call_impl.__code__})
 
@@ -94,6 +95,20 @@ def may_compile_for_caller():
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
     return is_one_graph and "llama4" not in getattr(getattr(model, "config", None), "model_type", "")
+
+
+def given_to_generate(name):
+    """An argument of the `generate` that is under way, or None: it keeps some from a `custom_generate`."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not GENERATE:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
+
+
+def has_own_preparation(model):
+    """Whether a model prepares the inputs of a step in a way of its own."""
+    method = vars(model).get("prepare_inputs_for_generation", type(model).prepare_inputs_for_generation)
+    return getattr(inspect.unwrap(method), "__code__", None) is not PREPARE
 
 
 def limit_to_read_again(length):

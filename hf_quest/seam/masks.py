@@ -67,6 +67,11 @@ class Masks:
         self.prepare()
         self.is_begun = True
 
+    def go_on(self, num_keys, left_padding):
+        """The next forward is of one token, and its mask, which nobody makes, goes on as the last one."""
+        self.prepare()
+        self.num_known, self.decided = num_keys, (num_keys, left_padding)
+
     @property
     def left_padding(self):
         """What was decided for the forward under way, or None."""
