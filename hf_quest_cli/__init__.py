@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .evaluation import EVALUATIONS, Device, JsonOption, calibrate_command
+from .plan import plan_command
 
 QUESTION = "what are the key points of this document, in order?"  # as demo.QUESTION, which is slow to import
 DEBUG = "HF_QUEST_DEBUG"
@@ -183,6 +184,7 @@ def doctor_command(as_json: JsonOption = False):
     examine(as_json)
 
 
+app.command("plan")(in_one_line(plan_command))
 app.command("calibrate")(in_one_line(calibrate_command))
 for name, command in EVALUATIONS.items():
     evaluations.command(name)(in_one_line(command))

@@ -76,6 +76,7 @@ KINDS = {
     "select": lambda r: {"rows": rows(r), "by_mask": r.random() < 0.3},
     "deepcopy": lambda r: {"spoil": r.random() < 0.5},
     "pickle": lambda r: {"spoil": r.random() < 0.5, "by_torch": r.random() < 0.5},
+    "saved": lambda r: {"spoil": r.random() < 0.5},
     "reset": lambda r: {"rows": r.randint(1, 3)},
     "budget": lambda r: {"pages": r.randint(2, 8)},
     "offload": lambda r: {},

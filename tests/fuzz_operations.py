@@ -6,6 +6,7 @@ import functools
 import io
 import pickle
 import re
+import tempfile
 
 import torch
 from fuzz_generate import Generating
@@ -125,6 +126,14 @@ class Operations(Generating):
         (torch.save if by_torch else pickle.dump)(self.cache, buffer)
         buffer.seek(0)
         self.go_on_with(torch.load(buffer, weights_only=False) if by_torch else pickle.load(buffer), spoil)
+
+    def do_saved(self, spoil):
+        if self.is_first:
+            raise Skip
+        with tempfile.TemporaryDirectory() as parent:
+            self.cache.save(f"{parent}/saved", self.model)
+            loaded = type(self.cache).load(f"{parent}/saved", self.model)
+        self.go_on_with(loaded, spoil)
 
     def go_on_with(self, cache, spoil):
         """Use a copy from here on; `spoil` the original, which must not be part of it."""
