@@ -134,8 +134,12 @@ class Kept(Storage):
         with torch.inference_mode(False):
             copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
             self.allocate(copies["keys"], copies["values"])
-        check_restored({name: tensor[:, :, :0] for name, tensor in copies.items()}, self.tensors())
+        check_restored(self.emptied(copies), self.tensors())
         self.put(copies)
+
+    def emptied(self, tensors):
+        """What would be stored, by name, if these had no token."""
+        return {name: tensor[:, :, :0] for name, tensor in tensors.items()}
 
     def put_back(self, length):
         if self.length != length and self.before is not None and self.before[1] == length:
