@@ -647,6 +647,15 @@ class TestLoadRefuses:
         finally:
             path.write_bytes(content)
 
+    @pytest.mark.parametrize("bit", range(64))
+    def test_a_flipped_bit_in_the_length_of_a_header(self, model, saved, bit):
+        path = saved / "layer-001.safetensors"
+        content = bytearray(path.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(QuestError, match="has another header than was written"):
+            QuestCache.load(saved, model)
+
     def test_another_class_of_caches(self, model, saved):
         with pytest.raises(
             QuestError, match=r"was saved by a QuestCache: use QuestCache\.load, and not H2OCache\.load"
