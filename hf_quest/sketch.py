@@ -23,13 +23,15 @@ from transformers import (
 )
 
 from .errors import QuestError
+from .methods.base import Attended
 from .models import first_line, is_on_hub
+from .reference import Logits
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import QuestCache
 from .seam.checks import check_arrival
 from .seam.masks import check_model
 from .seam.same_model import plain
-from .storage import Pages
+from .storage import Pages, Pruned
 
 SKETCHED = "quest_sketched"  # an attention that asks for its output's memory and computes nothing
 EXPERTS = torch.ops.aten._grouped_mm.default  # [T, D] by [experts, D, E]: [T, E]
@@ -143,9 +145,18 @@ class SketchedCache(MethodCache):
         if not layer.length:
             layer.storage.begin_rows((0,) * key_states.shape[0])
         reached = layer.storage.append(key_states, value_states)
+        if isinstance(layer.storage, Pruned):
+            self.method.attended(layer.storage, Attended(key_states, None, None, Logits(1.0)))
         if layer.evicts and layer.capacity > self.budget:
-            layer.storage.keep(torch.empty(*layer.keys.shape[:2], self.budget, dtype=torch.int64, device="meta"))
+            self.keep(layer)
         return reached
+
+    def keep(self, layer):
+        """Let go of as much as the method would, whatever it is."""
+        if isinstance(layer.storage, Pruned):
+            self.method.keep(layer.storage)
+        else:
+            layer.storage.keep(torch.empty(*layer.keys.shape[:2], self.budget, dtype=torch.int64, device="meta"))
 
     def get_mask_sizes(self, query_length, layer_idx):
         return query_length, 0

@@ -27,7 +27,7 @@ from test_families import (
     skip_what_transformers_does_otherwise,
 )
 from test_local import build
-from test_methods import EVICTING, METHODS, Interrupted, forward, interrupted, read
+from test_methods import METHODS, Interrupted, forward, interrupted, read
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, EncoderDecoderCache
 from transformers import DynamicCache as Stock
 
@@ -102,7 +102,7 @@ class TestGoesOn:
         assert_same_state(loaded, cache)
         shutil.rmtree(folder)  # of which it keeps nothing
         assert_goes_on(loaded, cache, model)
-        if method not in EVICTING:
+        if not cache.method.evicts:
             for each in (loaded, cache):
                 each.crop(-7)
             assert_goes_on(loaded, cache, model)
