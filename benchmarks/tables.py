@@ -13,12 +13,27 @@ from pathlib import Path
 from rich.table import Table
 
 from hf_quest.evaluation.commands import TABLES
+from hf_quest.evaluation.compare_report import method_table
 from hf_quest.evaluation.report import markdown
 from hf_quest.evaluation.selection import means
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
+# The pages of docs/methods/ and the methods of `hf-quest eval compare` that each is about.
+METHODS = {
+    "quest": ["quest", "quest-published", "quest-codes"],
+    "h2o": ["h2o"],
+    "tova": ["tova"],
+    "streaming_llm": ["streamingllm"],
+    "recycled_attention": ["recycled"],
+    "token_select": ["tokenselect"],
+    "squeezed_attention": ["squeezed"],
+    "cascading": ["cascading"],
+    "think": ["think"],
+    "subgen": ["subgen"],
+}
+COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
@@ -151,6 +166,10 @@ def tables():
             found[path.stem] = markdown(as_table(json.loads(path.read_text())))
     for path in sorted(RESULTS.glob("selection*.json")):
         found[path.stem.replace("selection", "loss")] = markdown(loss_table(json.loads(path.read_text())))
+    paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
+    compared = [json.loads(path.read_text()) for path in paths if path.exists()]
+    for name, methods in METHODS.items():
+        found[f"method_{name}"] = markdown(method_table(compared, methods))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found

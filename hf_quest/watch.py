@@ -35,6 +35,21 @@ class Read:
         grouped = self.query[:, :, -1].float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, D]
         return (grouped @ keys.transpose(-1, -2)).flatten(1, 2) * self.logits.scaling
 
+    def num_bytes(self) -> float:
+        """Bytes that the step has read of this layer in all rows: keys, values, and what it was chosen by.
+
+        Called while the step is told of, of one new token per row.
+        """
+        storage = self.layer.storage
+        if self.layer.evicts:
+            return sum(tensor.nbytes for tensor in storage.read_by_step())
+        of_token = storage.keys[0, 0, 0].nbytes + storage.values[0, 0, 0].nbytes
+        num_bytes = float(self.tokens().sum()) * of_token
+        if self.choice is not None:
+            num_heads = storage.keys.shape[0] * storage.keys.shape[1]
+            num_bytes += num_heads * self.layer.method.read_to_choose(storage, self.length)
+        return num_bytes
+
     def tokens(self) -> torch.Tensor:
         """[B, Hkv, N] bool: which of these, or with a method that evicts of all seen, the newest query attends, padding
         included where all are.

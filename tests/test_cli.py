@@ -20,6 +20,8 @@ from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, demo, tiny
 from hf_quest.cli import app
 from hf_quest.comparison import compare, dense_twin
 from hf_quest.evaluation.choices import CHOICES
+from hf_quest.evaluation.compare import TASKS as COMPARE_TASKS
+from hf_quest.evaluation.compare import WAYS
 from hf_quest.evaluation.documents import JOBS, heldout_text
 from hf_quest.evaluation.longbench import SETS
 from hf_quest.evaluation.methods import CACHES, METHODS
@@ -130,6 +132,8 @@ def test_options_are_those_of_the_library():
     assert values(options.Job) == list(JOBS)
     assert values(options.Method) == list(METHODS)
     assert values(options.BudgetedMethod) == list(CACHES)
+    assert values(options.AnyMethod) == list(WAYS)
+    assert values(options.CompareTask) == list(COMPARE_TASKS)
     assert values(options.LongBenchSet) == list(SETS)
     assert values(options.Task) == list(TASKS)
     assert values(options.RealModel) == list(SOURCES)

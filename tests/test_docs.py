@@ -1,6 +1,7 @@
 """What README.md and docs/ show runs, and the tables in them are those that a command wrote to `benchmarks/results`."""
 
 import functools
+import itertools
 import json
 import re
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_quest import CACHE_NAME, tiny
 from hf_quest.cli import app
+from hf_quest.evaluation.methods import CACHES
 from hf_quest.evaluation.passkey import passkey_prompts
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -134,3 +136,16 @@ def test_the_charts_figures_are_those_of_the_results():
     drawn = re.findall(r">([^<>]+)</text>", chart.CHART.read_text())
     for label in (label for panel in chart.labels() for pair in panel for label in pair):
         assert label in drawn
+
+
+@pytest.mark.parametrize("name", tables.METHODS)
+def test_a_method_has_a_page_in_the_site(name):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    for part in ("**Source**", "**Use it**", "**It cannot**", f"<!-- results: method_{name} -->"):
+        assert page.count(part) == 1
+    assert f": methods/{name}.md\n" in (ROOT / "mkdocs.yml").read_text()
+    assert f"](methods/{name}.md)" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_pages_are_about_every_method():
+    assert sorted(itertools.chain(*tables.METHODS.values())) == sorted(CACHES)

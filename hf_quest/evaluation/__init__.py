@@ -1,6 +1,7 @@
 """What Quest is measured by: the paper's evaluations beside its baselines, and a calibration on one's own text."""
 
 from .calibration import calibrate
+from .compare import evaluate_compare
 from .longbench import evaluate_longbench
 from .passkey import evaluate_passkey
 from .perplexity import evaluate_perplexity
@@ -11,6 +12,7 @@ from .top10 import evaluate_top10
 
 __all__ = [
     "calibrate",
+    "evaluate_compare",
     "evaluate_longbench",
     "evaluate_passkey",
     "evaluate_perplexity",

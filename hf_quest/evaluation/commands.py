@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from .calibration_report import calibration_table, write_html
+from .compare_report import compare_table, draw_compare
 from .harness import harness_table
 from .longbench import longbench_table
 from .passkey import passkey_table
@@ -33,6 +34,7 @@ TABLES = {
     "ruler": ruler_table,
     "harness": harness_table,
     "selection": selection_table,
+    "compare": compare_table,
 }
 # By what is added to the results file's name.
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
@@ -49,6 +51,7 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
         "_read": lambda report: draw_selection(report, over="read_share"),
         "_heads": draw_heads,
     },
+    "compare": {"": draw_compare},
     "longbench": {"": lambda report: draw_over_budget(report, ["set"], label="score")},
 }
 

@@ -27,6 +27,7 @@ from .. import (
     TokenSelectCache,
     TOVACache,
 )
+from .oracles import ORACLES
 
 DENSE = "dense"
 CACHES = {
@@ -44,6 +45,7 @@ CACHES = {
     "subgen": SubGenCache,
 }
 METHODS = (DENSE, *CACHES)
+KINDS = CACHES | ORACLES
 EVERYTHING = 2**30  # tokens, a budget that covers every document
 # In one forward of a prefill, of all rows together, so that activations and masks stay bounded:
 PREFILL_TOKENS = 2**18
@@ -71,10 +73,10 @@ def make_ways(methods: Iterable[str], budgets: Iterable[int]) -> list[Way]:
     for method in methods:
         if method == DENSE:
             ways.append(Way(DENSE, None))
-        elif method not in CACHES:
-            raise ValueError(f"There is no method {method!r}. The methods are {', '.join(METHODS)}.")
+        elif method not in KINDS:
+            raise ValueError(f"There is no method {method!r}. The methods are {', '.join((DENSE, *KINDS))}.")
         else:
-            ways += [Way(method, CACHES[method](budget=budget).budget) for budget in budgets]
+            ways += [Way(method, KINDS[method](budget=budget).budget) for budget in budgets]
     if not ways:
         raise ValueError("There is nothing to compare: give at least one method, and a budget for all but dense.")
     return ways
@@ -119,9 +121,20 @@ def new_cache(model: PreTrainedModel, method: str, budget: int = EVERYTHING) -> 
             model.set_attn_implementation("eager")
         return DynamicCache(config=model.config)
     model.set_attn_implementation("quest")
-    # Compilation would be made again for each batch, budget and copy.
-    options = {"compile": False} if method == "quest" else {}
-    return CACHES[method](budget=budget, **options)
+    return KINDS[method](budget=budget, **options_of(method))
+
+
+def options_of(method: str) -> dict[str, bool]:
+    """Compilation would be made again for each batch, budget and copy."""
+    return {"compile": False} if method.startswith("quest") else {}
+
+
+def taken(method: str, read: Cache, budget: int) -> Cache:
+    """A cache for a method with all that another one, which keeps everything, has read."""
+    kind = KINDS[method]
+    if not isinstance(kind, functools.partial):
+        return kind.from_cache(read, budget=budget, **options_of(method))
+    return kind.func.from_cache(read, budget=budget, **kind.keywords, **options_of(method))
 
 
 def at_budget(cache: Cache, budget: int | None) -> Cache:
@@ -130,8 +143,8 @@ def at_budget(cache: Cache, budget: int | None) -> Cache:
     return cache
 
 
-def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> None:
-    """Runs [B, N] tokens through the model, in chunks of several tokens, and keeps nothing but the cache."""
+def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Runs [B, N] tokens through the model, in chunks of several tokens; returns the likeliest next ones, [B, 1]."""
     chunk_len = max(2, min(PREFILL_TOKENS // ids.shape[0], PREFILL_MASK // ids.numel()))
     chunks = list(ids.split(chunk_len, dim=1))
     if len(chunks) > 1 and chunks[-1].shape[1] == 1:  # alone, it would be a decode step
@@ -139,7 +152,9 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | No
     end = cache.get_seq_length()
     for chunk in chunks:
         end += chunk.shape[1]
-        model.base_model(chunk, **{CACHE_NAME: cache}, use_cache=True, **positions(mask, end, chunk.shape[1]))
+        told = positions(mask, end, chunk.shape[1])
+        output = model.base_model(chunk, **{CACHE_NAME: cache}, use_cache=True, **told)
+    return model.get_output_embeddings()(output.last_hidden_state[:, -1:]).argmax(dim=-1)
 
 
 def step(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:

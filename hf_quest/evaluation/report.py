@@ -26,13 +26,21 @@ from .methods import Way
 class Results:
     """Records of an evaluation, unit by unit, kept in a JSON file if there is a path.
 
-    Units that the file already has are not run again, so the same command goes on after an interruption.
+    Units that the file already has are not run again, so the same command goes on after an interruption. So does one
+    with more values of the `growing` names of the configuration, which are lists.
 
     Raises:
         ValueError: if the file was written with another configuration, or is no results file.
     """
 
-    def __init__(self, model: PreTrainedModel, configuration: dict[str, Any], output: Path | str | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        configuration: dict[str, Any],
+        output: Path | str | None = None,
+        growing: Sequence[str] = (),
+    ):
+        self.growing = growing
         self.path = None if output is None else Path(output)
         self.report = {
             "command": shlex.join(["hf-quest", *sys.argv[1:]]),
@@ -54,7 +62,10 @@ class Results:
     def _continue(self) -> None:
         try:
             earlier = json.loads(self.path.read_text())
-            is_same = earlier["configuration"] == self.report["configuration"]
+            before, now = earlier["configuration"], self.report["configuration"]
+            grown = {name: list(dict.fromkeys([*before[name], *now[name]])) for name in self.growing}
+            is_same = before | grown == now | grown
+            self.report["configuration"] = now | grown
             self.report["records"] = earlier["records"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path} exists and is not a results file. Give another --output.") from None

@@ -73,6 +73,10 @@ class Method:
         """Bytes that a step reads of one KV head besides keys and values."""
         return pages.num_pages(pages.length) * pages.bytes_beside_pages
 
+    def read_to_choose(self, pages: Pages, length: int) -> float:
+        """Bytes of one KV head that the step just done, on `length` slots, has read to choose, a mean over rows."""
+        return self.read_beside(pages)
+
     def stored(self, pages: Pages, num_new: int, length: Length) -> None:
         """The newest `num_new` of `length` slots are new, or were cut anew: bring what is beside them up to date.
 

@@ -37,6 +37,11 @@ class Remembering(Method):
         most = max(ids.shape[2] for ids in chosen)
         return Choice(torch.stack([padded(ids, most) for ids in chosen], dim=2), size=1)
 
+    def read_to_choose(self, pages, length):
+        """What is remembered: ids and a query, or clusters."""
+        remembered = pages.memory.recall(length + 1)
+        return sum(tensor.nbytes for tensor in remembered.values()) / pages.keys[:, :, 0, 0].numel()
+
     def choose_next(self, pages, query, logits, length: int) -> torch.Tensor | None:
         """Ids [B, Hkv, K] of what one query per row, [B, Hq, 1, D], attends, the last of `length`; None for all."""
         raise NotImplementedError

@@ -61,6 +61,11 @@ class SqueezedAttention(Remembering):
             if not is_int(getattr(self, name)) or getattr(self, name) < least:
                 raise ValueError(f"{name} is an integer, {least} or more, not {getattr(self, name)!r}.")
 
+    def read_to_choose(self, pages, length):
+        is_new = pages.memory.recall(length + 1) is not pages.memory.recall(length)
+        of_keys = length * pages.keys[0, 0, 0].nbytes if is_new else 0  # which k-means reads once in every round
+        return super().read_to_choose(pages, length) + of_keys
+
     def choose_next(self, pages, query, logits, length):
         num_tokens = row_lengths(pages, length)
         is_small = num_tokens <= self.budget

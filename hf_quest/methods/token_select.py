@@ -72,6 +72,11 @@ class TokenSelect(Remembering):
         """Tokens that are selected by votes."""
         return self.budget - sum(self.fixed)
 
+    def read_to_choose(self, pages, length):
+        num_tokens = pages.memory.recall(length + 1)["num_tokens"]
+        num_voted_by = num_tokens.where(num_tokens == row_lengths(pages, length), 0)  # a row that votes reads all keys
+        return super().read_to_choose(pages, length) + num_voted_by.float().mean().item() * pages.keys[0, 0, 0].nbytes
+
     def choose_next(self, pages, query, logits, length):
         num_first, num_newest = self.fixed
         num_tokens, last = row_lengths(pages, length), recall(pages, query, length, self.num_voted)

@@ -41,6 +41,10 @@ class Kept(Storage):
         """The positions, or None where these are all that were seen, in order."""
         return None if self.capacity == self.length else self.positions
 
+    def read_by_step(self):
+        """The tensors that a step reads."""
+        return [self.keys, self.values, *self.beside.values()]
+
     def append(self, keys, values):
         batch_size, num_kv_heads, num_new, _ = keys.shape
         if self.keys is None:

@@ -40,6 +40,9 @@ class Pruned(Kept):
         num_channels = self.keys.shape[3]
         return self.num_pruned * (1 - self.pruned.shape[3] / num_channels) / (1 + self.values.shape[3] / num_channels)
 
+    def read_by_step(self):
+        return [*super().read_by_step(), self.pruned, self.channels] if self.num_pruned else super().read_by_step()
+
     def allocate(self, like_keys, like_values):
         super().allocate(like_keys, like_values)
         self.pruned, self.channels = self.keys.new_empty(*self.keys.shape[:3], 0), self.positions

@@ -29,6 +29,9 @@ class Weighted(Kept):
         super().allocate(like_keys, like_values)
         self.numerator = self.denominator = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32)
 
+    def read_by_step(self):
+        return [*super().read_by_step(), *(self.weights or ())]
+
     def append(self, keys, values):
         joined = super().append(keys, values)
         self.weigh(*(F.pad(weights, (0, keys.shape[2])) for weights in (self.numerator, self.denominator)))
