@@ -225,6 +225,18 @@ def test_a_broken_page_does_not_spoil_the_others(tmp_path):
     assert document.notes == (f"Left out: 1 page of {document.num_pages} of which the text cannot be read: 1.",)
 
 
+def test_a_pdf_that_places_single_letters_has_whole_words(tmp_path):
+    """As programs write it that set letters apart by less than a space and words by more."""
+    line = b"[(B) -20 (r) -15 (i) -10 (dge ) 5 (re) -300 (port)] TJ 0 -12 Td "
+    document = read(tmp_path, "a.pdf", pdf([b"BT /F1 10 Tf 40 750 Td " + 3 * line + b"ET"]))
+    assert document.text.split() == 3 * ["Bridge", "re", "port"]
+
+
+@pytest.mark.parametrize("text", ["a" * 30_000, TEXT.replace("\n", " ")], ids=["no space", "one line"])
+def test_text_without_lines_or_spaces_is_text(tmp_path, text):
+    assert read(tmp_path, "a.txt", text.encode()).text == text
+
+
 CUT = "The file is broken or its end is missing. What could be found of it was read."
 
 
