@@ -26,6 +26,6 @@ for name in ${MODELS:-tiny smollm2 gemma3}; do
     python3 -m hf_quest.cli eval models "$models" "$name"
     from=(--model "$models/$name")
   fi
-  python3 -m hf_quest.cli eval compare "${from[@]}" "${options[@]}" "${tasks[@]/#/--task=}" --steps 32 \
+  python3 -m hf_quest.cli eval compare "${from[@]}" "${options[@]}" "${tasks[@]/#/--task=}" --steps 32 --rounds 1 \
     --max-new-tokens 16 --machine "$machine" --output "$folder/compare_$name.json"
 done
