@@ -78,7 +78,7 @@ __device__ void encode(const uint4* keys, int64_t stride, int num_keys, const fl
     float inverse[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        const float step = __fdiv_rn(__fsub_rn(highest[i], lowest[i]), kMost);
+        const float step = __fmul_rn(__fsub_rn(highest[i], lowest[i]), 1.0f / kMost);
         inverse[i] = __frcp_rn(step < kTiny ? kTiny : step);  // of what is no number as well, like the reference
     }
 #pragma unroll 1

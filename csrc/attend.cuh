@@ -242,10 +242,12 @@ struct RegisterTokens {
 
     template <typename Tile>
     __device__ void load_keys(int, Tile tile) {
+        int token_idx[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) token_idx[i] = min(tile.token(i, threadIdx.x % kWarpSize / 4), newest);
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            const int token_idx = min(tile.token(half_idx, threadIdx.x % kWarpSize / 4), newest);
-            const T* token = keys + unsigned(token_idx) * kHeadDim;
+            const T* token = keys + unsigned(token_idx[half_idx]) * kHeadDim;
 #pragma unroll
             for (int i = 0; i < kHeadDim / kChunk; ++i) {
                 lane_keys.halves[half_idx][i] = load_once(reinterpret_cast<const uint4*>(token + i * kChunk));
@@ -255,10 +257,12 @@ struct RegisterTokens {
 
     template <typename Tile>
     __device__ void load_values(int, Tile tile) {
+        int token_idx[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) token_idx[i] = min(tile.token(i / 2, 2 * (threadIdx.x % 4) + i % 2), newest);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token_idx = min(tile.token(i / 2, 2 * (threadIdx.x % 4) + i % 2), newest);
-            const T* token = values + unsigned(token_idx) * kHeadDim;
+            const T* token = values + unsigned(token_idx[i]) * kHeadDim;
 #pragma unroll
             for (int block_idx = 0; block_idx < L::kBlocks; ++block_idx) {
                 const auto* vector = reinterpret_cast<const typename L::Vector*>(token + block_idx * 8 * L::kVector);

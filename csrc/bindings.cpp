@@ -289,7 +289,7 @@ void append(const Tensor& keys, const Tensor& values, const std::optional<Tensor
     storage.values = address_of(values);
     if (bounds) set_bounds(storage, *bounds, scales);
     storage.capacity = keys.size(2);
-    if (codes) storage.codes = codes->data_ptr<uint8_t>();
+    if (codes) storage.codes = static_cast<uint8_t*>(address_of(*codes));
     append_to(storage, keys.scalar_type(), new_keys, new_values, length, padding, page_size,
               code_bits_of(codes, keys.size(3)));
 }
@@ -324,7 +324,7 @@ Tensor refine(const Tensor& query, const Tensor& bounds, const std::optional<Ten
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     set_bounds(storage, bounds, scales);
-    storage.codes = codes.data_ptr<uint8_t>();
+    storage.codes = static_cast<uint8_t*>(address_of(codes));
     storage.capacity = codes.size(2);
     const TokenChoice choice = {code_bits_of(codes, query.size(3)), num_tokens, agreement_of(group)};
     return refine_tokens(storage, query, bounds.size(1), page_ids, length, padding, page_size, scaling, choice);
@@ -356,7 +356,7 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     storage.values = address_of(values);
     set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
-    if (codes) storage.codes = codes->data_ptr<uint8_t>();
+    if (codes) storage.codes = static_cast<uint8_t*>(address_of(*codes));
     const TokenChoice choice = {code_bits_of(codes, keys.size(3)), num_tokens, agreement_of(token_group)};
     const Tensor output = at::empty(query.sizes(), query.options());
     attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,

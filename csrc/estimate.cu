@@ -34,14 +34,14 @@ enum class Gives { kLargest, kHeadSums, kShares };
 // Sums up a lane's two heads of each tile of 8, in shared memory.
 struct HeadSums {
     float4* own;  // [head tiles] of this lane: two LogitSums
-    float factor;
+    float scaling;
     int end_page;
 
     __device__ float2 of(float4 scores, int head_tile, int page_idx) {
         const auto add = [&](float& maximum, float& sum, float low, float high) {
             LogitSum total = {maximum, sum};
-            if (page_idx < end_page) total.add({logit_of(low, factor), 1.0f});
-            if (page_idx + kPagesPerTile / 2 < end_page) total.add({logit_of(high, factor), 1.0f});
+            if (page_idx < end_page) total.add({logit_of(low * scaling), 1.0f});
+            if (page_idx + kPagesPerTile / 2 < end_page) total.add({logit_of(high * scaling), 1.0f});
             maximum = total.maximum;
             sum = total.sum;
         };
@@ -58,13 +58,13 @@ struct HeadSums {
 struct Shares {
     const float2*
         head_sums;  // [head tiles, 8]: of a LogitSum the maximum and the inverse of the sum, 0 for spare heads
-    float factor;  // of scores, to make logits to base 2
+    float scaling;
     bool is_sum;
 
     __device__ float2 of(float4 scores, int head_tile, int) const {
         const float2* own = head_sums + head_tile * kHeadTile + threadIdx.x % 4 * 2;
         const auto share = [&](float score, float2 sum) {
-            return power_of_two(logit_of(score, factor) - sum.x) * sum.y;
+            return power_of_two(logit_of(score * scaling) - sum.x) * sum.y;
         };
         const float2 first = own[0], second = own[1];
         return {join(share(scores.x, first), share(scores.y, second)),
@@ -117,13 +117,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
     const auto store = [&](int own_page, float score) {
         if (own_page < own.num_pages) own.storage.scores[own.first_page + own_page] = score;
     };
-    const float factor = params.scaling * kLog2E;
     if constexpr (kGives == Gives::kLargest) {
         LargestScore largest;
         score(largest, [&](int, int, int own_page, float score) { store(own_page, score * params.scaling); });
     } else if constexpr (kGives == Gives::kHeadSums) {
         __shared__ float4 sums[kMostHeadTiles][kThreads];
-        HeadSums head_sums = {&sums[0][threadIdx.x], factor, own.num_pages - 1};
+        HeadSums head_sums = {&sums[0][threadIdx.x], params.scaling, own.num_pages - 1};
         for (int i = 0; i < num_head_tiles; ++i) sums[i][threadIdx.x] = {kNoLogit, 0.0f, kNoLogit, 0.0f};
         score(head_sums, [](int, int, int, float) {});
         __syncthreads();
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim)) estimate_ke
             if (lane_idx == 0) head_sums[head_idx] = {total.maximum, is_spare ? 0.0f : 1.0f / total.sum};
         }
         __syncthreads();
-        Shares shares = {head_sums, factor, params.score.agreement == Agreement::kSum};
+        Shares shares = {head_sums, params.scaling, params.score.agreement == Agreement::kSum};
         score(shares, [&](int, int, int own_page, float score) { store(own_page, score); });
     }
 }

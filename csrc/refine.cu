@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
         candidate.codes.load(storage.codes + candidate.first_slot * Layout::kRowBytes, tile_size);
     };
 
-    const float factor = params.scaling * kLog2E;
     const int step = gridDim.x * kWarps;
     LogitSum sums[2];  // of heads 2 * quad_idx and the next, over this lane's tokens
     Candidate<T, kHeadDim, kBits> next;
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
                 const float logit = (&both.x)[i] * params.scaling;
                 if (head_idx >= num_heads || token_idx >= tile_size) continue;
                 logits[head_idx * num_slots + idx * params.page_size + first + token_idx] = logit;
-                if (has_shares(params)) sums[i % 2].add({logit_of((&both.x)[i], factor), 1.0f});
+                if (has_shares(params)) sums[i % 2].add({logit_of(logit), 1.0f});
             }
         }
     }
@@ -137,7 +136,7 @@ struct TokenAgreement {
             float value = __ldcg(logits + head_idx * num_slots + token_idx);
             if (has_shares) {
                 const float2 sums = head_sums[head_idx];
-                value = power_of_two(logit_of(value, kLog2E) - sums.x) * sums.y;
+                value = power_of_two(logit_of(value) - sums.x) * sums.y;
             }
             const bool is_added = has_shares && agreement == Agreement::kSum;
             agreed = head_idx == 0 ? value : is_added ? agreed + value : fmaxf(agreed, value);
@@ -235,7 +234,7 @@ cudaError_t launch_scores(const RefineParams& params) {
 int count_refine_blocks(const RefineParams& params) {
     const int num_heads = params.num_rows * params.num_kv_heads * ceil_div(params.group_size, kHeadTile);
     const int most = std::max(kBlocksPerSm * params.launch.num_sms / num_heads, 1);
-    return std::min(ceil_div(params.num_candidates, kWarps), most);
+    return std::max(std::min(ceil_div(params.num_candidates, kWarps), most), 1);
 }
 
 cudaError_t launch_refine(const RefineParams& params) {

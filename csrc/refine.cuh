@@ -2,8 +2,9 @@
 //
 // A key is its page's minimum and, of each channel, a level times a step, so a logit is q·minimum and the sum of levels
 // times weights, q·step, which are made once for a page. Levels are the low bits of 16-bit floats: as such they are
-// subnormal, times 2^-24, which tensor cores multiply exactly, so a mask is all that it takes to unpack them. Weights
-// are the sum of two 16-bit floats; what they lose is 2^-21 of the largest at most.
+// subnormal, times 2^-24, so a mask is all that it takes to unpack them. NVIDIA does not promise that tensor cores keep
+// subnormal factors; they do on every GPU that was looked at, and the tests would see it if one did not. Weights are
+// the sum of two 16-bit floats; what they lose is 2^-21 of the largest at most, beside what the products' sums lose.
 #pragma once
 
 #include "common.cuh"

@@ -3,6 +3,7 @@
 from . import former
 from .errors import QuestError
 from .methods import Method
+from .planning import MemoryPlan, plan_memory
 from .prompts import CritiPrefill
 from .seam.ahead import decode_ahead
 from .seam.attention import register
@@ -21,6 +22,7 @@ from .seam.caches import (
 )
 from .seam.capture import capture
 from .seam.progress import prefill_progress
+from .seam.saving import saved_inputs
 from .watch import PageReads
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "CascadingCache",
     "CritiPrefill",
     "H2OCache",
+    "MemoryPlan",
     "Method",
     "MethodCache",
     "PageReads",
@@ -42,7 +45,9 @@ __all__ = [
     "TokenSelectCache",
     "capture",
     "decode_ahead",
+    "plan_memory",
     "prefill_progress",
+    "saved_inputs",
 ]
 __version__ = "0.2.0"
 

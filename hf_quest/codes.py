@@ -20,7 +20,8 @@ def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tens
     """
     bounds = bounds.float() if scales is None else reference.from_8_bits(bounds, scales)
     lowest, highest = bounds.unbind(dim=-2)
-    return lowest, ((highest - lowest) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    # By a product, which is the same float wherever it is made: some devices divide by a constant so, some do not.
+    return lowest, ((highest - lowest) * (1 / (2**bits - 1))).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def encode(keys: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from . import CACHE_NAME, demo
 from .watch import PageReads
 
-SETTLED = 5  # decode steps after which a median is worth showing
+SETTLED = 10  # decode steps after which a median is worth showing
 WEIGHED = 16  # selections, between two looks at whether to stop
 
 

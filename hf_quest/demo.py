@@ -62,20 +62,25 @@ def encode(tokenizer, document, question, limit=None):
         raise DemoError("There is no question. Write one.")
     check_is_short(tokenizer, document, limit)
     if tokenizer.chat_template is None:
-        document, question = document.rstrip() + "\n", f"Question: {question} Answer:"
-    else:
-        separator = unused(SEPARATOR, document + question)
-        message = {"role": "user", "content": f"{document.rstrip()}\n\n{separator}{question}"}
-        chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        if chat.count(separator) != 1:
-            raise DemoError("The model's chat template does not write a message once, as it is. Give another model.")
-        document, question = chat.split(separator)
+        document_ids = token_ids(tokenizer, "", document.rstrip() + "\n", add_special_tokens=True)
+        return document_ids, token_ids(tokenizer, "", f"Question: {question} Answer:")
+    document, separator = document.rstrip() + "\n\n", unused(SEPARATOR, document + question)
+    message = {"role": "user", "content": separator.join(["", document, question, ""])}
+    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True).split(separator)
+    if chat[1:-1] != [document, question]:
+        raise DemoError("The model's chat template does not write a message once, as it is. Give another model.")
     # A template writes its own special tokens.
-    document_ids = tokenizer(
-        document, add_special_tokens=tokenizer.chat_template is None, return_tensors="pt"
-    ).input_ids
-    question_ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
-    return document_ids, question_ids
+    return token_ids(tokenizer, chat[0], document), token_ids(tokenizer, "", question, chat[-1])
+
+
+def token_ids(tokenizer, before, text, after="", add_special_tokens=False):
+    """[1, N] ids of a text between two parts of a template. What looks like a special token in the text is text."""
+    if not any(token in text for token in tokenizer.get_added_vocab()):
+        return tokenizer(before + text + after, add_special_tokens=add_special_tokens, return_tensors="pt").input_ids
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = tokenizer(before, add_special_tokens=add_special_tokens).input_ids
+    ids = ids + tokenizer(text, **options).input_ids + tokenizer(after, add_special_tokens=False).input_ids
+    return torch.tensor([ids])
 
 
 def unused(separator, text):

@@ -1,5 +1,6 @@
 """A model and its tokenizer by a name of the hub or a folder, for the commands and the app."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -17,7 +18,8 @@ CONFIG = "config.json"
 
 
 def first_line(error):
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"^\[Errno -?\d+\] ", "", line)
 
 
 def load(name, device, dtype=None):

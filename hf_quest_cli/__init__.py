@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .evaluation import EVALUATIONS, Device, JsonOption, calibrate_command
+from .plan import plan_command
 
 QUESTION = "what are the key points of this document, in order?"  # as demo.QUESTION, which is slow to import
 DEBUG = "HF_QUEST_DEBUG"
@@ -164,8 +165,9 @@ def app_command(
     ] = "",
 ):
     """Ask about a long document in a browser: dense attention and Quest side by side, and where Quest looked."""
-    from hf_quest.app import check_port, serve
+    from hf_quest.app import check_port, check_root_path, serve
 
+    check_root_path(root_path)
     check_port(host, port)
     with console.status(f"Loading {model or 'the tiny model inside'}"):
         page, url = serve(model, device.value, host, port or None, root_path=root_path)
@@ -182,6 +184,7 @@ def doctor_command(as_json: JsonOption = False):
     examine(as_json)
 
 
+app.command("plan")(in_one_line(plan_command))
 app.command("calibrate")(in_one_line(calibrate_command))
 for name, command in EVALUATIONS.items():
     evaluations.command(name)(in_one_line(command))

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from fuzz_operations import Operations
-from fuzz_run import Skip, Wrong
+from fuzz_run import CACHES, Skip, Wrong
 from fuzz_truth import Unsure
 
 from hf_quest.storage import ring
@@ -76,6 +76,7 @@ KINDS = {
     "select": lambda r: {"rows": rows(r), "by_mask": r.random() < 0.3},
     "deepcopy": lambda r: {"spoil": r.random() < 0.5},
     "pickle": lambda r: {"spoil": r.random() < 0.5, "by_torch": r.random() < 0.5},
+    "saved": lambda r: {"spoil": r.random() < 0.5},
     "reset": lambda r: {"rows": r.randint(1, 3)},
     "budget": lambda r: {"pages": r.randint(2, 8)},
     "offload": lambda r: {},
@@ -116,7 +117,7 @@ def new_program(seed, kinds, families=None, caches=None):
 
 
 def new_config(r, kinds, families, caches):
-    cache = r.choice(caches or ("quest", "quest", "quest", "h2o", "tova", "streaming_llm"))
+    cache = r.choice(caches or ["quest"] * (len(CACHES) - 1) + list(CACHES)[1:])
     families = families or (FAMILIES + LOCAL_FAMILIES if "local" in kinds else FAMILIES)
     page_size = r.choice((4, 4, 8))
     precisions = ["float32"] * 4 + [name for name in ("bfloat16", "autocast") if name in kinds]
@@ -231,7 +232,7 @@ def parse(arguments):
     parser.add_argument("--only", nargs="+", choices=every, help="kinds of operations and configurations")
     parser.add_argument("--without", nargs="+", choices=every, default=[])
     parser.add_argument("--family", nargs="+", help=f"of {', '.join(FAMILIES + LOCAL_FAMILIES)}")
-    parser.add_argument("--cache", nargs="+")
+    parser.add_argument("--cache", nargs="+", choices=CACHES)
     parser.add_argument("--replay", help="a program as a failure prints it, to run it alone")
     parser.add_argument("--no-shrink", action="store_true")
     parser.add_argument("--traceback", action="store_true")

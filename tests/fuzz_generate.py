@@ -20,6 +20,7 @@ class Generating(Run):
         mask, new = self.own_mask(shown), self.new_ids(tokens)
         if hide is not None:
             mask[:, int(hide[0] * self.num_slots) : int(hide[1] * self.num_slots)] = 0
+            self.check_alike(mask)
         ids = torch.cat([self.truth.text.ids, new], dim=1)
         output = self.model.generate(
             input_ids=ids,
@@ -54,12 +55,13 @@ class Generating(Run):
         if not self.is_first:
             raise Skip  # Transformers 5.17 slices such a prompt from the start of the text
         pieces = [min(chunk, tokens - done) for done in range(0, tokens, chunk)]
+        self.check_alike(self.shown_of(tokens, arguments["padding"]))
         self.generate(tokens=tokens, pieces=pieces, prefill_chunk_size=chunk, **arguments)
 
     def drafted(self, **arguments):
         if self.num_rows != 1 or not self.is_first:
             raise Skip  # Transformers feeds a text again that the cache holds, with a stock cache too
-        if self.is_quest:
+        if not self.evicts:
             self.generate(**arguments)
             return
         with self.refused(QuestError, "cannot take tokens back"):

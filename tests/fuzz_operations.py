@@ -6,6 +6,7 @@ import functools
 import io
 import pickle
 import re
+import tempfile
 
 import torch
 from fuzz_generate import Generating
@@ -27,6 +28,7 @@ class Operations(Generating):
     def do_pieces(self, tokens, padding, piece):
         """The same in pieces, which may be single tokens."""
         shown = self.shown_of(tokens, padding)
+        self.check_alike(shown)
         pieces = [min(piece, tokens - done) for done in range(0, tokens, piece)]
         self.forward(self.new_ids(tokens), self.own_mask(shown), pieces=pieces)
 
@@ -42,6 +44,7 @@ class Operations(Generating):
         positions = positions_of(mask)[:, -tokens:]
         hidden = slice(int(begin * self.num_slots), int(end * self.num_slots))
         mask[slice(None) if row is None else row % self.num_rows, hidden] = 0
+        self.check_alike(mask)
         self.forward(self.new_ids(tokens), mask, positions)
 
     do_window = do_hide  # of its beginning, which is as left padding
@@ -51,7 +54,7 @@ class Operations(Generating):
         shown = torch.ones(self.num_rows, tokens)
         for row in {row % self.num_rows for row in rows}:
             shown[row, {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}[where]] = 0
-        if not shown.any() or self.is_first or (self.is_alone and self.is_local):
+        if not shown.any() or self.is_first or (self.is_alone and (self.is_local or self.remembers)):
             raise Skip  # windows count slots, with pauses, in the batch
         self.forward(self.new_ids(tokens), self.own_mask(shown))
 
@@ -74,7 +77,7 @@ class Operations(Generating):
     def do_crop(self, share):
         length = int(share * self.num_slots)
         removed = length - self.num_slots
-        if not self.is_quest:
+        if self.evicts:
             if self.is_first:
                 raise Skip
             with self.refused(QuestError, "cannot take tokens back"):
@@ -86,9 +89,10 @@ class Operations(Generating):
             self.cache.crop(removed)
         except QuestError as error:
             most = re.search(r"crop cannot take back.* Take back (\d+) at most", str(error))
-            if not self.is_local or most is None:
+            if most is None or not (self.is_local or self.remembers):
                 raise
-            if -removed <= int(most[1]) or self.longest - length <= self.config["room"]:
+            is_near = not self.remembers and self.longest - length <= self.config["room"]
+            if -removed <= int(most[1]) or is_near:
                 raise Wrong(f"crop({removed}) was refused: {error}") from error
             length = self.num_slots - int(most[1])
             if not self.truth.can_crop(length):
@@ -122,6 +126,14 @@ class Operations(Generating):
         (torch.save if by_torch else pickle.dump)(self.cache, buffer)
         buffer.seek(0)
         self.go_on_with(torch.load(buffer, weights_only=False) if by_torch else pickle.load(buffer), spoil)
+
+    def do_saved(self, spoil):
+        if self.is_first:
+            raise Skip
+        with tempfile.TemporaryDirectory() as parent:
+            self.cache.save(f"{parent}/saved", self.model)
+            loaded = type(self.cache).load(f"{parent}/saved", self.model)
+        self.go_on_with(loaded, spoil)
 
     def go_on_with(self, cache, spoil):
         """Use a copy from here on; `spoil` the original, which must not be part of it."""

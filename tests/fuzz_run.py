@@ -1,15 +1,42 @@
 """A cache under test: what it is fed, and the check of what it answers."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
 from fuzz_truth import Truth, TruthAlone, build_in, positions_of
 from test_families import FAMILIES, POSITIONS
 
-from hf_quest import CACHE_NAME, CritiPrefill, H2OCache, QuestCache, StreamingLLMCache, TOVACache
+from hf_quest import (
+    CACHE_NAME,
+    CascadingCache,
+    CritiPrefill,
+    H2OCache,
+    QuestCache,
+    RecycledAttentionCache,
+    SqueezedAttentionCache,
+    StreamingLLMCache,
+    SubGenCache,
+    ThinKCache,
+    TokenSelectCache,
+    TOVACache,
+)
 
-CACHES = {"quest": QuestCache, "h2o": H2OCache, "tova": TOVACache, "streaming_llm": StreamingLLMCache}
+EVICTING = {
+    "h2o": H2OCache,
+    "tova": TOVACache,
+    "streaming_llm": StreamingLLMCache,
+    "cascading": CascadingCache,
+    "think": ThinKCache,
+    "subgen": SubGenCache,
+}
+REMEMBERING = {  # which read everything for masks that are more than causal, in all rows of a batch
+    "recycled": functools.partial(RecycledAttentionCache, stride=4, similarity=0.3),
+    "token_select": functools.partial(TokenSelectCache, similarity=0.3),
+    "squeezed": functools.partial(SqueezedAttentionCache, share=0.3, num_newest=3),
+}
+CACHES = {"quest": QuestCache, **EVICTING, **REMEMBERING}
 BEYOND = 4096  # tokens of budget, more than any context here
 LONGEST = POSITIONS - 40
 MAX_ROWS = 4
@@ -41,6 +68,7 @@ class Run:
 
     def __post_init__(self):
         self.family, self.is_quest = self.config["family"], self.config["cache"] == "quest"
+        self.evicts, self.remembers = (self.config["cache"] in kinds for kinds in (EVICTING, REMEMBERING))
         self.is_exact = self.config["precision"] == "float32"
         self.dtype = torch.bfloat16 if self.config["precision"] == "bfloat16" else torch.float32
         self.model = build_in(self.family, "quest", self.dtype)
@@ -114,6 +142,11 @@ class Run:
         for row in range(1, self.num_rows if self.is_first else 0):
             shown[row, : int(padding[row % len(padding)] * (tokens - 1))] = 0
         return shown
+
+    def check_alike(self, mask):
+        """Skip if a method that remembers reads a row of this mask otherwise in a batch than alone."""
+        if self.remembers and self.num_rows > 1 and not mask.bool().all():
+            raise Skip
 
     def check_room(self, num_new):
         if self.num_slots + num_new > LONGEST:

@@ -7,7 +7,7 @@ import torch
 from fuzz_oracle import Oracle, Text, is_left_padding, leading_zeros, masks
 from test_families import COMMON, FAMILIES, build
 
-from hf_quest import CACHE_NAME
+from hf_quest import CACHE_NAME, QuestError
 
 NOISE = 1e-6  # of weights or of what selects, in shares of its size: the rounding of float32 and some more
 
@@ -113,7 +113,7 @@ class Truth:
 
 
 class TruthAlone(Truth):
-    """The same by a cache of its own for every row, fed what is a token of the row: for caches that evict."""
+    """The same by a cache of its own for every row, fed what is a token of the row: for caches that are no Quest's."""
 
     def __init__(self, config, batch_size, cache_class):
         self.cache_class = cache_class
@@ -127,6 +127,16 @@ class TruthAlone(Truth):
     def rows(self, rows):
         super().rows(rows)
         self.caches = [copy.deepcopy(self.caches[row]) for row in torch.arange(len(self.caches))[rows].tolist()]
+
+    def crop(self, num_slots):
+        for row, caches in enumerate(self.caches):
+            removed = int(self.text.is_token[row, num_slots:].sum())
+            for cache in caches if removed else ():
+                try:
+                    cache.crop(-removed)
+                except QuestError as error:  # that of another row, or with noise, may remember more
+                    raise Unsure from error
+        super().crop(num_slots)
 
     def set_budget(self, budget):
         super().set_budget(budget)

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -24,7 +25,8 @@ from hf_quest.app.engine import SMOLLM2, TINY, Engine
 from hf_quest.app.look import look, sentence_spans
 from hf_quest.app.visitors import Full, Visitors
 from hf_quest.cli import app as cli
-from hf_quest.reading import Document
+from hf_quest.comparison import SETTLED
+from hf_quest.reading import Document, Stopped
 
 SHORT = Sample("short", "facts", 400, seed=3)
 BUDGET = 64
@@ -182,6 +184,84 @@ def test_a_wrong_model_leaves_the_one_before(engine, tmp_path):
     assert engine.model is before
 
 
+@pytest.fixture
+def slow_load(monkeypatch):
+    """Models are loaded when `go` is set, and not before; the list has their names."""
+    go, loaded, load = threading.Event(), [], demo.load
+
+    def wait_and_load(name, device):
+        loaded.append(name)
+        assert go.wait(60)
+        return load(name, device)
+
+    monkeypatch.setattr(demo, "load", wait_and_load)
+    yield go, loaded
+    go.set()
+
+
+def copy_of_tiny(folder):
+    shutil.copytree(tiny.PATH, folder)
+    return str(folder)
+
+
+def test_a_stop_while_a_model_loads_is_obeyed_at_once(tmp_path, slow_load):
+    slow_load[0].set()
+    engine = Engine(device="cpu")
+    slow_load[0].clear()
+    before, stopped, name = engine.model, threading.Event(), copy_of_tiny(tmp_path / "a")
+    waiting = engine.using(name, stopped)
+    next(waiting)
+    stopped.set()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        list(waiting)
+    assert time.monotonic() - began < 1
+    assert (engine.model, engine.name) == (before, TINY)
+    # What goes on loading holds nothing up for the model that is there, and what nobody wants is not kept.
+    engine.use(TINY)
+    loading = engine.loading
+    slow_load[0].set()
+    loading.join(60)
+    assert loading.found is loading.error is None
+    engine.use(name)
+    assert engine.name == name
+    assert len(slow_load[1]) == 3
+
+
+def test_who_asks_again_for_a_model_that_loads_takes_it_over(tmp_path, slow_load):
+    slow_load[0].set()
+    engine = Engine(device="cpu")
+    slow_load[0].clear()
+    name, other = copy_of_tiny(tmp_path / "a"), copy_of_tiny(tmp_path / "b")
+    stopped = threading.Event()
+    waiting = engine.using(name, stopped)
+    next(waiting)
+    stopped.set()
+    with pytest.raises(Stopped):
+        list(waiting)
+    again = engine.using(name)
+    next(again)
+    slow_load[0].set()
+    list(again)
+    assert engine.name == name
+    assert len(slow_load[1]) == 2
+    # Another one than that which was given up comes after it.
+    slow_load[0].clear()
+    stopped = threading.Event()
+    waiting = engine.using(other, stopped)
+    next(waiting)
+    stopped.set()
+    with pytest.raises(Stopped):
+        list(waiting)
+    third = engine.using(str(tmp_path))
+    next(third)
+    slow_load[0].set()
+    with pytest.raises(demo.DemoError, match="cannot be loaded"):
+        list(third)
+    assert engine.name == name
+    assert slow_load[1][-2:] == [other, str(tmp_path)]
+
+
 def test_other_machines_cannot_change_the_model():
     engine = Engine(device="cpu", may_change=False)
     with pytest.raises(demo.DemoError, match="fixed"):
@@ -250,8 +330,8 @@ def test_nothing_from_outside_is_html(engine):
 def test_numbers_are_shown_when_they_have_settled(engine):
     document, question = write(SHORT)
     early = []
-    for run in engine.run(document.text, question, BUDGET, 12):
-        if run.phase == "answering" and run.quest.milliseconds and len(run.quest.step_seconds) < 5:
+    for run in engine.run(document.text, question, BUDGET, SETTLED + 4):
+        if run.phase == "answering" and 0 < len(run.quest.step_seconds) < SETTLED and not run.quest.has_ended:
             early.append((run.speedup, view.race(run)))
     assert early
     assert all(speedup is None and "<b>–</b>" in html for speedup, html in early)
@@ -265,6 +345,16 @@ def test_what_the_share_of_the_cache_is_made_of_is_said(engine):
     assert f"2 of the model’s 6 layers always read everything, and the other 4 read 64 of {stored} tokens" in view.race(
         run
     )
+
+
+def test_an_answer_that_was_cut_off_says_so_and_one_without_text_too(engine):
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question, max_new_tokens=2)
+    assert view.race(run).count("(cut off: this is the longest answer)") == 2
+    assert "appears here" not in view.race(run)
+    run.quest.has_ended, run.quest.token_ids = True, []
+    assert view.race(run).count("The model wrote nothing.") == 1
+    assert view.race().count("The answer appears here.") == 2
 
 
 class TestVisitors:
@@ -336,6 +426,24 @@ def test_a_busy_port_is_named_before_a_model_is_loaded():
     )
     result = CliRunner().invoke(cli, ["app", "--host", "no.such.host.invalid", "--port", "0"])
     assert result.stderr.startswith("Error: There is no host no.such.host.invalid: ")
+    result = CliRunner().invoke(cli, ["app", "--host", "192.0.2.1", "--port", "0"])
+    assert result.stderr == "Error: This machine has no address 192.0.2.1. Give another --host.\n"
+
+
+@pytest.mark.parametrize(
+    "root_path", ["not a path", "quest", "http://[broken", "ftp://example.org/quest", "//quest", "/a b"]
+)
+def test_a_root_path_that_is_none_is_one_line(root_path):
+    result = CliRunner().invoke(cli, ["app", "--port", "0", "--root-path", root_path])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: --root-path is a path such as /quest, or a URL such as https://example.org/quest, not {root_path}.\n"
+    )
+
+
+@pytest.mark.parametrize("root_path", ["", "/", "/quest", "/a/b-c/", "https://example.org/quest", "http://[::1]:80"])
+def test_a_root_path_may_be_a_path_or_a_url(root_path):
+    app.check_root_path(root_path)
 
 
 def test_smollm2_is_made_of_its_installed_package(tmp_path, monkeypatch):

@@ -263,6 +263,7 @@ class TestChain:
 
         stored.length.add_(1)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             decode(None, None)  # kernels are loaded before a graph is captured
         torch.cuda.current_stream().wait_stream(stream)

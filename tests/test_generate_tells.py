@@ -135,3 +135,27 @@ def test_a_model_that_would_drop_a_cache_keeps_it():
     model.set_attn_implementation("sdpa")
     model.generate(tokens(30) % 64, **{CACHE_NAME: stock}, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert stock.get_seq_length() < 35  # it was dropped on the way, which is what this is for
+
+
+def test_a_custom_generate_finds_what_generate_keeps_from_it(model):
+    """By the locals of GenerationMixin.generate."""
+    found = []
+
+    def custom(model, input_ids, **kwargs):
+        found.extend(seam.given_to_generate(name) for name in ("streamer", "synced_gpus", "use_model_defaults"))
+        return input_ids
+
+    class Streamer:
+        def put(self, value):
+            pass
+
+    streamer = Streamer()
+    model.generate(tokens(PROMPT), **OPTIONS, custom_generate=custom, streamer=streamer, synced_gpus=False)
+    assert found == [streamer, False, None]
+    assert seam.given_to_generate("streamer") is None
+
+
+def test_a_preparation_of_inputs_is_a_models_own_or_that_of_all(model):
+    """GenerationMixin.prepare_inputs_for_generation; Phi-3 has one of its own."""
+    assert not seam.has_own_preparation(model)
+    assert seam.has_own_preparation(make_model(Phi3ForCausalLM, pad_token_id=0))

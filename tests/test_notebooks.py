@@ -28,3 +28,10 @@ def test_formulas_render(path):
         for formula in re.findall(r"\$[^$\n]+\$", text):
             assert "\\\\" not in formula  # a line break
             parser.parse(formula)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_files_that_are_named_are_there(path):
+    root = path.parent.parent
+    for name in re.findall(r"`((?:hf_quest|csrc|benchmarks|examples|docs)/[\w./-]*)`", "\n".join(texts(path))):
+        assert (root / name).exists(), name

@@ -4,6 +4,7 @@ import codecs
 import random
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -16,7 +17,8 @@ pytest.importorskip("mammoth", reason='the documents need pip install "hf-quest[
 from written_files import docx, encrypted, page_of, pages_of, pdf
 
 from hf_quest.evaluation.documents import heldout_text
-from hf_quest.reading import Document, DocumentError, Stopped, document_of, extract, read_document, reading
+from hf_quest.reading import PROGRAM, Document, DocumentError, Stopped, document_of, extract, read_document, reading
+from hf_quest.reading.extract import result
 
 TEXT = heldout_text()[:15_000].replace("\t", " ")
 CHINESE = "桥梁检查报告显示第三根柱子有细小裂缝。工程师在冬季更换了钢缆，压力表读数正常。\n" * 60
@@ -85,7 +87,11 @@ ENCODED = {
     ),
     "a line in Latin-1": (f"{TEXT}Le café de Zürich.\n".encode("latin-1"), "Le café de Zürich.", "Windows-1252"),
     "French in CP1252": (FRENCH.encode("cp1252"), FRENCH, "Windows-1252"),
-    "Czech in CP1250": (CZECH.encode("cp1250"), CZECH, "cp1250"),
+    "Czech in CP1250": (
+        CZECH.encode("cp1250"),
+        CZECH,
+        "Windows-1250, which it looks like, with words such as Zpráva, že, ocelové",
+    ),
     "GB18030": (CHINESE.encode("gb18030"), CHINESE, "GB18030"),
     "Chinese in UTF-8": (CHINESE.encode(), CHINESE, None),
     "Hebrew in UTF-8": (HEBREW.encode(), HEBREW, None),
@@ -147,9 +153,12 @@ def test_control_characters_are_left_out_and_counted(tmp_path, inserted, said):
         ("a.exe", b"MZ\0\x01" + random.Random(1).randbytes(3000), "is a binary file"),
         ("a.txt", b"a word " * 750_000, "holds 5,250,000 characters, and the limit is 5,000,000."),
         ("a.pdf", TEXT, "is not a PDF, by what it holds."),
-        ("a.pdf", b"%PDF-1.4\n", "cannot be read as PDF, it is broken"),
-        ("a.pdf", pdf(pages_of(TEXT))[:2500], "cannot be read as PDF, it is broken"),
-        ("a.pdf", pdf(pages_of(TEXT), packed=False)[:-400], "cannot be read as PDF, it is broken"),
+        ("a.pdf", b"%PDF-1.4\n", "cannot be read as PDF, its end is missing, as after a download that broke off"),
+        (
+            "a.pdf",
+            pdf(pages_of(TEXT)).replace(b"/Catalog", b"/Nothing")[:-400],
+            "cannot be read as PDF, its end is miss",
+        ),
         ("a.pdf", pdf(pages_of(TEXT)).replace(b"/Kids [", b"/Kids [2 0 R "), "cannot be read as PDF, it is broken"),
         ("a.pdf", pdf([]), "is a PDF without pages."),
         ("a.pdf", pdf([b"q Q"] * 3), "3 pages of 3 without text (a picture, perhaps): 1, 2, 3. Run character recog"),
@@ -179,7 +188,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 def test_a_large_file_is_refused_unread(tmp_path):
     path = tmp_path / "large.txt"
     with path.open("wb") as file:
-        file.truncate(extract.MAX_BYTES + 2**19)
+        file.truncate(result.MAX_BYTES + 2**19)
     with pytest.raises(DocumentError, match=r"has 50\.5 MiB, and the limit is 50\."):
         read_document(path)
 
@@ -216,6 +225,47 @@ def test_a_broken_page_does_not_spoil_the_others(tmp_path):
     assert document.notes == (f"Left out: 1 page of {document.num_pages} of which the text cannot be read: 1.",)
 
 
+def test_a_pdf_that_places_single_letters_has_whole_words(tmp_path):
+    """As programs write it that set letters apart by less than a space and words by more."""
+    line = b"[(B) -20 (r) -15 (i) -10 (dge ) 5 (re) -300 (port)] TJ 0 -12 Td "
+    document = read(tmp_path, "a.pdf", pdf([b"BT /F1 10 Tf 40 750 Td " + 3 * line + b"ET"]))
+    assert document.text.split() == 3 * ["Bridge", "re", "port"]
+
+
+@pytest.mark.parametrize("text", ["a" * 30_000, TEXT.replace("\n", " ")], ids=["no space", "one line"])
+def test_text_without_lines_or_spaces_is_text(tmp_path, text):
+    assert read(tmp_path, "a.txt", text.encode()).text == text
+
+
+CUT = "The file is broken or its end is missing. What could be found of it was read."
+
+
+def test_a_pdf_whose_list_of_parts_is_missing_is_read_as_other_readers_do(tmp_path):
+    content = pdf(pages_of(TEXT), packed=False)
+    document = read(tmp_path, "a.pdf", content[: content.index(b"xref")])
+    same_letters(document.text, TEXT)
+    assert document.notes == (CUT,)
+
+
+def test_of_a_pdf_that_was_cut_off_the_whole_pages_are_read_and_the_others_counted(tmp_path):
+    lines = [part for line in TEXT.splitlines() for part in textwrap.wrap(line, 95)]
+    contents = [page_of(lines[first : first + 20]) for first in range(0, len(lines), 20)]
+    whole = pdf(contents, packed=False)
+    # As many programs write it, the pages come first, which point to what is on them.
+    start, pages, end = (
+        whole.index(b"\n%d 0 obj" % number) for number in (4, 4 + len(contents), 3 + 2 * len(contents))
+    )
+    drawings = whole[start:pages]
+    content = whole[:start] + whole[pages:end] + drawings[: drawings.index(b"\n6 0 obj") + 300]
+    document = read(tmp_path, "a.pdf", content)
+    same_letters(document.text, "".join(lines[:40]))
+    num_pages = document.num_pages
+    assert document.notes[0] == CUT
+    assert (
+        f"Left out: {num_pages - 2} pages of {num_pages} of which the text cannot be read: 3, 4, " in document.notes[-1]
+    )
+
+
 def test_bookmarks_are_headings(tmp_path):
     document = read(tmp_path, "a.pdf", pdf(pages_of(TEXT), bookmarks=[(1, "Start"), (3, "  The   end ")]))
     starts = dict(map(reversed, document.pages))
@@ -247,7 +297,7 @@ def test_a_word_document_keeps_headings(tmp_path):
 
 
 def test_a_word_document_that_unpacks_to_too_much_is_refused(tmp_path):
-    assert "unpacks to " in refusal(tmp_path, "a.docx", docx([(None, "x" * (extract.MAX_BYTES + 1))]))
+    assert "unpacks to " in refusal(tmp_path, "a.docx", docx([(None, "x" * (result.MAX_BYTES + 1))]))
 
 
 def test_a_web_page_is_its_text(tmp_path):
@@ -263,7 +313,7 @@ def test_a_web_page_is_its_text(tmp_path):
     assert "alert" not in document.text
     cyrillic = "<meta charset=windows-1251><p>Отчёт о мосте</p>".encode("cp1251")
     assert read(tmp_path, "page.htm", cyrillic).text == "Отчёт о мосте"
-    assert read(tmp_path, "page.htm", cyrillic).notes == ("Read as windows-1251.",)
+    assert read(tmp_path, "page.htm", cyrillic).notes == ("Read as Windows-1251.",)
 
 
 def test_markdown_keeps_its_markup_and_has_headings_outside_of_code(tmp_path):
@@ -296,11 +346,11 @@ def test_a_stop_is_obeyed_at_once(tmp_path):
     assert time.monotonic() - began < 1
 
 
-def test_too_much_text_in_a_small_pdf_is_refused(tmp_path, monkeypatch):
+def test_too_much_text_in_a_small_pdf_is_refused(tmp_path):
     path = write(tmp_path, "a.pdf", pdf([page(200)], times=300))
-    program = f"import sys; sys.path.insert(0, {str(extract.__file__).rsplit('/', 1)[0]!r}); import extract; "
-    program += f"extract.MAX_TEXT = 100_000; extract.main({str(path)!r})"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    few = "import extract.pdf; extract.pdf.MAX_TEXT = 100_000; extract.main"
+    program = PROGRAM.replace("import extract; extract.main", few)
+    said = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True).stdout
     assert "holds more than 100,000 characters, the limit." in said.splitlines()[-1]
     assert len(said.splitlines()) < 10  # it did not go on to page 300
 

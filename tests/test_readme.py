@@ -25,6 +25,12 @@ def test_the_numbers_at_the_top_are_measured():
     assert min(measured["DynamicCache, sdpa"], measured["StaticCache, sdpa, compiled"]) == float(dense_ms)
 
 
+def test_with_what_the_gain_was_measured_is_said_beside_it():
+    version, score = chart.made_with()
+    assert f"This was version {version}, with {score}" in README
+    assert f"version {version}, {score}" in chart.CHART.read_text()
+
+
 def test_the_largest_budget_of_the_chart_costs_what_is_said():
     percent, *_ = re.search(r"one of 2,048 raises perplexity by (\d+) %", README).groups()
     by_budget = {budget: default for budget, _, default in chart.losses()}

@@ -62,9 +62,6 @@ CASES = {
     "small pages": Case(page_size=8, num_candidates=12, num_tokens=40),
     "large pages": Case(page_size=32, num_candidates=3, num_tokens=64, head_dim=128),
     "fewer candidates than tokens": Case(num_candidates=3, num_tokens=80),
-    "more keys than a block can hold": Case(
-        group_size=1, page_size=64, num_candidates=130, num_tokens=100, capacity=8640, num_stored=8600
-    ),
     "parts of several blocks": Case(num_tokens=160, num_candidates=11, num_sms=4),
 }
 

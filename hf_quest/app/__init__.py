@@ -3,17 +3,20 @@
 It needs the extra `app`. It is part of the package, not of `demos/`, so that the command is there after a pip install.
 """
 
+import errno
 import os
+import re
 import socket
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
 from .. import demo
-from ..reading.extract import MAX_BYTES
+from ..reading.extract.result import MAX_BYTES
 from .documents import SAMPLES
 from .engine import Engine
 from .page import build
@@ -52,10 +55,26 @@ def check_port(host, port):
     except PermissionError:
         raise demo.DemoError(f"Port {port} of {host} needs more rights. Give a --port from 1024 on.") from None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise demo.DemoError(f"This machine has no address {host}. Give another --host.") from None
         reason = "is in use" if "in use" in str(error) else f"cannot be opened ({error.strerror})"
         raise demo.DemoError(
             f"Port {port} of {host} {reason}. Give another by --port, or --port 0 for any that is free."
         ) from None
+
+
+def check_root_path(root_path):
+    """Raise for what is neither a path nor a URL."""
+    try:
+        parts = urlsplit(root_path)
+    except ValueError:
+        parts = None
+    is_path = re.fullmatch(r"(/[\w.~%+-]+)*/?", parts.path) if parts else False
+    is_url = parts and parts.scheme in ("http", "https") and parts.hostname
+    if not is_path or not (is_url or root_path == parts.path):
+        raise demo.DemoError(
+            f"--root-path is a path such as /quest, or a URL such as https://example.org/quest, not {root_path}."
+        )
 
 
 def serve(model=None, device="auto", host="127.0.0.1", port=7860, samples=SAMPLES, root_path="", folder=None):

@@ -12,12 +12,13 @@ HEADER = """
 <header class="hq-header">
   <h1>Quest <span>reads what matters</span></h1>
   <p>A long document is read once. Then the same model answers twice: with dense attention, which goes through all that
-  it has read for every word, and with Quest, which goes back only to the passages that this word needs.</p>
+  it has read for every word, and with Quest, which goes back only to the passages that this word needs. Lengths are in
+  tokens: words, or parts of words.</p>
 </header>
 """
 LOOKED = """
 <div class="hq-title"><h2>Where Quest looked</h2><p>Each square is a passage of the document, in order. Quest knows what
-it reads, so an answer comes with its sources.</p></div>
+it reads, so an answer comes with its sources. A model has layers, of which each chooses for itself.</p></div>
 """
 
 
@@ -79,10 +80,7 @@ def race(run=None):
     """Both answers side by side, what each costs, and the speedup between them."""
     dense, quest = (run.dense, run.quest) if run else (None, None)
     speedup = run.speedup if run else None
-    share = run.read_share if run else None
-    prefill = run.prefill_seconds if run else 0.0
-    is_going = run is not None and run.phase == "answering"
-    budget = f"at most {run.budget:,} tokens a word" if run else "selected passages"
+    budget = f"reads at most {run.budget:,} tokens" if run else "reads selected passages"
     number = f"{speedup:.1f}×" if speedup else "–"
     agree = ""
     if run is not None and run.phase == "finished":
@@ -90,34 +88,41 @@ def race(run=None):
         agree = "the same answer" if common == longer else f"the first {common} of {longer} tokens agree"
     return (
         '<div class="hq-race">'
-        + answer("Dense attention", "reads everything", "dense", dense, prefill, 1.0 if dense else None, is_going)
+        + answer("Dense attention", "reads everything", "dense", dense, run, 1.0)
         + f'<div class="hq-speedup"><b>{number}</b><span>speedup per token</span><em>{agree}</em></div>'
-        + answer("Quest", budget, "quest", quest, prefill, share, is_going)
+        + answer("Quest", budget, "quest", quest, run, run.read_share if run else None)
         + "</div>"
         + explanation(run)
     )
 
 
-def answer(title, subtitle, kind, contestant, prefill, share, is_going):
-    text, speed, first, read = "", "–", "–", "–"
-    is_writing = is_going and not contestant.has_ended
+def answer(title, subtitle, kind, contestant, run, share):
+    text, speed, first, read, number = "", "–", "–", "–", "–"
     if contestant is not None:
-        text = escape(contestant.text.strip())
+        text, number = escape(contestant.text.strip()), f"{len(contestant.token_ids):,}"
         if contestant.is_settled and contestant.milliseconds:
             speed = f"{1000 / contestant.milliseconds:.1f}"
         if contestant.first_token_seconds is not None:
-            first = f"{prefill + contestant.first_token_seconds:.1f} s"
+            first = f"{run.prefill_seconds + contestant.first_token_seconds:.1f} s"
             read = f"{100 * share:.0f} %"
-    num_tokens = len(contestant.token_ids) if contestant else 0
-    empty = "" if text or is_writing else '<span class="hq-faint">The answer appears here.</span>'
-    caret = '<i class="hq-caret"></i>' if is_writing else ""
     return (
         f'<section class="hq-answer hq-{kind}" aria-label="{title}"><h2>{title}<small>{escape(subtitle)}</small></h2>'
-        f'<div class="hq-text">{text}{empty}{caret}</div>'
-        f"<dl><div><dt>tokens/s</dt><dd>{speed}</dd></div><div><dt>first token</dt><dd>{first}</dd></div>"
-        f"<div><dt>KV cache read</dt><dd>{read}</dd></div><div><dt>tokens</dt><dd>{num_tokens}</dd></div>"
+        f'<div class="hq-text">{text}{ending(contestant, run)}</div>'
+        f"<dl><div><dt>tokens/s</dt><dd>{speed}</dd></div><div><dt>first after</dt><dd>{first}</dd></div>"
+        f"<div><dt>memory read</dt><dd>{read}</dd></div><div><dt>tokens</dt><dd>{number}</dd></div>"
         "</dl></section>"
     )
+
+
+def ending(contestant, run):
+    """What stands behind the text of an answer, or in its place."""
+    if contestant is None:
+        return '<span class="hq-faint">The answer appears here.</span>'
+    if not contestant.has_ended and run.phase == "answering":
+        return '<i class="hq-caret"></i>'
+    if not contestant.has_ended and run.phase in ("weighing", "finished"):
+        return '<span class="hq-faint"> … (cut off: this is the longest answer)</span>'
+    return "" if contestant.text.strip() else '<span class="hq-faint">The model wrote nothing.</span>'
 
 
 def explanation(run):
@@ -132,9 +137,9 @@ def explanation(run):
     full = max(in_dense for in_dense, _ in run.attended)
     layers = f"{len(whole)} of the model’s {len(run.attended)} layers always read everything" if whole else ""
     return (
-        f'<p class="hq-explained">KV cache read, the memory of what was read, counts all layers: '
-        f"{layers}{', and ' if layers else ''}the other {num_sparse} read {most:,} of {full:,} tokens for each word."
-        "</p>"
+        '<p class="hq-explained">Memory read is the share of what the model keeps of the text (its KV cache), over all '
+        f"layers: {layers}{', and ' if layers else ''}the other {num_sparse} read {most:,} of {full:,} tokens for each "
+        "token of the answer.</p>"
     )
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models import first_line
 from .methods import METHODS, answer, check_length, make_ways, read
 from .report import Results, comparison, mean, merged, spread
 
@@ -107,8 +108,7 @@ def load_set(name: str, folder: Path | str | None = None) -> list[dict[str, Any]
             with zipfile.ZipFile(source) as archive, archive.open(f"data/{name}.jsonl") as file:
                 text = io.TextIOWrapper(file, encoding="utf-8").read()
     except Exception as error:  # whatever the hub, the network, the zip file or the disk raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"LongBench's {name} cannot be read: {reason}") from None
+        raise ValueError(f"LongBench's {name} cannot be read: {first_line(error)}") from None
     try:
         samples = [json.loads(line) for line in text.splitlines() if line.strip()]
         samples = [{field: sample[field] for field in ("context", "input", "answers")} for sample in samples]

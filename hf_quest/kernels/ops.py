@@ -161,8 +161,8 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
 
 
 def refine(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
-    """Token ids [B, Hkv, 1, num_tokens] int64, ascending, then -1: `codes.refine`, with logits rounded by 2^-21 of the
-    largest that their page could have.
+    """Token ids [B, Hkv, 1, num_tokens] int64, ascending, then -1: `codes.refine`, whose logits are rounded: weights by
+    2^-21 of their page's largest, and the sums of their products.
 
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.

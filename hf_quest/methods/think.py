@@ -43,10 +43,12 @@ class ThinK(Method):
             raise ValueError(f"num_queries is a number of tokens, 1 or more, not {self.num_queries!r}.")
 
     def attended(self, pages, attended):
-        query, is_token = attended.query.float(), attended.is_token
-        if is_token is not None:
+        query, is_token = attended.query, attended.is_token
+        if is_token is None:
+            query = query[:, :, -self.num_queries :]
+        else:
             query = query.masked_fill(~is_token[:, None, :, None], 0.0)
-        squares = query.square().unflatten(1, (pages.keys.shape[1], -1)).mean(dim=2)  # [B, Hkv, T, D]
+        squares = query.float().square().unflatten(1, (pages.keys.shape[1], -1)).mean(dim=2)  # [B, Hkv, T, D]
         pages.note(squares, self.num_queries)
 
     def keep(self, pages):

@@ -1,6 +1,6 @@
 """Documents that people have, as text: .txt, .md, .pdf, .docx and .html, read with suspicion, for the app and the demo.
 
-The work is done by `extract.py` in a process of its own, which ends when it takes too long or is told to stop.
+The work is done by `extract` in a process of its own, which ends when it takes too long or is told to stop.
 """
 
 import json
@@ -15,7 +15,8 @@ from pathlib import Path
 FILE_TYPES = (".txt", ".md", ".pdf", ".docx", ".html")
 SECONDS = 90  # to read a file
 PATIENCE = 0.1  # seconds between two looks at whether to stop
-PROGRAM = Path(__file__).with_name("extract.py")
+# It is found here and nowhere else, and not as a part of hf_quest, whose import takes seconds.
+PROGRAM = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import extract; extract.main(sys.argv[1])"
 
 
 class DocumentError(Exception):
@@ -58,8 +59,7 @@ def reading(path, name=None, stopped=None, seconds=SECONDS):
         Stopped: when the event `stopped` is set.
     """
     name = name or str(path)
-    # A path of its own begins with no "-", and the program's folder is all that it imports from besides libraries.
-    command = [sys.executable, str(PROGRAM), str(Path(path).absolute())]
+    command = [sys.executable, "-c", PROGRAM, str(Path(path).absolute())]  # an absolute path begins with no "-"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     lines = queue.SimpleQueue()
     reader = threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(b"")], daemon=True)

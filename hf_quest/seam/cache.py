@@ -16,9 +16,10 @@ from ..prompts import CritiPrefill
 from ..watch import Watcher
 from . import generate
 from .checks import check_crop, refuse_crop
-from .forwards import Forwards, outside_of_graphs
+from .forwards import outside_of_graphs
 from .layer import Layer
 from .masks import MaskLength
+from .saving import Saving
 from .state import State
 from .stock import tokens_of
 
@@ -26,7 +27,7 @@ from .stock import tokens_of
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class MethodCache(generate.Events, Forwards, former.Cache):
+class MethodCache(generate.Events, Saving, former.Cache):
     """A key/value cache for `model.generate(cache=MethodCache(method))` of a model that was loaded with
     `attn_implementation="quest"`. Before Transformers 5.24 the argument is called `past_key_values`.
 
@@ -86,7 +87,13 @@ class MethodCache(generate.Events, Forwards, former.Cache):
         super().__init__(layers=[])
 
     def __getstate__(self):
-        return {**self.__dict__, "config": None}  # a copy is for whatever model has the same
+        return {**self.__dict__, "config": None, "reader": None}  # a copy is for whatever model has the same
+
+    @classmethod
+    def _with_method(cls, method, **options):
+        cache = cls.__new__(cls)
+        MethodCache.__init__(cache, method, **options)
+        return cache
 
     @classmethod
     def from_cache(cls, cache: Cache, *args: Any, **options: Any) -> Self:
@@ -241,6 +248,7 @@ class MethodCache(generate.Events, Forwards, former.Cache):
         self._settle()
         super().reset()
         self.shared.reset()
+        self.was_read_by(None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens.

@@ -145,7 +145,7 @@ class SubGenCache(MethodCache):
         budget: int = 2048,
         *,
         recent: float = 0.5,
-        num_first: int = 4,
+        num_first: int = 16,
         num_samples: int = 1,
         seed: int = 0,
         dense_layers: int = 2,

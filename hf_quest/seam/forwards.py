@@ -1,5 +1,6 @@
 """Forwards: how a cache takes part in the forwards of a model, which may be interrupted, and be one step in a graph."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Forwards(Cache):
     shared: State
     layers: list[Any]  # of Layer
     config: Any  # of the model, as its mask function knows it
+    reader: weakref.ref | None = None  # the model
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if not self.shared.step.is_captured:
@@ -56,8 +58,17 @@ class Forwards(Cache):
         self._check_last_forward_was_whole()
         self.masks.begin()
         self.shared.begin_forward(len(self.layers))
+        if self.reading_model() is None:
+            self.was_read_by(generate.calling_model())
         if self.shared.draft_start is not None and not generate.is_assisted():
             self.shared.expect_drafts(None)
+
+    def reading_model(self):
+        """The model that has read what is stored, or None if that is not known or it is gone."""
+        return None if self.reader is None else self.reader()
+
+    def was_read_by(self, model):
+        self.reader = None if model is None else weakref.ref(model)
 
     def _check_last_forward_was_whole(self):
         length = min((layer.length for layer in self.layers), default=0)

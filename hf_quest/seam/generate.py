@@ -4,7 +4,7 @@ import inspect
 import sys
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import say_once
 
@@ -59,6 +59,16 @@ def is_assisted():
 def called_by_module():
     """Whether a model calls, and not somebody who fills a cache by hand."""
     return called_from(MODULE_CALL)
+
+
+def calling_model():
+    """The outermost model of Transformers whose forward calls, or None."""
+    model, frame = None, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in MODULE_CALL and isinstance(frame.f_locals["self"], PreTrainedModel):
+            model = frame.f_locals["self"]
+        frame = frame.f_back
+    return model
 
 
 def prompt_length_of_caller():

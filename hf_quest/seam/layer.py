@@ -239,6 +239,15 @@ class Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length):
         return self.storage.mask_sizes(query_length)
 
+    def saved(self):
+        """Tensors by name, and facts, from which `restore` makes the same of a new layer."""
+        tensors, facts = self.storage.saved()
+        return tensors, {**facts, "is_plain": self.handed.is_plain}
+
+    def restore(self, tensors, facts, device):
+        self.storage.restore(tensors, facts, device)
+        self.handed = Handed(is_plain=facts["is_plain"])
+
     def offload(self):
         """Move what is stored to the CPU, until `prefetch` or the next token."""
         self.storage.offload()

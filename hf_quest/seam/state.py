@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -94,6 +95,16 @@ class State:
         """The forward under way was undone in all layers, or could not be."""
         self.to_settle.clear()
         self.is_broken |= not is_undone
+
+    def saved(self) -> dict[str, Any]:
+        """What JSON can hold of what has happened, for `restore`."""
+        reaches = {str(idx): reach for idx, reach in self.reaches.items()}
+        return {"reaches": reaches, "saw_autocast": self.saw_autocast, "masks_are_changed": self.masks.are_changed}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Know, before there are layers, what `saved` told of."""
+        self.learn({int(idx): reach for idx, reach in saved["reaches"].items()})
+        self.saw_autocast, self.masks = saved["saw_autocast"], Masks(are_changed=saved["masks_are_changed"])
 
     def reset(self) -> None:
         """All tokens are forgotten."""

@@ -1,6 +1,6 @@
 """Storage: what Pages, Ring and Kept share."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -128,6 +128,20 @@ class Storage:
                 self.beside[name] = moved
             else:
                 setattr(self, name, moved)
+
+    def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What it takes to go on elsewhere: all that is stored, by name, and facts that JSON can hold."""
+        return self.tensors(), {"length": self.length, "left_padding": list(self.left_padding)}
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], device: torch.device) -> None:
+        """Be, where nothing is stored, what `saved` told of, on a device. The tensors are copied."""
+        self.begin_rows(tuple(facts["left_padding"]))
+        self.restore_tensors(tensors, facts, device)
+        self.set_length(facts["length"])
+
+    def restore_tensors(self, tensors, facts, device):
+        """Have copies of what was stored, for `restore`."""
+        raise NotImplementedError
 
     def offload(self):
         """Move what is stored to the CPU, until `prefetch` or the next token."""

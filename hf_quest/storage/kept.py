@@ -6,6 +6,7 @@ import torch
 
 from ..reference import order_of
 from .base import Storage
+from .copies import check_restored
 
 
 class Kept(Storage):
@@ -132,6 +133,17 @@ class Kept(Storage):
         """To nothing or not at all: what was evicted does not come back."""
         if length == 0:
             self.reset()
+
+    def restore_tensors(self, tensors, facts, device):
+        with torch.inference_mode(False):
+            copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            self.allocate(copies["keys"], copies["values"])
+        check_restored(self.emptied(copies), self.tensors())
+        self.put(copies)
+
+    def emptied(self, tensors):
+        """What would be stored, by name, if these had no token."""
+        return {name: tensor[:, :, :0] for name, tensor in tensors.items()}
 
     def put_back(self, length):
         if self.length != length and self.before is not None and self.before[1] == length:

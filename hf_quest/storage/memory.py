@@ -1,12 +1,14 @@
 """Memory: what a method remembers of a layer's rows from one step to a later one."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..errors import QuestError
 
 NUM_VERSIONS = 8  # that outlive a forward, for `crop`
+PREFIX = "memory."  # of saved tensors
 
 
 @dataclass
@@ -89,6 +91,27 @@ class Memories:
     def change(self, changed) -> None:
         for memory in self.by_reader:
             memory.change(changed)
+
+    def saved(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """All that is remembered, tensors by name, and what JSON can hold of it: a fact for each reader."""
+        tensors = {
+            f"{PREFIX}{reader}.{version}.{name}": tensor
+            for reader, memory in enumerate(self.by_reader)
+            for version, (_, remembered) in enumerate(memory.versions)
+            for name, tensor in remembered.items()
+        }
+        return tensors, [
+            {"first": memory.first, "lengths": [made for made, _ in memory.versions]} for memory in self.by_reader
+        ]
+
+    @torch.inference_mode(False)
+    def restore(self, tensors, facts, device) -> dict[str, torch.Tensor]:
+        """Remember on a device what `saved` told of; return those of the tensors that are not of it."""
+        self.by_reader = [Memory([(made, {}) for made in fact["lengths"]], fact["first"]) for fact in facts]
+        for key in (key for key in tensors if key.startswith(PREFIX)):
+            reader, version, name = key.removeprefix(PREFIX).split(".")
+            self.by_reader[int(reader)].versions[int(version)][1][name] = tensors[key].to(device, copy=True)
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
 
     def check_crop(self, num_removed: int, length: int, layer_idx: int) -> None:
         """Raise if what was remembered before the newest `num_removed` of `length` tokens is gone."""

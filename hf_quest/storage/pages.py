@@ -6,6 +6,7 @@ from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import ops
 from .base import Storage
+from .copies import check_restored, copy_by_head, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
 
@@ -184,6 +185,25 @@ class Pages(Storage):
         self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
         for tensor, content in zip(self.filled(), filled, strict=True):
             tensor.copy_(content)
+
+    def saved(self):
+        remembered, memories = self.memories.saved()
+        stored = dict(zip(self.tensors(), self.filled(), strict=True))
+        num_pages = [self.num_pages(self.length - padding) for padding in self.left_padding]
+        of_pages = self.beside_pages(self.keys.shape[-1], self.keys.dtype)
+        stored |= {name: filled_up(stored[name], num_pages) for name in of_pages}
+        return {**stored, **remembered}, {**super().saved()[1], "memories": memories}
+
+    def restore_tensors(self, tensors, facts, device):
+        tensors = self.memories.restore(tensors, facts["memories"], device)
+        like_keys, like_values = (tensors[name][:, :, :0].to(device) for name in self.names)
+        num_slots = self.with_headroom(facts["length"])
+        self.allocate(like_keys, like_values, like_keys.shape[0], num_slots, like_keys.dtype)
+        self.length = facts["length"]
+        filled = dict(zip(self.tensors(), self.filled(), strict=True))
+        check_restored(tensors, filled)
+        for name, content in tensors.items():
+            copy_by_head(filled[name], content)
 
     def filled(self, start=0):
         """Views of what is stored of the slots from `start` on: keys, values, and what is beside tokens and pages."""

@@ -90,6 +90,9 @@ class Pruned(Kept):
         super().move(batch_rows, num_slots, dtype)
         self.pruned = self.pruned.to(self.keys.dtype)
 
+    def emptied(self, tensors):
+        return {**super().emptied(tensors), "pruned": tensors["pruned"][:, :, :0, :0]}
+
     def discard(self):
         super().discard()
         self.pruned = self.channels = self.squares = None

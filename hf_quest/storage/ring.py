@@ -79,15 +79,27 @@ class Ring(Storage):
 
     def kept(self, num_slots):
         """The keys and values of the newest `num_slots` slots, in order."""
-        if not num_slots:
-            return [stored[:, :, :0] for stored in (self.keys, self.values)]
-        first = (self.length - num_slots) % self.capacity
-        beyond = max(0, first + num_slots - self.capacity)
-        newest = []
-        for stored in (self.keys, self.values):
-            end = stored[:, :, first : first + num_slots]
-            newest.append(torch.cat([end, stored[:, :, :beyond]], dim=2) if beyond else end)
-        return newest
+        return [in_order(stored, self.length - num_slots, self.length) for stored in (self.keys, self.values)]
+
+    def saved(self):
+        tensors = dict(zip(self.names, self.kept(self.length - self.first), strict=True))
+        facts = {**super().saved()[1], "num_drafts": self.num_drafts, "before": None}
+        if self.before is not None:
+            *stored, first, length = self.before
+            tensors |= {
+                f"before.{name}": in_order(old, first, length) for name, old in zip(self.names, stored, strict=True)
+            }
+            facts["before"] = length
+        return tensors, facts
+
+    def restore_tensors(self, tensors, facts, device):
+        self.num_drafts, before = facts["num_drafts"], None
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        if facts["before"] is not None:
+            self.begin_with(*(tensors[f"before.{name}"] for name in self.names), facts["before"])
+            before = (self.keys, self.values, self.first, self.length)
+        self.begin_with(*(tensors[name] for name in self.names), facts["length"])
+        self.before = before
 
     def newest_keys(self):
         return self.kept(self.length - self.first)[0]
@@ -173,3 +185,12 @@ class Ring(Storage):
         self.before = None
         self.write([tokens[sources] for tokens in self.kept(self.length - max(start, self.first))])
         self.left_padding = tuple(self.left_padding[row] for row in sources)
+
+
+def in_order(stored, start, end):
+    """The tokens in slots `start` to `end - 1` of a sequence, of [B, Hkv, C, D] in which slot s is at s modulo C."""
+    capacity = stored.shape[2]
+    first = start % capacity if end > start else 0
+    beyond = max(0, first + end - start - capacity)
+    newest = stored[:, :, first : first + end - start]
+    return torch.cat([newest, stored[:, :, :beyond]], dim=2) if beyond else newest

@@ -1,0 +1,32 @@
+"""Copies: what it takes to bring what a layer stores to a disk and back."""
+
+from ..errors import QuestError
+
+
+def check_restored(found, expected):
+    """Raise if saved tensors, by name, are not of the names, shapes and dtypes of others."""
+    kinds = [
+        {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+        for tensors in (found, expected)
+    ]
+    if kinds[0] != kinds[1]:
+        raise QuestError(
+            f"A layer was saved as {kinds[0]}, and with these settings this version of hf_quest keeps {kinds[1]}. Load "
+            "it with the version that saved it, or let the model read the document again."
+        )
+
+
+def filled_up(tensor, counts):
+    """[B, H, P, ...] with zeros after the first `counts[b]` of row b, where nothing was ever written."""
+    if min(counts) == tensor.shape[2]:
+        return tensor
+    tensor = tensor.clone()
+    for row, count in zip(tensor, counts, strict=True):
+        row[:, count:] = 0
+    return tensor
+
+
+def copy_by_head(target, source):
+    """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
+    for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):
+        part.copy_(content)
