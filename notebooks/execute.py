@@ -8,7 +8,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-SECONDS = 300  # for a cell
+SECONDS = 1200  # for a cell, on a machine that has other work
 
 
 def main():
