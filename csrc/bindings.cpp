@@ -100,10 +100,10 @@ void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_ke
     C10_CUDA_CHECK(launch_append(params));
 }
 
-void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
-                    const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
-                    const Score& score) {
-    EstimateParams params = {};
+// What every stage with a query is told.
+template <typename Params>
+void set_step(Params& params, const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
+              const Tensor& length, const Tensor& padding, int64_t page_size, double scaling) {
     params.launch = launch_on_current_stream();
     params.data_type = data_type_of(query);
     params.num_rows = query.size(0);
@@ -112,13 +112,20 @@ void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& q
     params.head_dim = query.size(3);
     params.page_size = page_size;
     params.scaling = scaling;
-    params.score = score;
     params.query = rows_of(query, type);
     params.query_strides[0] = query.stride(0);
     params.query_strides[1] = query.stride(1);
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
     params.storage = storage;
+}
+
+void estimate_pages(const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
+                    const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+                    const Score& score) {
+    EstimateParams params = {};
+    set_step(params, storage, type, query, num_kv_heads, length, padding, page_size, scaling);
+    params.score = score;
     Tensor head_sums;  // freed on return; the allocator keeps to the stream's order
     if (const int64_t num_sums = count_head_sums(params); num_sums > 0) {
         head_sums = at::empty({num_sums, 2}, query.options().dtype(at::kFloat));
@@ -155,24 +162,11 @@ Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv
                      const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
                      const TokenChoice& choice) {
     RefineParams params = {};
-    params.launch = launch_on_current_stream();
-    params.data_type = data_type_of(query);
-    params.num_rows = query.size(0);
-    params.num_kv_heads = num_kv_heads;
-    params.group_size = query.size(1) / num_kv_heads;
-    params.head_dim = query.size(3);
-    params.page_size = page_size;
+    set_step(params, storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size, scaling);
     params.code_bits = choice.code_bits;
     params.num_candidates = page_ids.size(3);
     params.num_tokens = choice.num_tokens;
-    params.scaling = scaling;
     params.agreement = choice.agreement;
-    params.query = rows_of(query, query.scalar_type());
-    params.query_strides[0] = query.stride(0);
-    params.query_strides[1] = query.stride(1);
-    params.length = length.data_ptr<int64_t>();
-    params.padding = padding.data_ptr<int64_t>();
-    params.storage = storage;
     params.page_ids = page_ids.data_ptr<int64_t>();
     params.num_blocks = count_refine_blocks(params);
     // Freed on return; the allocator keeps to the stream's order.
@@ -196,21 +190,8 @@ AttendParams describe(const Storage& storage, at::ScalarType type, const Tensor&
                       const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
                       std::optional<double> softcap, const std::optional<Tensor>& sinks, const Tensor& output) {
     AttendParams params = {};
-    params.launch = launch_on_current_stream();
-    params.data_type = data_type_of(query);
-    params.num_rows = query.size(0);
-    params.num_kv_heads = num_kv_heads;
-    params.group_size = query.size(1) / num_kv_heads;
-    params.head_dim = query.size(3);
-    params.page_size = page_size;
-    params.scaling = scaling;
+    set_step(params, storage, type, query, num_kv_heads, length, padding, page_size, scaling);
     params.softcap = softcap.value_or(0.0);
-    params.query = rows_of(query, type);
-    params.query_strides[0] = query.stride(0);
-    params.query_strides[1] = query.stride(1);
-    params.storage = storage;
-    params.length = length.data_ptr<int64_t>();
-    params.padding = padding.data_ptr<int64_t>();
     params.sinks = sinks ? sinks->data_ptr() : nullptr;
     params.output = output.data_ptr();
     return params;

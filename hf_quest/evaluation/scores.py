@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..codes import grid
 
 
 def is_earlier(num_queries: int, length: int, page_size: int, device: torch.device) -> Tensor:
@@ -53,9 +54,8 @@ def select_pages(scores: Tensor, length: int, num_selected: int, page_size: int,
 
 def rounded(keys: Tensor, bounds: Tensor, bits: int, page_size: int) -> Tensor:
     """[B, Hkv, N, D] float32 keys in `bits` per channel, on the grid of their own page's minimum and maximum."""
-    lowest, highest = bounds.unbind(dim=3)
-    step = ((highest - lowest) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    lowest, step = (grid.repeat_interleave(page_size, dim=2)[:, :, : keys.shape[2]] for grid in (lowest, step))
+    of_pages = grid(bounds, None, bits)
+    lowest, step = (each.repeat_interleave(page_size, dim=2)[:, :, : keys.shape[2]] for each in of_pages)
     return lowest + ((keys.float() - lowest) / step).round() * step
 
 
