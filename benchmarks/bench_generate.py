@@ -25,7 +25,7 @@ from rich.console import Console
 from tables import RESULTS, generate_table, markdown
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hf_quest import CACHE_NAME, QuestCache, capture
+from hf_quest import CACHE_NAME, QuestCache, capture, decode_ahead
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -83,6 +83,7 @@ def quest(title, budget=None, options=None, **cache_options):
     return Way(title, "quest", make_cache, options or {})
 
 
+AHEAD = {"custom_generate": decode_ahead}
 BEYOND = 2**22  # a budget beyond every context
 WAYS = {
     "dynamic": Way("DynamicCache, sdpa", "sdpa", lambda config, context, budget: DynamicCache(), {}),
@@ -96,13 +97,24 @@ WAYS = {
     "quest-dense": quest("QuestCache, everything", BEYOND),
     "quest-recorded": quest("QuestCache, capture(model)"),
     "quest-compiled": quest("QuestCache, capture(model, compile=True)"),
+    "quest-ahead": quest("QuestCache, decode_ahead", options=AHEAD),
+    "quest-compiled-ahead": quest("QuestCache, capture(model, compile=True), decode_ahead", options=AHEAD),
+    "quest-codes": quest("QuestCache(512, codes=2)", 512, codes=2),
+    "quest-codes-ahead": quest(
+        "QuestCache(512, codes=2), capture(model, compile=True), decode_ahead", 512, AHEAD, codes=2
+    ),
     "quest-eager": quest("QuestCache, eager", compile=False),
     "dynamic-beams": Way(
         "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
     ),
     "quest-beams": quest("QuestCache, 4 beams", options={"num_beams": 4}),
 }
-CAPTURED = ("quest-recorded", "quest-compiled")
+CAPTURED = {  # and whether the captured step is compiled first
+    "quest-recorded": False,
+    "quest-compiled": True,
+    "quest-compiled-ahead": True,
+    "quest-codes-ahead": True,
+}
 VERIFYING = ("dynamic", "quest-eager")  # also measured at drafts
 
 
@@ -173,7 +185,7 @@ def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
     way = WAYS[name]
     compiled = model.__dict__.pop("_compiled_call", None) if name in CAPTURED else None
     if name in CAPTURED:
-        capture(model, compile=name == "quest-compiled")
+        capture(model, compile=CAPTURED[name])
     model.set_attn_implementation(way.attn_implementation)
     cache = way.make_cache(model.config, context, budget)
     fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
