@@ -19,7 +19,7 @@ static_assert(kMaxKeys % kPagesPerTile == 0);
 constexpr int kMaxListed = 4096;  // pages that may still be taken
 
 template <typename T, int kHeadDim>
-struct alignas(16) Shared : ClusterShared<kHeadDim> {
+struct Shared : ClusterShared<kHeadDim> {
     using Tokens = SharedTokens<T, kHeadDim, count_tiles(kHeadDim)>;
     union {
         struct {

@@ -119,13 +119,21 @@ struct LaneCodes {
     using L = CodeLayout<kHeadDim, kBits>;
     alignas(16) uint32_t words[2][L::kWords];
 
+    // Where a lane's are, from those of the tile's first token on.
+    static __device__ int find_own() {
+        return threadIdx.x % kWarpSize / 4 * L::kRowBytes + threadIdx.x % 4 * L::kOwnBytes;
+    }
+
     // `codes` are those of the tile's first token, of `num_tokens`, 8 or 16.
     __device__ void load(const uint8_t* codes, int num_tokens) {
-        const int lane_idx = threadIdx.x % kWarpSize;
+        load_from(codes + find_own(), num_tokens > 8 ? 8 * L::kRowBytes : 0);
+    }
+
+    // From find_own() on, and `bytes_to_second` further on.
+    __device__ void load_from(const uint8_t* first, int bytes_to_second) {
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            const int token_idx = half_idx * 8 + lane_idx / 4;
-            const uint8_t* own = codes + min(token_idx, num_tokens - 1) * L::kRowBytes + lane_idx % 4 * L::kOwnBytes;
+            const uint8_t* own = first + half_idx * bytes_to_second;
             if constexpr (L::kOwnBytes % 16 == 0) {
 #pragma unroll
                 for (int i = 0; i < L::kWords / 4; ++i) {
@@ -257,11 +265,14 @@ struct IntegerQuery {
     alignas(16) __half channels[L::kWeights];
     float factors[kHeadTile];
 
-    // By all warps of the block, with a barrier before and after it. `query` is that of the first of `num_heads`.
+    // By all warps of the block, the last ones first, with a barrier before and after it. `query` is that of the first
+    // of `num_heads`.
     template <typename T>
     __device__ void load(const T* query, int64_t head_stride, int num_heads, float scaling) {
         constexpr float kLargest = 16384.0f;
-        for (int head_idx = threadIdx.x / kWarpSize; head_idx < num_heads; head_idx += blockDim.x / kWarpSize) {
+        const int num_warps = blockDim.x / kWarpSize;
+#pragma unroll 1
+        for (int head_idx = num_warps - 1 - threadIdx.x / kWarpSize; head_idx < num_heads; head_idx += num_warps) {
             float largest = 0.0f, channel[kHeadDim / kWarpSize];
 #pragma unroll
             for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
@@ -286,37 +297,33 @@ struct IntegerQuery {
     }
 };
 
-// What a lane has of a page: of its quarter of the channels the bounds, and all scales.
+// What a lane has of a page's bounds as they are stored: of some pairs of channels the bytes, and all scales.
 template <int kHeadDim, int kBits>
-struct QuarterBounds {
+struct LaneGrid {
     using L = CodeLayout<kHeadDim, kBits>;
-    static constexpr int kOwn = L::kOwnChannels, kWords = ceil_div(kOwn, 4), kScales = kHeadDim / kChunk;
+    static constexpr int kEach = ceil_div(4 * L::kPairs, kWarpSize), kScales = kHeadDim / kChunk;
     using Scales = std::conditional_t<(kScales > 4), uint64_t, uint32_t>;  // bytes
-    alignas(16) uint32_t minima[kWords], maxima[kWords];
+    uint32_t lowest[kEach][2], highest[kEach][2];
     Scales scales;
 
     __device__ unsigned scale(int block_idx) const { return unsigned(scales >> 8 * block_idx) & 0xffu; }
 
+    static __device__ int pair_of(int i) { return min(int(threadIdx.x % kWarpSize) + i * kWarpSize, 4 * L::kPairs - 1); }
+
     // `page_idx` counts from the storage's first page on.
     __device__ void load(const Storage& storage, int64_t page_idx) {
-        const uint8_t* lowest = static_cast<const uint8_t*>(storage.bounds) + page_idx * 2 * kHeadDim;
-        lowest += threadIdx.x % 4 * kOwn;
-        const auto load_own = [](uint32_t (&words)[kWords], const uint8_t* bytes) {
-            if constexpr (kOwn % 16 == 0) {
+        const uint8_t* page = static_cast<const uint8_t*>(storage.bounds) + page_idx * 2 * kHeadDim;
 #pragma unroll
-                for (int i = 0; i < kWords / 4; ++i) {
-                    reinterpret_cast<uint4*>(words)[i] = reinterpret_cast<const uint4*>(bytes)[i];
-                }
-            } else {
-                static_assert(kOwn % 8 == 0);
-#pragma unroll
-                for (int i = 0; i < kWords / 2; ++i) {
-                    reinterpret_cast<uint2*>(words)[i] = reinterpret_cast<const uint2*>(bytes)[i];
-                }
-            }
-        };
-        load_own(minima, lowest);
-        load_own(maxima, lowest + kHeadDim);
+        for (int i = 0; i < kEach; ++i) {
+            const int quad_idx = pair_of(i) / L::kPairs, pair_idx = pair_of(i) % L::kPairs;
+            const int first = pair_idx / L::kPairsOfWord * 2 * L::kPairsOfWord + pair_idx % L::kPairsOfWord;
+            const int second = min(first + L::kPairsOfWord, L::kOwnChannels - 1);  // or there is none
+            const uint8_t* own = page + quad_idx * L::kOwnChannels;
+            lowest[i][0] = own[first];
+            lowest[i][1] = own[second];
+            highest[i][0] = own[kHeadDim + first];
+            highest[i][1] = own[kHeadDim + second];
+        }
         const uint8_t* bytes = storage.scales + page_idx * kScales;
         if constexpr (kScales == 4 || kScales == 8) {
             scales = *reinterpret_cast<const Scales*>(bytes);
@@ -328,46 +335,74 @@ struct QuarterBounds {
     }
 };
 
+// A page's grid in shared memory, of one warp: what levels are multiplied with and added to, in 16-bit floats.
+template <int kHeadDim, int kBits>
+struct SharedGrid {
+    using L = CodeLayout<kHeadDim, kBits>;
+    static constexpr int kStride = L::kPairs + 4;  // against bank conflicts
+    alignas(16) uint32_t ranges[4][kStride], lowest[4][kStride];
+
+    __device__ void make(const LaneGrid<kHeadDim, kBits>& grid) {
+        constexpr float kTop = (1 << kBits) - 1;
+        __syncwarp();  // until all lanes have taken that of the last page
+#pragma unroll
+        for (int i = 0; i < grid.kEach; ++i) {
+            const __half2 low = biased_pair(grid.lowest[i]), high = biased_pair(grid.highest[i]);
+            const __half2 range = __hsub2(high, low);
+            // kTop * minimum, and for 2 bits less what levels from 4 on add to it.
+            __half2 start = __hfma2(low, __float2half2_rn(kTop), __float2half2_rn(-kTop * 1152.0f));
+            if constexpr (kBits == 2) start = __hfma2(range, __float2half2_rn(-4.0f), start);
+            const int idx = grid.pair_of(i);
+            ranges[idx / L::kPairs][idx % L::kPairs] = as_bits(range);
+            lowest[idx / L::kPairs][idx % L::kPairs] = as_bits(start);
+        }
+        __syncwarp();
+    }
+
+    // Two bytes as signed integers above 1152.
+    static __device__ __half2 biased_pair(const uint32_t (&bytes)[2]) {
+        return as_pair<__half>(((bytes[0] | bytes[1] << 16) ^ 0x00800080u) | 0x64006400u);
+    }
+};
+
 // A page as a lane multiplies its tokens: pairs of channels in the order of CodeLayout.
 template <int kHeadDim, int kBits>
 struct IntegerPage {
     using L = CodeLayout<kHeadDim, kBits>;
-    static constexpr float kTop = (1 << kBits) - 1;
     static constexpr int kShift = 10 - kBits;  // where a level lies in a float's fraction
     __half2 ranges[L::kPairs], lowest[L::kPairs], query[L::kPairs];
     float unit;  // the largest scale, infinite if a bound is
 
-    __device__ IntegerPage(const QuarterBounds<kHeadDim, kBits>& bounds, const IntegerQuery<kHeadDim, kBits>& all,
-                           int num_heads) {
-        constexpr int kScales = kHeadDim / kChunk;
+    // `shared` is what make() made of `grid`.
+    __device__ IntegerPage(const LaneGrid<kHeadDim, kBits>& grid, const SharedGrid<kHeadDim, kBits>& shared,
+                           const IntegerQuery<kHeadDim, kBits>& all, int num_heads) {
         unsigned largest = 0;
 #pragma unroll
-        for (int i = 0; i < kScales; ++i) largest = max(largest, bounds.scale(i));
+        for (int i = 0; i < grid.kScales; ++i) largest = max(largest, grid.scale(i));
         unit = __uint_as_float(largest << 23);
         const int quad_idx = threadIdx.x % 4, head_idx = min(int(threadIdx.x % kWarpSize / 4), num_heads - 1);
         const auto* own = reinterpret_cast<const uint4*>(all.channels) + (head_idx * 4 + quad_idx) * L::kStride;
+        const auto* own_ranges = reinterpret_cast<const uint4*>(shared.ranges[quad_idx]);
+        const auto* own_lowest = reinterpret_cast<const uint4*>(shared.lowest[quad_idx]);
 #pragma unroll
         for (int word_idx = 0; word_idx < L::kWords; ++word_idx) {
             // 8 neighbouring channels share a scale; a pair's two channels lie less than 16 apart.
             const int channel = quad_idx * L::kOwnChannels + word_idx * 2 * L::kPairsOfWord;
             const auto shrink = [&](int channel) {  // the last pairs may have no second one
-                return power_of(largest - bounds.scale(min(channel / kChunk, kScales - 1)));
+                return power_of(largest - grid.scale(min(channel / kChunk, grid.kScales - 1)));
             };
             const __half2 by_scale = __halves2half2(shrink(channel), shrink(channel + L::kPairsOfWord));
 #pragma unroll
-            for (int i = 0; i < L::kPairsOfWord; ++i) {
-                const int pair_idx = word_idx * L::kPairsOfWord + i, first = word_idx * 2 * L::kPairsOfWord + i;
-                const int second = min(first + L::kPairsOfWord, L::kOwnChannels - 4 + first % 4);
-                const __half2 low = biased_pair(bounds.minima, first, second);
-                const __half2 high = biased_pair(bounds.maxima, first, second);
-                const __half2 range = __hsub2(high, low);
-                // kTop * minimum, and for 2 bits less what levels from 4 on add to it.
-                __half2 start = __hfma2(low, __float2half2_rn(kTop), __float2half2_rn(-kTop * 1152.0f));
-                if constexpr (kBits == 2) start = __hfma2(range, __float2half2_rn(-4.0f), start);
-                ranges[pair_idx] = range;
-                lowest[pair_idx] = start;
-                const uint4 quad = own[pair_idx / 4];
-                query[pair_idx] = __hmul2(as_pair<__half>((&quad.x)[pair_idx % 4]), by_scale);
+            for (int i = 0; i < L::kPairsOfWord; i += 4) {
+                const int first = word_idx * L::kPairsOfWord + i;
+                const uint4 of_query = own[first / 4], of_ranges = own_ranges[first / 4];
+                const uint4 of_lowest = own_lowest[first / 4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    ranges[first + j] = as_pair<__half>((&of_ranges.x)[j]);
+                    lowest[first + j] = as_pair<__half>((&of_lowest.x)[j]);
+                    query[first + j] = __hmul2(as_pair<__half>((&of_query.x)[j]), by_scale);
+                }
             }
         }
     }
@@ -378,17 +413,9 @@ struct IntegerPage {
         return __ushort_as_half(uint16_t(bits));
     }
 
-    // Two bytes as signed integers above 1152.
-    template <int kWords>
-    static __device__ __half2 biased_pair(const uint32_t (&words)[kWords], int first, int second) {
-        const unsigned selector = first % 4 | (4 + second % 4) << 8;
-        const uint32_t bytes = __byte_perm(words[first / 4], words[second / 4], selector);
-        return as_pair<__half>(((bytes ^ 0x00800080u) & 0x00ff00ffu) | 0x64006400u);
-    }
-
     // The keys of a token in a pair of channels, of a word of its code.
     __device__ uint32_t key_pair(uint32_t word, int pair_idx) const {
-        constexpr uint32_t kMask = uint32_t(kTop) * 0x10001u << kShift;
+        constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x10001u << kShift;
         constexpr uint32_t kFirst = kBits == 2 ? 0x44004400u : 0x4c004c00u;  // 4, 16: the first of those floats
         const int right = pair_idx % L::kPairsOfWord * kBits - kShift;
         const uint32_t moved = right > 0 ? word >> right : word << -right;
