@@ -1,14 +1,14 @@
-// chain by codes: estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for each row
-// and KV head (cluster.cuh).
+// chain by codes: estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for each
+// row and KV head (cluster.cuh).
 //
 // Each block looks after some of the stripes of pages (stripes.cuh): it scores their pages, finds the best of each,
-// scores the tokens of those by their codes (refine.cuh), chooses the best of each stripe and attends them. So blocks
-// need no word of each other but the sums of each head's softmax over all candidates, where heads agree by shares, and
-// in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no more tokens
-// are stored than may be attended, they all are, without a look at their bounds.
+// scores the tokens of those by their codes (integer_keys.cuh), chooses the best of each stripe and attends them. So
+// blocks need no word of each other but the sums of each head's softmax over all candidates, where heads agree by
+// shares, and in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no
+// more tokens are stored than may be attended, they all are, without a look at their bounds.
 
 #include "cluster.cuh"
-#include "refine.cuh"
+#include "integer_keys.cuh"
 #include "shares.cuh"
 #include "stripes.cuh"
 
@@ -76,8 +76,8 @@ struct PagesInStripes {
 template <typename T, int kHeadDim, int kBits>
 struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>>;
-    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
+    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Layout = CodeLayout<kHeadDim, kBits>;
     static constexpr int kTokensOfUnit = 2 * kCodeTile;
     const int lane_idx = threadIdx.x % kWarpSize;
@@ -128,8 +128,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
             __syncthreads();
         };
         LargestScore agree;
-        const NarrowBounds<T, kHeadDim, PagesInStripes> bounds(
-            storage, kv_idx * count_pages(storage, params.page_size), pages);
+        const NarrowBounds<T, kHeadDim, PagesInStripes> bounds(storage, kv_idx * count_pages(storage, params.page_size),
+                                                               pages);
         score_pages<count_tiles(kHeadDim)>(bounds, score_input(), wait_for_query, warp_idx * kPagesPerTile,
                                            kWarps * kPagesPerTile, num_keys, agree, store);
         return length;
@@ -157,9 +157,9 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int stripe = stripe_of(own), first = shared.first_candidate[own];
             const auto choose = [&](auto key_of) {
-                choose_in_stripe(
-                    shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first, key_of,
-                    [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
+                choose_in_stripe(shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first,
+                                 key_of,
+                                 [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
             };
             if (distant_keys == nullptr) {
                 choose([&](int idx) { return shared.keys[own * length + idx]; });

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import reference
+from .. import reference, stripes
 from ..codes import BITS, find_candidates, refine, refresh_codes
 from ..kernels import ops
 from ..reference import Choice, Score
@@ -154,8 +154,10 @@ class Quest(Method):
         if self.codes is None:
             return super().read_beside(pages)
         of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
-        num_looked_at = min(self.num_candidates * self.page_size, pages.length)
-        return pages.num_pages(pages.length) * of_pages + num_looked_at * pages.beside["codes"][0, 0, 0].nbytes
+        num_earlier = torch.tensor(pages.num_pages(pages.length) - 1)
+        num_candidates = stripes.shares_of_pages(num_earlier.clamp(max=self.num_candidates - 1), num_earlier).sum()
+        of_codes = int(num_candidates) * self.page_size * pages.beside["codes"][0, 0, 0].nbytes
+        return pages.num_pages(pages.length) * of_pages + of_codes
 
 
 def score_named(score) -> Score:
