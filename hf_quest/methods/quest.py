@@ -7,7 +7,7 @@ import torch
 
 from .. import reference
 from ..codes import BITS, refine, refresh_codes
-from ..kernels import ops
+from ..kernels import cpu, ops
 from ..reference import Choice, Score
 from .base import Method, is_int
 
@@ -141,9 +141,13 @@ class Quest(Method):
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
         where = (length, pages.padding, self.page_size)
-        scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
-        num_found = min(self.num_found, scores.shape[-1]) if self.codes else self.num_found
-        ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
+        num_found = min(self.num_found, bounds[0].shape[2]) if self.codes else self.num_found
+        if cpu.serves(query, length, pages.left_padding):
+            scores = cpu.estimate(query.detach(), *bounds, logits.scaling, self.score)
+            ids = cpu.select(scores, num_found, self.score.keeps_first)
+        else:
+            scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
+            ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
         if self.codes is None:
             return Choice(ids, self.page_size)
         how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)

@@ -4,7 +4,7 @@ import torch
 
 from .. import reference
 from ..errors import say_if_constant, say_once
-from ..kernels import ops
+from ..kernels import cpu, ops
 from .base import Storage
 from .copies import check_restored, copy_by_head, filled_up
 from .memory import Memories, Memory
@@ -100,6 +100,9 @@ class Pages(Storage):
     def attend(self, query, choice, length, logits):
         """`reference.attend` of the newest T tokens, [B, Hq, T, D], over what a `Choice` names, or over all."""
         page_ids, page_size = (None, self.page_size) if choice is None else choice
+        is_plain = logits.softcap is None and logits.sinks is None
+        if page_ids is not None and is_plain and cpu.serves(query, length, self.left_padding):
+            return cpu.attend(query, self.keys, self.values, page_ids, length, page_size, logits.scaling)
         stored = (self.keys, self.values, page_ids)
         return reference.attend(query, *stored, length, self.padding, page_size, *logits)
 
