@@ -130,6 +130,18 @@ class Quest(Method):
         return {"bounds": ((2, head_dim), self.bounds_dtype), "scales": ((num_scales,), torch.uint8)}
 
     def stored(self, pages, num_new, length):
+        # The newest page is chosen whatever its bounds: those of a page can wait until it is full.
+        is_step = num_new == 1 and isinstance(length, int) and not pages.has_kernels
+        if not is_step or any((length - padding) % self.page_size == 0 for padding in pages.left_padding):
+            self.refresh(pages, num_new, length)
+
+    def catch_up(self, pages):
+        if not pages.has_kernels:
+            with torch.inference_mode():  # in which a copy may have been made
+                self.refresh(pages, 1, pages.length)
+
+    def refresh(self, pages, num_new, length):
+        """Bring bounds and codes of the newest tokens' pages up to date."""
         bounds = (pages.beside["bounds"], pages.beside.get("scales"))
         where = (num_new, length, pages.padding, self.page_size)
         reference.refresh_bounds(pages.keys, *bounds, *where)
@@ -137,19 +149,35 @@ class Quest(Method):
             refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
+        if cpu.serves(query, length, pages.left_padding):
+            return self.choose_on_cpu(pages, query.detach(), logits, length)
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
         where = (length, pages.padding, self.page_size)
-        num_found = min(self.num_found, bounds[0].shape[2]) if self.codes else self.num_found
-        if cpu.serves(query, length, pages.left_padding):
-            scores = cpu.estimate(query.detach(), *bounds, logits.scaling, self.score)
-            ids = cpu.select(scores, num_found, self.score.keeps_first)
-        else:
-            scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
-            ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
-        if self.codes is None:
-            return Choice(ids, self.page_size)
+        scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
+        num_found = min(self.num_found, scores.shape[-1]) if self.codes else self.num_found
+        ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
+        return (
+            Choice(ids, self.page_size)
+            if self.codes is None
+            else self.refined(pages, query, bounds, ids, logits, length)
+        )
+
+    def choose_on_cpu(self, pages, query, logits, length):
+        """`choose` for one query per row."""
+        bounds = pages.widened.of(pages)[:, :, : pages.num_pages(length)]
+        scores = cpu.estimate(query, bounds, logits.scaling, self.score)
+        ids = cpu.select(scores, self.num_found, self.score.keeps_first)
+        return (
+            Choice(ids, self.page_size)
+            if self.codes is None
+            else self.refined(pages, query, (bounds, None), ids, logits, length)
+        )
+
+    def refined(self, pages, query, bounds, ids, logits, length):
+        """The tokens of the candidate pages `ids`."""
+        where = (length, pages.padding, self.page_size)
         how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
         return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
 

@@ -116,7 +116,7 @@ class Forwards(Cache):
         check_room(self.layers[0], 1)
         if num_tokens > rows.room or cannot_be_written(self.layers[0].keys):
             for layer in self.layers:
-                layer.make_room(num_tokens)
+                layer.storage.make_room(num_tokens)
             addresses = [layer.storage.find_addresses() for layer in self.layers]
             rows.set_addresses(addresses, min(layer.storage.room for layer in self.layers))
         rows.set_length(num_tokens)
