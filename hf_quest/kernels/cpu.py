@@ -24,7 +24,7 @@ def serves(query: Tensor, length: Length, left_padding: tuple[int, ...]) -> bool
 def estimate(query: Tensor, bounds: Tensor, scaling: float, score: Score) -> Tensor:
     """`reference.estimate` where the last of the bounds [B, Hkv, P, 2, D], float32, is of the query's newest page."""
     batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
-    bounds = bounds.view(batch_size * num_kv_heads, num_pages, 2 * head_dim)
+    bounds = bounds.flatten(0, 1).flatten(2)  # [B·Hkv, P, 2·D]
     middle = query.float().reshape(len(bounds), -1, 1, head_dim) * (scaling / 2)
     weights = torch.addcmul(middle, middle.abs(), of_extremes(score.width)).view(len(bounds), -1, 2 * head_dim)
     scores = torch.bmm(weights, bounds.transpose(1, 2)).view(batch_size, num_kv_heads, -1, 1, num_pages)
@@ -54,9 +54,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ids: Tensor, length: int
     rows = (batch_size, num_kv_heads)
     slots = torch.add(first_slots(*rows, capacity, size), ids[..., 0, :, None], alpha=size).flatten(2)
     is_visible = None
-    if (
-        ids[..., -1].amin() == (length - 1) // size
-    ):  # the highest id that there can be: those before it are of full pages
+    if ids[..., -1].amin() == (length - 1) // size:  # no id is higher, and all before it are of full pages
         slots = slots[..., : slots.shape[-1] - size + (length - 1) % size + 1]
     else:
         first = first_slots(*rows, capacity, 1)
@@ -64,13 +62,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ids: Tensor, length: int
         slots = torch.where(is_visible, slots, first[..., 0])
         is_visible = is_visible[:, :, None]
     slots = slots.flatten()
-    chosen = [
-        stored.view(-1, stored.shape[-1]).index_select(0, slots).view(*rows, -1, stored.shape[-1]).float()
+    keys, values = (
+        stored.flatten(0, 2).index_select(0, slots).view(*rows, -1, stored.shape[-1]).float()
         for stored in (keys, values)
-    ]
+    )
     # The query heads of a group are queries of their KV head.
     grouped = query.float().reshape(*rows, -1, head_dim)
-    output = F.scaled_dot_product_attention(grouped, *chosen, attn_mask=is_visible, scale=scaling)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=is_visible, scale=scaling)
     return output.reshape(batch_size, query.shape[1], 1, -1).to(query.dtype)
 
 

@@ -101,7 +101,8 @@ def may_compile_for_caller(is_on_cpu):
     each step for it all the same.
     """
     caller = sys._getframe(2)
-    if called_from(PREFILL, stop_at=MODULE_CALL) or (is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()):
+    is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
+    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
         return False
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
