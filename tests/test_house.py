@@ -14,7 +14,7 @@ ARROWS = {
     "rounding": set(),
     "reference": {"rounding"},
     "codes": {"reference"},
-    "kernels": {"reference"},
+    "kernels": {"codes", "reference"},
     "storage": {"errors", "kernels", "reference"},
     "prompts": {"kernels", "reference"},
     "methods": {"codes", "kernels", "reference", "storage"},

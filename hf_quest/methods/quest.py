@@ -149,8 +149,9 @@ class Quest(Method):
             refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
+        by_codes = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
         if cpu.serves(query, length, pages.left_padding):
-            return self.choose_on_cpu(pages, query.detach(), logits, length)
+            return self.choose_on_cpu(pages, query.detach(), logits, length, by_codes)
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
@@ -158,28 +159,18 @@ class Quest(Method):
         scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
         num_found = min(self.num_found, scores.shape[-1]) if self.codes else self.num_found
         ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
-        return (
-            Choice(ids, self.page_size)
-            if self.codes is None
-            else self.refined(pages, query, bounds, ids, logits, length)
-        )
+        if self.codes is None:
+            return Choice(ids, self.page_size)
+        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *by_codes), 1)
 
-    def choose_on_cpu(self, pages, query, logits, length):
-        """`choose` for one query per row."""
-        bounds = pages.widened.of(pages)[:, :, : pages.num_pages(length)]
-        scores = cpu.estimate(query, bounds, logits.scaling, self.score)
+    def choose_on_cpu(self, pages, query, logits, length, by_codes):
+        """`choose` for one query per row, in fewer operators."""
+        bounds = pages.widened.of(pages)
+        scores = cpu.estimate(query, bounds[:, :, : pages.num_pages(length)], logits.scaling, self.score)
         ids = cpu.select(scores, self.num_found, self.score.keeps_first)
-        return (
-            Choice(ids, self.page_size)
-            if self.codes is None
-            else self.refined(pages, query, (bounds, None), ids, logits, length)
-        )
-
-    def refined(self, pages, query, bounds, ids, logits, length):
-        """The tokens of the candidate pages `ids`."""
-        where = (length, pages.padding, self.page_size)
-        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
-        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
+        if self.codes is None:
+            return Choice(ids, self.page_size)
+        return Choice(cpu.refine(query, bounds, pages.beside["codes"], ids, length, self.page_size, *by_codes), 1)
 
     def read_beside(self, pages):
         if self.codes is None:
