@@ -208,9 +208,9 @@ class Layer(CacheLayerMixin):
 
     def _as_stored(self, keys, values):
         """`keys` and `values` in the dtype of what is stored, which is widened where it cannot hold them."""
-        self.shared.note_autocast(keys.device.type)
+        is_cast = self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
-        keys, values = self.autocast(keys), self.autocast(values)
+        keys, values = (self.autocast(keys), self.autocast(values)) if is_cast else (keys, values)
         if self.length == 0:
             return keys, values
         self.storage.make_room(self.length)
