@@ -35,10 +35,11 @@ class Stored:
         new = (length, *self.where)
         reference.refresh_bounds(self.keys, self.bounds, self.scales, *new)
         codes.refresh_codes(self.keys, self.bounds, self.scales, self.codes, *new, bits)
-        self.widened = reference.from_8_bits(self.bounds, self.scales)
 
     def of_pages(self):
-        return [each[:, :, : self.num_pages] for each in (self.bounds, self.scales, self.widened)]
+        """Bounds and scales, and what `Widened` makes of both."""
+        bounds, scales = (each[:, :, : self.num_pages] for each in (self.bounds, self.scales))
+        return bounds, scales, reference.from_8_bits(bounds, scales).flatten(3).transpose(2, 3).bfloat16()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -104,7 +105,7 @@ def test_refine_is_that_of_the_reference(bits, shape, group):
             ids = cpu.select(scores.clone(), num_candidates, True)
             how = (bits, 0.125, num_tokens, group)
             expected = codes.refine(stored.query, bounds, scales, stored.codes, ids, *stored.where, *how)
-            found = cpu.refine(stored.query, stored.widened, stored.codes, ids, length, PAGE_SIZE, *how)
+            found = cpu.refine(stored.query, stored.bounds, stored.scales, stored.codes, ids, length, PAGE_SIZE, *how)
             assert torch.equal(found, expected)
 
 
@@ -147,8 +148,8 @@ def test_widened_bounds_follow_what_becomes_of_tokens(model):
         for layer in cache.layers[2:]:
             num_full = layer.length // PAGE_SIZE
             stored = [layer.storage.beside[name][:, :, :num_full] for name in ("bounds", "scales")]
-            widened = layer.storage.widened.of(layer.storage)[:, :, :num_full]
-            assert torch.equal(widened, reference.from_8_bits(*stored))
+            widened = layer.storage.widened.of(layer.storage)[..., :num_full].float()
+            assert torch.equal(widened, reference.from_8_bits(*stored).flatten(3).transpose(2, 3))
 
     check()
     cache.crop(-37)

@@ -23,12 +23,12 @@ def serves(query: Tensor, length: Length, left_padding: tuple[int, ...]) -> bool
 
 
 def estimate(query: Tensor, bounds: Tensor, scaling: float, score: Score) -> Tensor:
-    """`reference.estimate` where the last of the bounds [B, Hkv, P, 2, D], float32, is of the query's newest page."""
-    batch_size, num_kv_heads, num_pages, _, head_dim = bounds.shape
-    bounds = bounds.flatten(0, 1).flatten(2)  # [B·Hkv, P, 2·D]
-    middle = query.float().reshape(len(bounds), -1, 1, head_dim) * (scaling / 2)
-    weights = torch.addcmul(middle, middle.abs(), of_extremes(score.width)).view(len(bounds), -1, 2 * head_dim)
-    scores = torch.bmm(weights, bounds.transpose(1, 2)).view(batch_size, num_kv_heads, -1, 1, num_pages)
+    """`reference.estimate` by bounds [B, Hkv, 2·D, P], the last of which are of the query's newest page."""
+    *rows, num_extremes, num_pages = bounds.shape
+    bounds = bounds.flatten(0, 1).float()
+    middle = query.float().reshape(len(bounds), -1, 1, num_extremes // 2) * (scaling / 2)
+    weights = torch.addcmul(middle, middle.abs(), of_extremes(score.width)).view(len(bounds), -1, num_extremes)
+    scores = torch.bmm(weights, bounds).view(*rows, -1, 1, num_pages)
     is_newest = None if score.group == "max" else torch.arange(num_pages) == num_pages - 1
     return reduce_group(scores, score.group, is_newest)
 
@@ -52,6 +52,7 @@ def highest(scores: Tensor, number: int) -> Tensor:
 def refine(
     query: Tensor,
     bounds: Tensor,
+    scales: Tensor | None,
     codes: Tensor,
     page_ids: Tensor,
     length: int,
@@ -61,7 +62,7 @@ def refine(
     num_tokens: int,
     group: str,
 ) -> Tensor:
-    """`codes.refine` where the last of the candidates [B, Hkv, 1, C] is the newest page and `bounds` are float32.
+    """`codes.refine` where the last of the candidates [B, Hkv, 1, C] is the newest page.
 
     A key is its page's lowest value and so many steps of its grid in each channel. So its product with a query is that
     of the lowest value, once for a page, and that of the levels with the query times the step: no key is decoded.
@@ -69,16 +70,17 @@ def refine(
     rows, page_ids = page_ids.shape[:2], page_ids[..., :-1].flatten(0, 2)  # [B·Hkv, C]
     num_heads, num_pages = page_ids.shape
     pages = (page_ids + torch.arange(0, num_heads * bounds.shape[2], bounds.shape[2])[:, None]).flatten()
-    lowest, step = grid(bounds.flatten(0, 2).index_select(0, pages).unflatten(0, page_ids.shape), None, bits)
+    of_pages = [each if each is None else each.flatten(0, 2).index_select(0, pages) for each in (bounds, scales)]
+    lowest, step = (each.unflatten(0, page_ids.shape) for each in grid(*of_pages, bits))  # [B·Hkv, C, D]
     grouped = query.float().reshape(num_heads, -1, query.shape[-1])  # [B·Hkv, G, D]
-    of_pages = torch.bmm(lowest, grouped.transpose(1, 2))[:, :, None]  # [B·Hkv, C, 1, G]
+    of_lowest = torch.bmm(lowest, grouped.transpose(1, 2))[:, :, None]  # [B·Hkv, C, 1, G]
     weights = (grouped[:, None] * step[:, :, None]).flatten(0, 1)  # [B·Hkv·C, G, D]
     # Levels are left where a byte has them: first those in its lowest bits.
     weights = F.pad(weights, (0, -weights.shape[-1] % (8 // bits)))
     weights = weights.unflatten(-1, (-1, 8 // bits)).transpose(-1, -2).flatten(2)
     of_tokens = codes.flatten(0, 2).unflatten(0, (-1, page_size)).index_select(0, pages)  # [B·Hkv·C, S, D·b / 8]
     levels = torch.cat([(of_tokens >> place) & (2**bits - 1) for place in range(0, 8, bits)], dim=-1).float()
-    scores = torch.bmm(levels, weights.transpose(1, 2)).view(num_heads, num_pages, page_size, -1) + of_pages
+    scores = torch.bmm(levels, weights.transpose(1, 2)).view(num_heads, num_pages, page_size, -1) + of_lowest
     scores = scores.flatten(1, 2).transpose(1, 2).view(*rows, -1, 1, num_pages * page_size) * scaling
     best = highest(reduce_group(scores, group), min(num_tokens - page_size, num_pages * page_size)).sort(dim=-1).values
     own = torch.arange((length - 1) // page_size * page_size, length)

@@ -165,12 +165,13 @@ class Quest(Method):
 
     def choose_on_cpu(self, pages, query, logits, length, by_codes):
         """`choose` for one query per row, in fewer operators."""
-        bounds = pages.widened.of(pages)
-        scores = cpu.estimate(query, bounds[:, :, : pages.num_pages(length)], logits.scaling, self.score)
+        bounds = pages.widened.of(pages)[..., : pages.num_pages(length)]
+        scores = cpu.estimate(query, bounds, logits.scaling, self.score)
         ids = cpu.select(scores, self.num_found, self.score.keeps_first)
         if self.codes is None:
             return Choice(ids, self.page_size)
-        return Choice(cpu.refine(query, bounds, pages.beside["codes"], ids, length, self.page_size, *by_codes), 1)
+        stored = (pages.beside.get(name) for name in ("bounds", "scales", "codes"))
+        return Choice(cpu.refine(query, *stored, ids, length, self.page_size, *by_codes), 1)
 
     def read_beside(self, pages):
         if self.codes is None:
