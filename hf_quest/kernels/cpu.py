@@ -70,8 +70,9 @@ def refine(
     rows, page_ids = page_ids.shape[:2], page_ids[..., :-1].flatten(0, 2)  # [B·Hkv, C]
     num_heads, num_pages = page_ids.shape
     pages = (page_ids + torch.arange(0, num_heads * bounds.shape[2], bounds.shape[2])[:, None]).flatten()
-    of_pages = [each if each is None else each.flatten(0, 2).index_select(0, pages) for each in (bounds, scales)]
-    lowest, step = (each.unflatten(0, page_ids.shape) for each in grid(*of_pages, bits))  # [B·Hkv, C, D]
+    bounds = bounds.flatten(0, 2).index_select(0, pages)
+    scales = None if scales is None else scales.flatten(0, 2).index_select(0, pages)
+    lowest, step = (each.unflatten(0, page_ids.shape) for each in grid(bounds, scales, bits))  # [B·Hkv, C, D]
     grouped = query.float().reshape(num_heads, -1, query.shape[-1])  # [B·Hkv, G, D]
     of_lowest = torch.bmm(lowest, grouped.transpose(1, 2))[:, :, None]  # [B·Hkv, C, 1, G]
     weights = (grouped[:, None] * step[:, :, None]).flatten(0, 1)  # [B·Hkv·C, G, D]

@@ -130,13 +130,13 @@ class Quest(Method):
         return {"bounds": ((2, head_dim), self.bounds_dtype), "scales": ((num_scales,), torch.uint8)}
 
     def stored(self, pages, num_new, length):
-        # The newest page is chosen whatever its bounds: those of a page can wait until it is full.
-        is_step = num_new == 1 and isinstance(length, int) and not pages.has_kernels
-        if not is_step or any((length - padding) % self.page_size == 0 for padding in pages.left_padding):
+        # The newest page is chosen whatever its bounds: on a CPU those of a page wait until it is full.
+        may_wait = num_new == 1 and isinstance(length, int) and is_on_cpu(pages)
+        if not may_wait or any((length - padding) % self.page_size == 0 for padding in pages.left_padding):
             self.refresh(pages, num_new, length)
 
     def catch_up(self, pages):
-        if not pages.has_kernels:
+        if is_on_cpu(pages):
             with torch.inference_mode():  # in which a copy may have been made
                 self.refresh(pages, 1, pages.length)
 
@@ -179,6 +179,11 @@ class Quest(Method):
         of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
         num_looked_at = min(self.num_candidates * self.page_size, pages.length)
         return pages.num_pages(pages.length) * of_pages + num_looked_at * pages.beside["codes"][0, 0, 0].nbytes
+
+
+def is_on_cpu(pages):
+    """Whether the stages run on a CPU, wherever the tokens are for the time being."""
+    return pages.device.type == "cpu" and not pages.has_kernels
 
 
 def score_named(score) -> Score:
