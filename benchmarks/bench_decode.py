@@ -146,7 +146,7 @@ def parse_arguments():
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 1024, 2048])
     parser.add_argument("--codes", type=int, help="bits of the codes by which tokens are chosen")
     parser.add_argument("--steps", type=int, default=16, help="tokens timed per round")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for .json, .md")
     return parser.parse_args()
