@@ -14,7 +14,7 @@ ARROWS = {
     "rounding": set(),
     "reference": {"rounding"},
     "codes": {"reference"},
-    "kernels": {"codes", "reference"},
+    "kernels": {"reference"},
     "storage": {"errors", "kernels", "reference"},
     "prompts": {"kernels", "reference"},
     "methods": {"codes", "kernels", "reference", "storage"},

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codes import grid
 from ..reference import LARGEST_SCORE, Length, Score, order_of, reduce_group
 
 SORTED_AT_ONCE = 1024  # scores up to which a whole stable sort is faster than the operators that make it unnecessary
@@ -47,47 +46,6 @@ def highest(scores: Tensor, number: int) -> Tensor:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :number]
     rank = order_of(scores) - torch.arange(scores.shape[-1])
     return rank.topk(number, dim=-1, sorted=False).indices
-
-
-def refine(
-    query: Tensor,
-    bounds: Tensor,
-    scales: Tensor | None,
-    codes: Tensor,
-    page_ids: Tensor,
-    length: int,
-    page_size: int,
-    bits: int,
-    scaling: float,
-    num_tokens: int,
-    group: str,
-) -> Tensor:
-    """`codes.refine` where the last of the candidates [B, Hkv, 1, C] is the newest page.
-
-    A key is its page's lowest value and so many steps of its grid in each channel. So its product with a query is that
-    of the lowest value, once for a page, and that of the levels with the query times the step: no key is decoded.
-    """
-    rows, page_ids = page_ids.shape[:2], page_ids[..., :-1].flatten(0, 2)  # [B·Hkv, C]
-    num_heads, num_pages = page_ids.shape
-    pages = (page_ids + torch.arange(0, num_heads * bounds.shape[2], bounds.shape[2])[:, None]).flatten()
-    bounds = bounds.flatten(0, 2).index_select(0, pages)
-    scales = None if scales is None else scales.flatten(0, 2).index_select(0, pages)
-    lowest, step = (each.unflatten(0, page_ids.shape) for each in grid(bounds, scales, bits))  # [B·Hkv, C, D]
-    grouped = query.float().reshape(num_heads, -1, query.shape[-1])  # [B·Hkv, G, D]
-    of_lowest = torch.bmm(lowest, grouped.transpose(1, 2))[:, :, None]  # [B·Hkv, C, 1, G]
-    weights = (grouped[:, None] * step[:, :, None]).flatten(0, 1)  # [B·Hkv·C, G, D]
-    # Levels are left where a byte has them: first those in its lowest bits.
-    weights = F.pad(weights, (0, -weights.shape[-1] % (8 // bits)))
-    weights = weights.unflatten(-1, (-1, 8 // bits)).transpose(-1, -2).flatten(2)
-    of_tokens = codes.flatten(0, 2).unflatten(0, (-1, page_size)).index_select(0, pages)  # [B·Hkv·C, S, D·b / 8]
-    levels = torch.cat([(of_tokens >> place) & (2**bits - 1) for place in range(0, 8, bits)], dim=-1).float()
-    scores = torch.bmm(levels, weights.transpose(1, 2)).view(num_heads, num_pages, page_size, -1) + of_lowest
-    scores = scores.flatten(1, 2).transpose(1, 2).view(*rows, -1, 1, num_pages * page_size) * scaling
-    best = highest(reduce_group(scores, group), min(num_tokens - page_size, num_pages * page_size)).sort(dim=-1).values
-    own = torch.arange((length - 1) // page_size * page_size, length)
-    position = (page_ids[..., None] * page_size + torch.arange(page_size)).view(*rows, 1, -1)
-    ids = torch.cat([position.gather(-1, best), own.expand(*rows, 1, -1)], dim=-1)
-    return F.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ids: Tensor, length: int, size: int, scaling: float) -> Tensor:

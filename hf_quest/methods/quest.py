@@ -149,9 +149,10 @@ class Quest(Method):
             refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
-        by_codes = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
-        if cpu.serves(query, length, pages.left_padding):
-            return self.choose_on_cpu(pages, query.detach(), logits, length, by_codes)
+        if self.codes is None and cpu.serves(query, length, pages.left_padding):
+            bounds = pages.widened.of(pages)[..., : pages.num_pages(length)]
+            scores = cpu.estimate(query.detach(), bounds, logits.scaling, self.score)
+            return Choice(cpu.select(scores, self.num_selected, self.score.keeps_first), self.page_size)
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
@@ -161,17 +162,8 @@ class Quest(Method):
         ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
         if self.codes is None:
             return Choice(ids, self.page_size)
-        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *by_codes), 1)
-
-    def choose_on_cpu(self, pages, query, logits, length, by_codes):
-        """`choose` for one query per row, in fewer operators."""
-        bounds = pages.widened.of(pages)[..., : pages.num_pages(length)]
-        scores = cpu.estimate(query, bounds, logits.scaling, self.score)
-        ids = cpu.select(scores, self.num_found, self.score.keeps_first)
-        if self.codes is None:
-            return Choice(ids, self.page_size)
-        stored = (pages.beside.get(name) for name in ("bounds", "scales", "codes"))
-        return Choice(cpu.refine(query, *stored, ids, length, self.page_size, *by_codes), 1)
+        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
+        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
 
     def read_beside(self, pages):
         if self.codes is None:
