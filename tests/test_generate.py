@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_quest import QuestCache, reference
 from hf_quest.codes import encode, grid
-from hf_quest.storage.pages import copies_in_order
+from hf_quest.storage.copies import copies_in_order
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Copies: what it takes to bring what a layer stores to a disk and back."""
+"""Copies: what it takes to bring what a layer stores to other rows, or to a disk and back."""
 
 from ..errors import QuestError
 
@@ -30,3 +30,34 @@ def copy_by_head(target, source):
     """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
     for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):
         part.copy_(content)
+
+
+def exchange_rows(tensor, sources):
+    """Have row i of a tensor hold what row `sources[i]` held. One that stays is not copied, and a cycle needs one to
+    spare.
+    """
+    spare = None
+    for target, source in copies_in_order(sources):
+        if target is None:
+            spare = tensor[source].clone()
+        else:
+            tensor[target].copy_(spare if source is None else tensor[source])
+
+
+def copies_in_order(sources):
+    """(target, source) rows to copy one after the other, after which row i holds what row `sources[i]` held.
+
+    None is a row to spare, by which the first row of a cycle goes.
+    """
+    left = {target: source for target, source in enumerate(sources) if target != source}
+    copies = []
+    while left:
+        free = [target for target in left if target not in left.values()]
+        if not free:  # cycles are all that is left
+            first = next(iter(left))
+            copies.append((None, first))
+            left = {target: None if source == first else source for target, source in left.items()}
+            continue
+        for target in free:
+            copies.append((target, left.pop(target)))
+    return copies

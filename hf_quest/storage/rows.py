@@ -25,6 +25,7 @@ class Rows:
     left_padding: tuple[int, ...] = ()  # slots at the start of each row that hold no token
     common: list[list[int]] = field(default_factory=list)  # [B][B] slots from the first on that two rows share
     addresses: list[list[int]] = field(default_factory=list)  # a row for each layer, see kernels.ops.decode
+    expected: int = 0  # tokens that the text under way is known to have
     room: float = 0  # tokens for which all layers are known to have storage, at these addresses
     devices: dict[torch.device, OnDevice] = field(default_factory=dict)
 
@@ -59,6 +60,10 @@ class Rows:
             for device in self.devices:
                 on_device = self.on(device)
                 on_device.padding = written_to(on_device.padding, left_padding, device)
+
+    def expect(self, num_tokens):
+        """Know how long the text under way will be at least."""
+        self.expected = num_tokens
 
     def set_addresses(self, addresses, room):
         """Take over a list with one row for each layer, and for how many tokens there is storage there."""
