@@ -27,7 +27,7 @@ from hf_quest.seam.reading import attend
 from hf_quest.storage import Offloaded, host
 
 PREFILL = CritiPrefill(budget=32, segment_size=32, block_size=16, threshold=64, layer_fusion=0.3)
-METHODS = {"pages": {}, "codes": {"codes": 2, "candidates": 2}, "wide bounds": {"bounds_dtype": None}}
+METHODS = {"pages": {}, "codes": {"codes": 2, "candidates": 2}}
 FAMILIES = ("llama", "gemma3")
 MODES = {
     "greedy": {},
@@ -37,7 +37,6 @@ MODES = {
     "drafts": {"prompt_lookup_num_tokens": 4},
     "chunks": {"prefill_chunk_size": 37},
     "ahead": {"custom_generate": decode_ahead},
-    "compiled": {"compile_config": on_any_device()},
     "long": {"max_new_tokens": 300},  # the storage grows
 }
 
@@ -98,6 +97,13 @@ class TestTheSameTokens:
         assert torch.equal(answers[0][0], answers[1][0])
         assert torch.equal(answers[0][1], answers[1][1])
 
+    @pytest.mark.parametrize("method", ["pages", "codes"])
+    def test_in_a_graph(self, model, method):
+        torch._dynamo.reset()
+        options = {"compile_config": on_any_device()}
+        expected, output = (generate(model, tokens(PROMPT), cache, **options) for cache in both(**METHODS[method]))
+        assert torch.equal(output, expected)
+
     @pytest.mark.parametrize("options", [{}, {"prefill": PREFILL}, {"dense_layers": 0}], ids=["", "segments", "all"])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_of_padded_rows_in_chunks(self, models, family, options):
@@ -114,6 +120,7 @@ class TestTheSameTokens:
     @pytest.mark.parametrize("options", [{}, {"codes": 2}], ids=["", "codes"])
     def test_by_the_operators(self, model, monkeypatch, options):
         """Which find the storage by its address in a graph."""
+        torch._dynamo.reset()
         calls = emulate(monkeypatch)
         expected, output = (
             generate(model, tokens(PROMPT), cache, compile_config=on_any_device()) for cache in both(**options)

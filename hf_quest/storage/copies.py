@@ -26,10 +26,10 @@ def filled_up(tensor, counts):
     return tensor
 
 
-def copy_by_head(target, source):
+def copy_by_head(target, source, non_blocking=False):
     """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
     for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):
-        part.copy_(content)
+        part.copy_(content, non_blocking=non_blocking)
 
 
 def exchange_rows(tensor, sources):

@@ -52,11 +52,15 @@ def holds(tensor):
     return tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() in blocks
 
 
-def seen_by_cpu(tensor):
-    """A tensor of the CPU in the same memory, which has to outlive it, once the GPU has done with that."""
+def seen_by_cpu(tensor, waits=True):
+    """A tensor of the CPU in the same memory, which has to outlive it.
+
+    With `waits` once the GPU has done what it was to do there; without it is for copies in the order of its stream.
+    """
     if tensor.device.type != "cuda":
         return tensor
-    torch.cuda.synchronize(tensor.device)
+    if waits:
+        torch.cuda.synchronize(tensor.device)
     storage = tensor.untyped_storage()
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     whole = torch.frombuffer(memory, dtype=tensor.dtype)
@@ -80,8 +84,8 @@ def check_room(num_bytes, num_present=0):
 def no_memory(num_bytes, reason):
     return QuestError(
         f"Keys and values of a cache with offloading=True take {num_bytes:,} bytes of host memory, {reason}. Free some "
-        "of it, give the process more, read less text, or take a cache without offloading if the GPU has room: hf-quest "
-        "plan says how much it takes. What the cache held is unchanged."
+        "of it, give the process more, read less text, or take a cache without offloading if it fits the GPU. What the "
+        "cache held is unchanged, and hf-quest plan says how much a context takes."
     )
 
 

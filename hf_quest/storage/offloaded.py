@@ -39,12 +39,12 @@ class Offloaded(Pages):
         found = []
         for tokens in (keys, values):
             copy = tokens.new_empty(*tokens.shape[:2], num_slots, tokens.shape[3])[:, :, :num_tokens]
-            copy_by_head(copy, tokens)
+            copy_by_head(copy, host.seen_by_cpu(tokens, waits=False), non_blocking=True)
             found.append(copy)
         return found
 
     def move(self, batch_rows, num_slots, dtype=None):
-        """As of Pages, a head at a time: there is no copy of all of it on the way."""
+        """As of Pages, without a copy of all of it on the way."""
         filled, rows = self.filled(), range(self.keys.shape[0])
         sources = rows[batch_rows] if isinstance(batch_rows, slice) else batch_rows.tolist()
         keys, values = filled[:2]
@@ -52,13 +52,16 @@ class Offloaded(Pages):
         self.memories.change(lambda tensor: tensor[batch_rows])
         for stored, content in zip(self.filled(), filled, strict=True):
             for row, source in enumerate(sources):
-                copy_by_head(stored[row, None], content[source, None])
+                self.fill(stored[row, None], content[source, None])
 
     def parts(self, tensor):
-        return tensor.unbind(1)  # heads, of which a row to spare takes little
+        if not host.holds(tensor):
+            return super().parts(tensor)
+        return host.seen_by_cpu(tensor).unbind(1)  # heads, of which a row to spare takes little
 
     def fill(self, stored, content):
         if host.holds(stored):
+            content = host.seen_by_cpu(content) if host.holds(content) else content
             host.seen_by_cpu(stored).copy_(content)
         else:
             super().fill(stored, content)
