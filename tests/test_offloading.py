@@ -214,6 +214,11 @@ def made_in_inference_mode(model, cache, folder):
     return read(model, cache, tokens(3, seed=3))
 
 
+def copied_in_inference_mode(model, cache, folder):
+    with torch.inference_mode():
+        return copy.deepcopy(cache)
+
+
 CHANGES = {
     "grown": grown,
     "reordered": reordered,
@@ -227,7 +232,8 @@ CHANGES = {
     "saved and loaded": saved_and_loaded,
     "taken from stock": taken_from_stock,
     "taken from one": lambda model, cache, folder: QuestCache.from_cache(cache, BUDGET, offloading=True),
-    "inference mode": made_in_inference_mode,
+    "made in inference mode": made_in_inference_mode,
+    "copied in inference mode": copied_in_inference_mode,
 }
 
 

@@ -1,5 +1,7 @@
 """Offloaded: every token of a layer, keys and values in the host's memory."""
 
+import torch
+
 from . import host
 from .copies import copy_by_head
 from .pages import Pages
@@ -82,3 +84,8 @@ class Offloaded(Pages):
         self.__dict__.update(state)
         if self.keys is not None:
             self.keys, self.values = (host.copied(tensor, self.device) for tensor in (self.keys, self.values))
+            with torch.inference_mode(False):  # as these are: all can be written, or none
+                self.beside = {name: tensor.clone() for name, tensor in self.beside.items()}
+                self.work, self.counters = (
+                    None if each is None else each.clone() for each in (self.work, self.counters)
+                )
