@@ -152,7 +152,7 @@ class SeenByGPU:
 def registered(num_bytes, device):
     """(uint8 of the CPU that the GPU can reach, what is called before its memory is freed)."""
     runtime, memory = torch.cuda.cudart(), block_of_cpu(num_bytes)
-    address = memory.data_ptr()
+    address = memory.zero_().data_ptr()  # in all threads: one by itself, CUDA's, takes much longer to have pages made
     with torch.cuda.device(device):
         status = int(runtime.cudaHostRegister(address, num_bytes, SHARED))
         if not status:
@@ -172,4 +172,5 @@ def release(memory, unpin, device):
         waiting.append((memory, unpin, device))
         return
     torch.cuda.synchronize(device)
-    unpin()
+    with torch.cuda.device(device):
+        unpin()
