@@ -273,11 +273,29 @@ class TestPlace:
         del kept
         assert host.blocks == before
 
-    def test_a_prompt_in_chunks_is_given_its_room_at_once(self, model, monkeypatch):
-        asked, empty = [], host.empty
-        monkeypatch.setattr(host, "empty", lambda shape, *rest: asked.append(shape) or empty(shape, *rest))
-        generate(model, tokens(600), QuestCache(BUDGET, offloading=True), prefill_chunk_size=37)
-        assert len(asked) == 4
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_prompt_in_chunks_is_given_its_room_at_once(self, models, monkeypatch, family):
+        made, make = [], host.new_block
+        monkeypatch.setattr(host, "new_block", lambda *arguments: made.append(arguments) or make(*arguments))
+        cache = QuestCache(BUDGET, offloading=True)
+        generate(models[family], tokens(600), cache, prefill_chunk_size=37)
+        assert len(made) == sum(2 * isinstance(layer.storage, Offloaded) for layer in cache.layers)
+        assert not cache.shared.rows.reserved
+
+    def test_room_for_keys_that_come_in_another_dtype(self, model):
+        cache = QuestCache(BUDGET, offloading=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            read(model, cache)
+        assert not cache.shared.rows.reserved
+        assert_in_place(cache)
+
+    def test_room_for_another_batch_is_no_more_than_that_takes(self, model, monkeypatch):
+        cache = read(model, QuestCache(BUDGET, offloading=True), tokens(1500))
+        cache.reset()
+        room = 8 * cache.layers[3].keys.nbytes
+        monkeypatch.setattr(host, "available", lambda: room)
+        read(model, cache, tokens(20, batch_size=8))
+        assert_in_place(cache)
 
 
 class Elsewhere(TorchDispatchMode):
@@ -412,18 +430,40 @@ class TestFaults:
         ids = tokens(600, seed=4)
         assert_same(read(model, cache, ids), read(model, expected, ids))
 
+    @pytest.mark.parametrize("num_given", [0, 3])
+    def test_memory_that_the_system_does_not_give_at_first(self, model, monkeypatch, num_given):
+        """What it gave goes back at once, and no layer has stored anything."""
+        gc.collect()
+        given, make, before = [], mmap.mmap, dict(host.blocks)
+
+        def fail(*arguments, **options):
+            if len(given) == num_given:
+                raise OSError(12, "Cannot allocate memory")
+            given.append(arguments)
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(mmap, "mmap", fail)
+        cache = QuestCache(BUDGET, offloading=True)
+        with pytest.raises(QuestError, match="which the system does not give"):
+            read(model, cache)
+        monkeypatch.undo()
+        gc.collect()
+        assert host.blocks == before
+        assert [layer.length for layer in cache.layers] == [0]
+        assert_same(read(model, cache), read(model, QuestCache(BUDGET)))
+
     def test_while_generate_writes(self, model, monkeypatch):
         """What was written so far is stored, and the text goes on when there is memory."""
         ids, cache = tokens(PROMPT), QuestCache(BUDGET, offloading=True)
         expected = generate(model, ids, QuestCache(BUDGET), max_new_tokens=400)
-        empty = host.empty
+        make, limit = host.new_block, 2 * 500 * 16 * 4
 
-        def fail(shape, dtype, device):
-            if shape[2] > 500:
-                raise host.no_memory(1, "for a test")
-            return empty(shape, dtype, device)
+        def fail(num_bytes, device):
+            if num_bytes > limit:
+                raise host.no_memory(num_bytes, "for a test")
+            return make(num_bytes, device)
 
-        monkeypatch.setattr(host, "empty", fail)
+        monkeypatch.setattr(host, "new_block", fail)
         with pytest.raises(QuestError, match="for a test"):
             generate(model, ids, cache, max_new_tokens=400)
         num_stored = cache.get_seq_length()

@@ -74,9 +74,12 @@ def check_room(layer, num_new):
         )
 
 
-def check_host_room(cache, key_states, value_states):
-    """Raise if all layers of a cache with offloading together find no memory for such keys and values as these."""
-    shared, config = cache.shared, cache.config
+def reserve_host(cache, key_states, value_states):
+    """Have host memory for such keys and values in all layers of a cache with offloading, or raise if there is none."""
+    shared, config, end = cache.shared, cache.config, cache.layers[0].length + key_states.shape[2]
+    shared.rows.reserve([])
+    if shared.num_layers and all(end <= layer.capacity for layer in cache.layers):
+        return
     if shared.reaches or config is None or config.is_encoder_decoder:
         return  # where layers may be of several shapes, or nothing is known of them, each asks for itself
     num_layers = max(len(cache.layers), num_caching_layers(config))
@@ -84,9 +87,11 @@ def check_host_room(cache, key_states, value_states):
     storages = [layer.storage for layer in layers]
     storages += [shared.new_storage(idx) for idx in range(max(len(cache.layers), shared.dense_layers), num_layers)]
     num_present = [storage.bytes_on_host for storage in storages]
-    needed = sum(storage.bytes_with(key_states, value_states) for storage in storages)
-    if needed > sum(num_present):  # one after the other grows, beside what it was
-        host.check_room(needed + max(num_present), sum(num_present))
+    sizes = [size for storage in storages for size in storage.bytes_with(key_states, value_states)]
+    if sum(sizes) > sum(num_present):  # one after the other grows, beside what it was
+        host.check_room(sum(sizes) + max(num_present), sum(num_present))
+    if not any(num_present):
+        shared.rows.reserve(host.new_blocks(sizes, key_states.device))
 
 
 def check_crop(layer, num_removed):

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from ..errors import QuestError
 from ..storage.rows import cannot_be_written
 from . import generate
-from .checks import check_host_room, check_room
+from .checks import check_room, reserve_host
 from .layer import Layer
 from .local import reaches_of
 from .state import State
@@ -59,7 +59,7 @@ class Forwards(Cache):
         layer = self.layers[layer_idx]
         if layer_idx == 0:
             self.shared.rows.expect(generate.prompt_under_way())
-            check_host_room(self, key_states, value_states)
+            reserve_host(self, layer.autocast(key_states), layer.autocast(value_states))
         length = layer.length
         try:
             return layer.update(key_states, value_states)

@@ -11,6 +11,7 @@ import math
 import mmap
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,33 +19,49 @@ import torch
 from ..errors import QuestError
 
 SHARED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+NUM_THREADS = 8
 blocks: dict[int, int] = {}  # bytes of those that are there, by address
 waiting: list[tuple] = []  # what could not be released while a graph was recorded
 
 
-def empty(shape, dtype, device):
-    """A tensor of a device, in host memory.
+def empty(shape, dtype, device, spare=()):
+    """A tensor of a device, in host memory: in one of the blocks `spare`, which is taken out, or in a new one.
 
     Raises:
         QuestError: for a device whose kernels cannot reach it, and where there is none to be had.
     """
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
+    num_elements = math.prod(shape)
+    num_bytes = max(num_elements, 1) * dtype.itemsize
+    release_waiting()
+    fitting = [idx for idx, block in enumerate(spare) if (len(block), block.device) == (num_bytes, device)]
+    block = spare.pop(fitting[0]) if fitting else new_block(num_bytes, device)
+    with torch.inference_mode(False):  # or it could not be written outside of it
+        return block[: num_elements * dtype.itemsize].view(dtype).view(shape)
+
+
+def new_blocks(sizes, device):
+    """Blocks of so many bytes, all of them or an error. Pinning takes long, and is done side by side."""
+    release_waiting()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(lambda num_bytes: new_block(num_bytes, device), sizes))
+
+
+def new_block(num_bytes, device):
+    """[num_bytes] uint8 of a device, in host memory of its own."""
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and sys.platform != "linux"):
         raise QuestError(
             f"offloading=True is for NVIDIA GPUs under Linux, whose kernels read host memory in place, and this model "
             f"is on {device}. Use a cache without it."
         )
-    num_bytes = max(math.prod(shape), 1) * dtype.itemsize
     check_room(num_bytes)
-    while waiting:
-        release(*waiting.pop())
-    with torch.inference_mode(False):  # or it could not be written outside of it
-        tensor = block_of_cpu(num_bytes) if device.type == "cpu" else block_of_gpu(num_bytes, device)
-        address = tensor.data_ptr()
+    with torch.inference_mode(False):
+        block = block_of_cpu(num_bytes) if device.type == "cpu" else block_of_gpu(num_bytes, device)
+        address = block.data_ptr()
         blocks[address] = num_bytes
-        weakref.finalize(tensor.untyped_storage(), blocks.pop, address, None).atexit = False
-        return tensor[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        weakref.finalize(block.untyped_storage(), blocks.pop, address, None).atexit = False
+        return block
 
 
 def holds(tensor):
@@ -164,6 +181,11 @@ def registered(num_bytes, device):
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True), lambda: None
         except RuntimeError as error:
             raise no_memory(num_bytes, f"which CUDA cannot pin (error {status}): {error}") from error
+
+
+def release_waiting():
+    while waiting and not torch.cuda.is_current_stream_capturing():
+        release(*waiting.pop())
 
 
 def release(memory, unpin, device):

@@ -17,7 +17,7 @@ class Offloaded(Pages):
     offloading = True
 
     def new_slots(self, like, slots, dtype):
-        return host.empty((*slots, like.shape[-1]), dtype, like.device)
+        return host.empty((*slots, like.shape[-1]), dtype, like.device, self.rows.reserved)
 
     def with_headroom(self, num_tokens):
         return super().with_headroom(max(num_tokens, self.rows.expected))
@@ -27,11 +27,12 @@ class Offloaded(Pages):
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
     def bytes_with(self, keys, values):
-        """Bytes on the host once these keys and values, [B, Hkv, T, D], are stored, too."""
-        end, num_slots = self.length + keys.shape[2], self.capacity
+        """Bytes of keys and of values on the host once these, [B, Hkv, T, D], are stored, too."""
+        end = self.length + keys.shape[2]
+        num_slots = self.capacity if self.length or self.fits(keys, values) else 0  # or others would take their place
         if end > num_slots:
             num_slots = self.in_blocks(self.with_headroom(end))
-        return sum(each[:, :, 0].nbytes for each in (keys, values)) * num_slots
+        return [each[:, :, 0].nbytes * num_slots for each in (keys, values)]
 
     def at_hand(self, keys, values):
         if not host.holds(keys):
