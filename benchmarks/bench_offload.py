@@ -54,7 +54,9 @@ def make_cache(way, config, context, budget):
     options = WAYS[way][1]
     if options is None:
         return DynamicCache(config=config, offloading=True)
-    return QuestCache(budget, max_cache_len=context + HEADROOM, **options)
+    cache = QuestCache(budget, max_cache_len=context + HEADROOM, **options)
+    cache.take_config(config, config.max_position_embeddings)  # so that memory is pinned for all layers at once
+    return cache
 
 
 def fill(cache, config, batch_size, num_tokens):
