@@ -71,6 +71,24 @@ def generate_table(report):
     return table
 
 
+def offload_table(report):
+    """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's."""
+    ways = list(dict.fromkeys(result["way"] for result in report["results"]))
+    table = Table("shape", "rows", "tokens", "GiB of the GPU", *ways)
+    cases = {}
+    for result in report["results"]:
+        cell = "does not fit"
+        if "ms_per_token" in result:
+            cell = f"{result['ms_per_token']:.1f} ({result['cache_gb']:.1f} + {result['host_gb']:.1f})"
+            cell += f", prompt {result['prompt_s']:.1f} s" if "prompt_s" in result else ""
+        case = (result["shape"], result["batch_size"], result["context"], result.get("limit_gib"))
+        cases.setdefault(case, {})[result["way"]] = cell
+    for (shape, batch_size, context, limit), cells in cases.items():
+        limit = "all" if limit is None else f"{limit:g}"
+        table.add_row(shape, str(batch_size), f"{context:,}", limit, *(cells.get(way, "-") for way in ways))
+    return table
+
+
 def first_token_table(report):
     """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over dense ways."""
     titles = {result["kind"]: result["way"] for result in report["results"]}
@@ -154,6 +172,7 @@ KINDS = {
     "stages": stages_table,
     "generate": generate_table,
     "first_token": first_token_table,
+    "offload": offload_table,
     "selection": selection_table,
 }
 

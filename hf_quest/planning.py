@@ -16,7 +16,7 @@ STEP = 1024  # tokens, to which the longest context is found
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a model with a context takes, the caches' by what they hold."""
+    """Bytes of a device that a model with a context takes, the caches' by what they hold, and of its host."""
 
     model: str
     dtype: str
@@ -27,11 +27,12 @@ class MemoryPlan:
     cache: dict[str, int]
     stock: dict[str, int]  # of a DynamicCache
     prompt: int  # at most, while the prompt is read, beside all that stays
+    host: dict[str, int] = field(default_factory=dict)  # what a cache with offloading holds in the host's memory
     notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        """Bytes at most, with the cache of this package."""
+        """Bytes of the device at most, with the cache of this package."""
         return self.weights + sum(self.cache.values()) + self.prompt
 
     @property
@@ -40,7 +41,7 @@ class MemoryPlan:
         return self.weights + sum(self.stock.values()) + self.prompt
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether so much memory is enough."""
+        """Whether so much memory of the device is enough."""
         return self.total <= num_bytes
 
 
@@ -93,7 +94,7 @@ def plan_of(sketch, num_tokens, like, batch_size, chunk_size):
     """The MemoryPlan of a sketched model and a cache of the settings of `like`, an empty one."""
     chunk_size = min(chunk_size or num_tokens, num_tokens)
     last = (num_tokens - 1) % chunk_size + 1  # tokens of the last chunk
-    held, prompt = sketch.ask(like, num_tokens, batch_size, chunk_size, last)
+    held, on_host, prompt = sketch.ask(like, num_tokens, batch_size, chunk_size, last)
     return MemoryPlan(
         model=sketch.name,
         dtype=str(sketch.dtype).removeprefix("torch."),
@@ -104,6 +105,7 @@ def plan_of(sketch, num_tokens, like, batch_size, chunk_size):
         cache=held,
         stock=sketch.ask_stock(num_tokens, batch_size),
         prompt=prompt,
+        host=on_host,
         notes=list(notes(sketch, num_tokens, batch_size, last)),
     )
 

@@ -58,7 +58,8 @@ class Sketch:
         self.new = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in one.layers]  # [1, Hkv, 0, D]
 
     def ask(self, like, num_tokens, batch_size, chunk_size, last):
-        """(bytes held, by what they are for; bytes at most beside them, while the prompt is read).
+        """(bytes held, by what they are for; the same in the host's memory; bytes at most beside them on the device,
+        while the prompt is read).
 
         Args:
             like: an empty cache of the settings.
@@ -66,20 +67,23 @@ class Sketch:
         """
         cache = self.empty(like)
         asked = Asked([*self.model.parameters(), *self.model.buffers()])
+        cache.shared.rows.expect(num_tokens)  # as it does of a prompt that `generate` reads in chunks
         with asked, torch.no_grad():
             self.fill(cache, num_tokens - last, batch_size, chunk_size)
             asked.begin()
             self.read(cache, last, batch_size)
-        held = held_by(cache)
+        held, on_host = held_by(cache)
         grows = last < num_tokens and cache.max_cache_len is None  # a layer at a time, beside what it was
-        largest = max(sum(tensor.nbytes for tensor in layer.storage.tensors().values()) for layer in cache.layers)
-        return held, asked.most - sum(held.values()) + largest * grows
+        largest = max(sum(tensor.nbytes for _, tensor in on_device(layer.storage)) for layer in cache.layers)
+        prompt = asked.most - sum(held.values()) - sum(on_host.values()) + largest * grows + at_hand(cache)
+        return held, on_host, prompt
 
     def empty(self, like):
         """An empty cache of the settings of another one."""
         if like.get_seq_length():
             raise ValueError("plan_memory takes an empty cache, for its settings. Give a new one.")
         options = {"dense_layers": like.dense_layers, "max_cache_len": like.max_cache_len, "prefill": like.prefill}
+        options["offloading"] = like.shared.offloading
         cache = SketchedCache._with_method(like.method, **options)
         cache.take_config(self.config, self.max_positions)
         return cache
@@ -196,17 +200,32 @@ class Asked(TorchDispatchMode):
 
 
 def held_by(cache):
-    """Bytes of what a cache holds, by what they are for."""
-    found = Counter()
+    """Bytes of what a cache holds, by what they are for: two dicts, of the device's memory and of the host's."""
+    found = Counter(), Counter()
     for layer in cache.layers:
         filled = layer.storage.saved()[0]
         for name, tensor in layer.storage.tensors().items():
+            place = found[is_on_host(layer.storage, name)]
             if layer.is_sliding:
-                found[LOCAL] += tensor.nbytes
+                place[LOCAL] += tensor.nbytes
             else:
-                found[KINDS.get(name, name)] += filled[name].nbytes
-                found[ROOM] += tensor.nbytes - filled[name].nbytes
-    return {kind: size for kind, size in found.items() if size}
+                place[KINDS.get(name, name)] += filled[name].nbytes
+                place[ROOM] += tensor.nbytes - filled[name].nbytes
+    return [{kind: size for kind, size in place.items() if size} for place in found]
+
+
+def is_on_host(storage, name):
+    return storage.offloading and name in storage.names
+
+
+def on_device(storage):
+    return [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
+
+
+def at_hand(cache):
+    """Bytes of the keys and values of a layer that a prompt's attention brings to the device."""
+    filled = [layer.storage.saved()[0] for layer in cache.layers if layer.storage.offloading]
+    return max((tensors["keys"].nbytes + tensors["values"].nbytes for tensors in filled), default=0)
 
 
 def sketched_attention(module, query, key, value, attention_mask=None, **kwargs):

@@ -38,6 +38,7 @@ def plan_command(
     max_cache_len: Annotated[int | None, typer.Option(min=1, help="Tokens to allocate at once.")] = None,
     bounds: Annotated[Bounds, typer.Option(help="In 8 bits, or in the dtype of the keys.")] = Bounds.int8,
     codes: Annotated[int | None, typer.Option(help="Bits per channel of codes: 1, 2, 4 or 8.")] = None,
+    offloading: Annotated[bool, typer.Option("--offloading", help="Keys and values in the host's memory.")] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. By default what the config says.")
     ] = None,
@@ -52,7 +53,7 @@ def plan_command(
 
     dtypes = {Bounds.int8: torch.int8, Bounds.keys: None}
     options = {"page_size": page_size, "dense_layers": dense_layers, "max_cache_len": max_cache_len, "codes": codes}
-    cache = QuestCache(budget, **options, bounds_dtype=dtypes[bounds])
+    cache = QuestCache(budget, **options, bounds_dtype=dtypes[bounds], offloading=offloading)
     sketch = Sketch(model or str(tiny.PATH), dtype)
     plan = plan_of(sketch, tokens, cache, batch_size, chunk)
     has, device = (int(memory * GIB), "of --memory") if memory is not None else free_memory()
@@ -82,7 +83,7 @@ def show(plan, has, device, longest):
     chunks = f", read {plan.chunk_size:,} at a time" if plan.chunk_size else ""
     console.print(f"{plan.model}, {plan.dtype}: {plan.num_tokens:,} tokens, {rows}{chunks}", highlight=False)
     console.print(table(plan, unit))
-    for line in [*plan.notes, *verdict(plan, has, device, longest, unit)]:
+    for line in [*plan.notes, *verdict(plan, has, device, longest, unit), *of_host(plan, unit)]:
         console.print(f"→ {line}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -96,7 +97,19 @@ def table(plan, unit):
         found.add_row(kind, *("–" if size is None else number(size, unit) for size in sizes))
     found.add_row("while the prompt is read", *[number(plan.prompt, unit)] * 2)
     found.add_row("at most", number(plan.total, unit), number(plan.stock_total, unit))
+    for kind, size in plan.host.items():
+        found.add_row(f"on the host: {kind}", number(size, unit), "–")
     return found
+
+
+def of_host(plan, unit):
+    """What there is to say of the host's memory."""
+    from hf_quest.storage import host
+
+    if plan.host:
+        room, needed = host.available(), sum(plan.host.values())
+        is_enough = "so it fits" if needed <= room else "so it does not fit"
+        yield f"Of the host {number(needed, unit)} {unit}; here {number(room, unit)} can be had, {is_enough}."
 
 
 def number(num_bytes, unit):

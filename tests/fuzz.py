@@ -99,7 +99,7 @@ CONFIGS = ("local", "critiprefill", "autocast", "bfloat16", "inference", "grad",
 def new_program(seed, kinds, families=None, caches=None):
     """A dict of JSON: a configuration and a list of operations."""
     r = random.Random(seed)
-    config = new_config(r, kinds, families, caches)
+    config = new_config(r, kinds, families, caches) | {"offloading": seed % 2 == 1}
     modes = ["no_grad"] * 3 + [mode for mode in ("inference", "grad") if mode in kinds]
     possible = [kind for kind in KINDS if kind in kinds]
     often, first = ([kind for kind in some if kind in kinds] for some in (OFTEN, FIRST))

@@ -95,6 +95,7 @@ class Run:
         if self.is_quest:
             options |= {name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill", "score")}
             options |= {name: self.config[name] for name in ("max_cache_len", "compile")}
+            options["offloading"] = self.config.get("offloading", False)
         return (make or CACHES[self.config["cache"]])(**options)
 
     @property

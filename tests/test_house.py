@@ -24,6 +24,7 @@ ARROWS = {
 }
 # What objects of Transformers and PyTorch are given, and by which file alone.
 GIVEN = {
+    "storage/host.py": {"atexit"},  # of finalizers, since CUDA ends before Python does
     "kernels/build.py": {"CUDA_HOME"},  # of PyTorch's compiler
     "seam/layer.py": {
         "quest_layer",

@@ -56,6 +56,10 @@ def codes_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, codes=2, candidates=2, **options)
 
 
+def offloaded_cache(budget=2048, **options):
+    return QuestCache(budget, page_size=4, codes=2, candidates=2, offloading=True, **options)
+
+
 def recycled_cache(budget=2048, **options):
     return RecycledAttentionCache(budget, stride=10, similarity=None, **options)
 
@@ -78,7 +82,7 @@ def think_cache(budget=32, **options):
 
 COMPRESSING = [think_cache, SubGenCache]
 REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
-METHODS = [quest_cache, codes_cache, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
+METHODS = [quest_cache, codes_cache, offloaded_cache, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from exact_top_k import ExactTopK
-from small_llama import make_model, tokens
+from small_llama import generate, make_model, tokens
 from test_families import FAMILIES, SERVED_SINCE, config_of, is_served, skip_what_transformers_does_otherwise
 from test_local import build
 from test_methods import EVICTING, METHODS
@@ -19,7 +19,7 @@ from hf_quest import CACHE_NAME, CritiPrefill, MethodCache, QuestCache, QuestErr
 from hf_quest.cli import app
 from hf_quest.planning import STEP, longest_context
 from hf_quest.sketch import Asked
-from hf_quest.storage import Ring
+from hf_quest.storage import Ring, host
 
 LENGTHS = (1, 2, 45, 300, 700)
 OPTIONS = {
@@ -30,6 +30,7 @@ OPTIONS = {
     "all layers sparse": {"dense_layers": 0},
     "allocated at once": {"max_cache_len": 900},
     "CritiPrefill": {"prefill": CritiPrefill(block_size=64)},
+    "offloaded": {"offloading": True, "codes": 2},
 }
 
 
@@ -37,11 +38,10 @@ def size_of(tensors):
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def held(cache):
-    """Bytes of all tensors of a cache's layers."""
-    return sum(
-        tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in layer.storage.tensors().values()
-    )
+def held(cache, on_host=False):
+    """Bytes of all tensors of a cache's layers, on the device or in host memory."""
+    tensors = (tensor for layer in cache.layers for tensor in layer.storage.tensors().values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if host.holds(tensor) == on_host)
 
 
 def held_by_stock(cache):
@@ -93,7 +93,8 @@ class TestHolds:
         cache = read(model, QuestCache(256, **options), tokens(length, batch_size=3))
         plan = plan_memory(model, length, QuestCache(256, **options), batch_size=3)
         assert sum(plan.cache.values()) == held(cache)
-        assert plan.cache["keys and values"] == sum(
+        assert sum(plan.host.values()) == held(cache, on_host=True)
+        assert plan.cache["keys and values"] + plan.host.get("keys and values", 0) == sum(
             layer.keys[:, :, :length].nbytes + layer.values[:, :, :length].nbytes for layer in cache.layers
         )
         assert ("codes" in plan.cache) == ("codes" in options)
@@ -166,6 +167,19 @@ class TestPrompt:
         copies = 2 * layer if options is None else 0  # of a layer, to which stock appends what is new
         grown = layer if options == {} and chunk_size else 0  # which it may have done before the peak
         assert 0.9 * (total - grown) < peak < 1.02 * total + attention + copies
+
+    def test_with_offloading_it_has_one_layer_at_hand(self):
+        model, length, chunk_size = make_model(hidden_size=256, intermediate_size=1024), 1024, 256
+        cache = QuestCache(64, offloading=True)
+        plan = plan_memory(model, length, QuestCache(64, offloading=True), chunk_size=chunk_size)
+        asked = Asked([*model.parameters(), *model.buffers()])
+        with asked:
+            generate(model, tokens(length), cache, prefill_chunk_size=chunk_size, max_new_tokens=1)
+        assert (held(cache), held(cache, on_host=True)) == (sum(plan.cache.values()), sum(plan.host.values()))
+        peak = asked.most + plan.weights - sum(plan.host.values())
+        attention = 5 * length * chunk_size + 2 * plan.host["keys and values"] // 2  # as in the test above
+        assert 0.9 * plan.total < peak < 1.02 * plan.total + attention
+        assert plan.total < plan_memory(model, length, QuestCache(64), chunk_size=chunk_size).total
 
     def test_falls_with_chunks(self):
         whole, parts = (plan_memory(hf_quest.tiny.PATH, 16384, chunk_size=size) for size in (None, 1024))
@@ -240,6 +254,14 @@ class TestCommand:
         assert f"{plan.total / 2**20:,.2f}" in result.output
         left = (2**30 - plan.total) / 2**20
         assert f"It fits the 1,024.00 MiB of --memory: {left:,.2f} are left." in result.output
+
+    def test_what_lies_on_the_host_is_said_by_itself(self):
+        result = run("--tokens", 3000, "--memory", 1, "--offloading")
+        plan = plan_memory(hf_quest.tiny.PATH, 3000, QuestCache(offloading=True))
+        assert f"{plan.total / 2**20:,.2f}" in result.output
+        assert "on the host: keys and values" in result.output
+        assert f"Of the host {sum(plan.host.values()) / 2**20:,.2f} MiB; here" in result.output
+        assert json.loads(run("--tokens", 3000, "--offloading", "--json").output)["host"] == plan.host
 
     def test_what_does_not_fit_is_said_with_the_context_that_would(self):
         result = run("--tokens", 200_000, "--memory", 1)

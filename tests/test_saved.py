@@ -41,6 +41,7 @@ SETTINGS = {
     "default": {},
     "bounds of the keys' dtype": {"bounds_dtype": None},
     "codes": {"codes": 2, "candidates": 2},
+    "offloaded": {"codes": 2, "offloading": True},
     "all candidates": {"codes": 4, "candidates": None},
     "small pages": {"page_size": 4},
     "another score": {"score": "published"},

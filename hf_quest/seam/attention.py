@@ -113,6 +113,7 @@ def masked_attention(layer, module, query, key, value, attention_mask, num_steps
     if query.shape[2] == 1:
         attention_mask = with_padding(attention_mask, layer)
         tell(layer, query, None, logits_of(query, **kwargs))
+        key, value = layer.storage.at_hand(key, value)
         return dense_decode(module, query, key, value, attention_mask, **kwargs)
     num_drafts = num_steps if layer.handed.num_new > 1 else 0
     return prompt_attention(layer, module, query, key, value, attention_mask, num_drafts, **kwargs)
@@ -143,6 +144,7 @@ def prompt_attention(layer, module, query, key, value, attention_mask, num_draft
             query = query.to(layer.keys.dtype)
             output = attend_prompt(layer, query, key.shape[2], num_drafts, logits_of(query, **kwargs))
             return output.contiguous(), None
+    key, value = layer.storage.at_hand(key, value)
     return dense_attention(module, query, key, value, attention_mask, **kwargs)
 
 

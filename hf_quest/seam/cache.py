@@ -11,11 +11,10 @@ from typing_extensions import Self
 from .. import former
 from ..errors import QuestError
 from ..methods import Method
-from ..methods.base import is_int
 from ..prompts import CritiPrefill
 from ..watch import Watcher
 from . import generate
-from .checks import check_crop, refuse_crop
+from .checks import check_crop, check_settings, refuse_crop
 from .forwards import outside_of_graphs
 from .layer import Layer
 from .masks import MaskLength
@@ -50,6 +49,8 @@ class MethodCache(generate.Events, Saving, former.Cache):
         compile: whether `generate` may compile its decode step on a GPU, as it does for a StaticCache, where the method
             can be part of a graph. Storage that grows costs one more recording of the CUDA graph, no compilation.
         prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
+        offloading: whether layers that choose keep keys and values in the host's memory, where the GPU's kernels read
+            what is chosen in place. The tokens are the same.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -65,23 +66,10 @@ class MethodCache(generate.Events, Saving, former.Cache):
         max_cache_len: int | None = None,
         compile: bool = True,
         prefill: CritiPrefill | None = None,
+        offloading: bool = False,
     ):
-        if not is_int(dense_layers) or dense_layers < 0:
-            raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
-        if max_cache_len is not None and (not is_int(max_cache_len) or max_cache_len < 1):
-            raise ValueError(
-                f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}."
-            )
-        if prefill is not None and not isinstance(prefill, CritiPrefill):
-            raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
-        if prefill is not None and method.evicts:
-            raise ValueError("A method that evicts needs every weight of the prompt: it is dense. Leave prefill out.")
-        if prefill is not None and prefill.block_size % method.page_size:
-            raise ValueError(
-                f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of "
-                f"{method.page_size}. Make block_size a multiple of page_size."
-            )
-        self.shared = State(method, dense_layers, max_cache_len, prefill)
+        check_settings(method, dense_layers, max_cache_len, prefill, offloading)
+        self.shared = State(method, dense_layers, max_cache_len, prefill, offloading)
         self.config: Any = None  # of the model, as its mask function knows it
         self.compile = compile
         super().__init__(layers=[])
@@ -130,6 +118,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
     def __repr__(self):
         name = type(self).__name__
         settings = f"budget={self.budget}, dense_layers={self.dense_layers}, max_cache_len={self.max_cache_len}"
+        settings += ", offloading=True" if self.shared.offloading else ""
         return f"{name}({settings}, layers={len(self.layers)}, tokens={self.get_seq_length()})"
 
     @property

@@ -38,7 +38,7 @@ class QuestCache(MethodCache):
             May be changed at any time by assignment.
         page_size: tokens in a page, a power of two.
         dense_layers: how many of the first layers attend everything (Quest, section 3.4).
-        max_cache_len, compile, prefill: see `MethodCache`.
+        max_cache_len, compile, prefill, offloading: see `MethodCache`.
         bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
             bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
             the paper.
@@ -69,10 +69,16 @@ class QuestCache(MethodCache):
         score: str | Score = "default",
         codes: int | None = None,
         candidates: int | None = 8,
+        offloading: bool = False,
     ):
         method = Quest(budget, page_size, score_named(score), bounds_dtype, codes, candidates)
         super().__init__(
-            method, dense_layers=dense_layers, max_cache_len=max_cache_len, compile=compile, prefill=prefill
+            method,
+            dense_layers=dense_layers,
+            max_cache_len=max_cache_len,
+            compile=compile,
+            prefill=prefill,
+            offloading=offloading,
         )
 
     def take_former(self, settings: dict[str, Any], layers: list[former.Layer], compile: bool) -> None:

@@ -3,8 +3,33 @@
 import torch
 
 from ..errors import QuestError
+from ..methods.base import is_int
+from ..prompts import CritiPrefill
+from ..storage import host
+from .same_model import num_caching_layers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_settings(method, dense_layers, max_cache_len, prefill, offloading):
+    """Raise for arguments of a cache that mean nothing, or nothing together."""
+    if not is_int(dense_layers) or dense_layers < 0:
+        raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
+    if max_cache_len is not None and (not is_int(max_cache_len) or max_cache_len < 1):
+        raise ValueError(f"max_cache_len is a number of tokens, or None for a cache that grows, not {max_cache_len!r}.")
+    if prefill is not None and not isinstance(prefill, CritiPrefill):
+        raise ValueError(f"prefill is a CritiPrefill, or None for dense prompts, not {prefill!r}.")
+    if prefill is not None and method.evicts:
+        raise ValueError("A method that evicts needs every weight of the prompt: it is dense. Leave prefill out.")
+    if prefill is not None and prefill.block_size % method.page_size:
+        raise ValueError(
+            f"CritiPrefill's blocks of {prefill.block_size} tokens are not made of whole pages of "
+            f"{method.page_size}. Make block_size a multiple of page_size."
+        )
+    if not isinstance(offloading, bool):
+        raise ValueError(f"offloading is True or False, not {offloading!r}.")
+    if offloading and method.evicts:
+        raise ValueError("A method that evicts keeps so little that the GPU has the room: leave offloading out.")
 
 
 def check_arrival(layer, key_states, value_states):
@@ -47,6 +72,26 @@ def check_room(layer, num_new):
             "arrive. Make the cache with a larger max_cache_len, or without one to let it grow. Its content is "
             "unchanged."
         )
+
+
+def reserve_host(cache, key_states, value_states):
+    """Have host memory for such keys and values in all layers of a cache with offloading, or raise if there is none."""
+    shared, config, end = cache.shared, cache.config, cache.layers[0].length + key_states.shape[2]
+    shared.rows.reserve([])
+    if shared.num_layers and all(end <= layer.capacity for layer in cache.layers):
+        return
+    if shared.reaches or config is None or config.is_encoder_decoder:
+        return  # where layers may be of several shapes, or nothing is known of them, each asks for itself
+    num_layers = max(len(cache.layers), num_caching_layers(config))
+    layers = [cache.layers[idx] for idx in range(shared.dense_layers, len(cache.layers))]
+    storages = [layer.storage for layer in layers]
+    storages += [shared.new_storage(idx) for idx in range(max(len(cache.layers), shared.dense_layers), num_layers)]
+    num_present = [storage.bytes_on_host for storage in storages]
+    sizes = [size for storage in storages for size in storage.bytes_with(key_states, value_states)]
+    if sum(sizes) > sum(num_present):  # one after the other grows, beside what it was
+        host.check_room(sum(sizes) + max(num_present), sum(num_present))
+    if not any(num_present):
+        shared.rows.reserve(host.new_blocks(sizes, key_states.device))
 
 
 def check_crop(layer, num_removed):

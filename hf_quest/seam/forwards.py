@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from ..errors import QuestError
 from ..storage.rows import cannot_be_written
 from . import generate
-from .checks import check_room
+from .checks import check_room, reserve_host
 from .layer import Layer
 from .local import reaches_of
 from .state import State
@@ -50,7 +50,22 @@ class Forwards(Cache):
             )
         if layer_idx >= len(self.layers):
             self._add_layer(layer_idx, key_states.shape[2])
+        if self.shared.offloading:
+            return self._update_offloading(key_states, value_states, layer_idx)
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def _update_offloading(self, key_states, value_states, layer_idx):
+        """`_update` that leaves the cache as it was where the host's memory runs out."""
+        layer = self.layers[layer_idx]
+        if layer_idx == 0:
+            self.shared.rows.expect(generate.prompt_under_way())
+            reserve_host(self, layer.autocast(key_states), layer.autocast(value_states))
+        length = layer.length
+        try:
+            return layer.update(key_states, value_states)
+        except QuestError:
+            self._put_back(length)
+            raise
 
     _update_outside_of_graph = outside_of_graphs(_update)
 

@@ -92,6 +92,15 @@ def compiles_on_cpu():
     return config is not None and config._compile_all_devices
 
 
+def prompt_under_way():
+    """Tokens of the prompt that `generate` has read, in chunks as it may be; 0 where it reads none or does not know."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in PREFILL:
+        frame = frame.f_back
+    ids = None if frame is None else frame.f_locals.get("input_ids")
+    return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
+
+
 def may_compile_for_caller(is_on_cpu):
     """Whether the function that asks our caller, a method of a model, would do well to compile.
 

@@ -123,7 +123,7 @@ def attend_prompt(layer, query, num_keys, num_drafts, logits):
     say_if_constant(query)
     earlier, watcher = layer.shared.block_scores, layer.shared.watcher
     earlier.enter(layer.layer_idx)
-    keys, values = layer.keys[:, :, :num_keys], layer.values[:, :, :num_keys]
+    keys, values = layer.storage.at_hand(layer.keys[:, :, :num_keys], layer.values[:, :, :num_keys])
     watch = None if watcher is None else functools.partial(tell_of_segments, watcher, layer)
     return prompts.attend(query, keys, values, layer.left_padding, layer.prefill, earlier, logits, num_drafts, watch)
 

@@ -69,9 +69,9 @@ def text_config(model):
     return model.config.get_text_config(decoder=True)
 
 
-def num_caching_layers(model):
-    """Layers that cache keys and values of their own."""
-    config = text_config(model)
+def num_caching_layers(config):
+    """Layers of a model that cache keys and values of their own, by its config."""
+    config = config.get_text_config(decoder=True)
     num_own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
     return min(len(DynamicCache(config=config).layers), num_own)  # which counts them in some versions
 

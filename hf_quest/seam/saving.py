@@ -83,11 +83,11 @@ class Saving(Forwards):
                 "holds. Say so: cache.save(folder, model)."
             )
         refuse(model)
-        if num_caching_layers(model) != len(self.layers):
+        if num_caching_layers(model.config) != len(self.layers):
             raise QuestError(
-                f"{type(model).__name__} caches keys and values in {num_caching_layers(model)} layers, and this cache "
-                f"holds those of {len(self.layers)}: its first forward did not end, or another model read it. Call "
-                "cache.reset() and let the model read the document, or name the model that did."
+                f"{type(model).__name__} caches keys and values in {num_caching_layers(model.config)} layers, and this "
+                f"cache holds those of {len(self.layers)}: its first forward did not end, or another model read it. "
+                "Call cache.reset() and let the model read the document, or name the model that did."
             )
         return model
 
@@ -99,6 +99,7 @@ class Saving(Forwards):
             "max_cache_len": shared.max_cache_len,
             "prefill": None if shared.prefill is None else as_json(shared.prefill),
             "compile": self.compile,
+            "offloading": shared.offloading,
         }
 
     @classmethod
@@ -109,6 +110,7 @@ class Saving(Forwards):
         *,
         method: Method | None = None,
         check_model: bool = True,
+        offloading: bool | None = None,
     ) -> Self:
         """A cache as it was when it was saved, on the devices of the model. It keeps nothing of the folder.
 
@@ -118,6 +120,7 @@ class Saving(Forwards):
             method: that of a MethodCache with a method of one's own, which is not saved.
             check_model: whether to refuse a model whose config or weights are not those of the one that read the
                 document. Of each weight 64 values are compared.
+            offloading: where keys and values are to lie; None: as in the cache that was saved.
 
         Raises:
             FileNotFoundError: where there is no such folder.
@@ -133,12 +136,13 @@ class Saving(Forwards):
         refuse(model)
         if check_model:
             check(content["model"], model, folder)
-        if len(content["layers"]) != num_caching_layers(model):
+        if len(content["layers"]) != num_caching_layers(model.config):
             raise QuestError(
-                f"{type(model).__name__} caches keys and values in {num_caching_layers(model)} layers, and {folder} "
-                f"holds those of {len(content['layers'])}. Load the model that read the document."
+                f"{type(model).__name__} caches keys and values in {num_caching_layers(model.config)} layers, and "
+                f"{folder} holds those of {len(content['layers'])}. Load the model that read the document."
             )
-        cache = cls._with_method(**arguments_of(content["settings"], method, folder))
+        place = {} if offloading is None else {"offloading": offloading}
+        cache = cls._with_method(**arguments_of({**content["settings"], **place}, method, folder))
         cache._restore(folder, content, model)
         return cache
 

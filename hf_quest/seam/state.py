@@ -8,7 +8,7 @@ import torch
 
 from ..methods import Method
 from ..prompts import BlockScores, CritiPrefill
-from ..storage import Kept, Pages, Ring, Rows, Storage
+from ..storage import Kept, Offloaded, Pages, Ring, Rows, Storage
 from ..watch import Watcher
 from .masks import Masks
 from .step import Step
@@ -16,12 +16,13 @@ from .step import Step
 
 @dataclass
 class State:
-    """What the layers of one cache share: the first four are settings, the others what has happened."""
+    """What the layers of one cache share: the first five are settings, the others what has happened."""
 
     method: Method
     dense_layers: int
     max_cache_len: int | None = None  # tokens
     prefill: CritiPrefill | None = None
+    offloading: bool = False
 
     rows: Rows = field(default_factory=Rows)
     step: Step = field(default_factory=Step)
@@ -51,7 +52,8 @@ class State:
         beside = {} if is_dense else {"beside_tokens": method.beside_tokens, "beside_pages": method.beside_pages}
         block_size = method.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks
         options = {"keeps_bounds": is_fused and not is_dense, "gives_step_gradients": method.evicts, **beside}
-        return Pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
+        pages = Offloaded if self.offloading and not is_dense else Pages
+        return pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
 
     def choose_by(self, method: Method) -> None:
         if method != self.method:  # or a graph that holds it would be another one

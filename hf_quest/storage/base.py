@@ -20,6 +20,7 @@ class Storage:
     evicts = False  # what a method leaves out is gone
     is_local = False  # it holds what a window reaches
     has_kernels = False  # whether the CUDA kernels serve it
+    offloading = False  # whether keys and values lie in the host's memory, see `host`
     num_unread = 0.0  # what a step that reads all reads less, in tokens, where some have lost channels
     reach: int | None = None  # tokens that the layer attends, the query's own included; None: all
 
@@ -80,6 +81,10 @@ class Storage:
         self.keys = self.values = None
         self.beside = {}
 
+    def at_hand(self, keys, values):
+        """Keys and values that `append` returned, where attention that reads them several times should find them."""
+        return keys, values
+
     def with_headroom(self, num_tokens):
         """What to allocate for `num_tokens`: an eighth more, so that a long generation copies its cache seldom."""
         return num_tokens + max(num_tokens // 8, 256) if self.max_cache_len is None else self.max_cache_len
@@ -123,6 +128,8 @@ class Storage:
 
     def to(self, device):
         for name, tensor in self.tensors().items():
+            if self.offloading and name in self.names:
+                continue
             moved = tensor.to(device, non_blocking=True)
             if name in self.beside:
                 self.beside[name] = moved

@@ -1,4 +1,4 @@
-"""Copies: what it takes to bring what a layer stores to a disk and back."""
+"""Copies: what it takes to bring what a layer stores to other rows, or to a disk and back."""
 
 from ..errors import QuestError
 
@@ -26,10 +26,22 @@ def filled_up(tensor, counts):
     return tensor
 
 
-def copy_by_head(target, source):
+def copy_by_head(target, source, non_blocking=False):
     """Copy [B, H, ...] from one device to another, head by head: there is no copy of all of it on the way."""
     for part, content in zip(target.flatten(0, 1), source.flatten(0, 1), strict=True):
-        part.copy_(content)
+        part.copy_(content, non_blocking=non_blocking)
+
+
+def exchange_rows(tensor, sources):
+    """Have row i of a tensor hold what row `sources[i]` held. One that stays is not copied, and a cycle needs one to
+    spare.
+    """
+    spare = None
+    for target, source in copies_in_order(sources):
+        if target is None:
+            spare = tensor[source].clone()
+        else:
+            tensor[target].copy_(spare if source is None else tensor[source])
 
 
 def copies_in_order(sources):

@@ -6,7 +6,7 @@ from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import cpu, ops
 from .base import Storage
-from .copies import check_restored, copies_in_order, copy_by_head, filled_up
+from .copies import check_restored, copy_by_head, exchange_rows, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
 from .widened import Widened
@@ -175,17 +175,10 @@ class Pages(Storage):
                 self.begin_rows((0,) * self.keys.shape[0])
 
     def reorder(self, sources, start=0):
-        """A row that stays is not copied, and only a cycle needs a row to spare."""
         self.make_room(self.length)
         self.widened.forget(self.first_page(start))
-        copies = copies_in_order(sources)
-        for tensor in self.filled(start):
-            spare = None
-            for target, source in copies:
-                if target is None:
-                    spare = tensor[source].clone()
-                else:
-                    tensor[target].copy_(spare if source is None else tensor[source])
+        for part in (part for tensor in self.filled(start) for part in self.parts(tensor)):
+            exchange_rows(part, sources)
         self.memories.change(lambda tensor: tensor[sources])
         if any(self.left_padding):
             self.begin_rows(tuple(self.left_padding[row] for row in sources))
@@ -215,7 +208,10 @@ class Pages(Storage):
         filled = dict(zip(self.tensors(), self.filled(), strict=True))
         check_restored(tensors, filled)
         for name, content in tensors.items():
-            copy_by_head(filled[name], content)
+            self.fill(filled[name], content)
+
+    def fill(self, stored, content):
+        copy_by_head(stored, content)
 
     def filled(self, start=0):
         """Views of what is stored of the slots from `start` on: keys, values, and what is beside tokens and pages."""
@@ -230,13 +226,12 @@ class Pages(Storage):
 
     def allocate(self, like_keys, like_values, batch_size, num_slots, dtype):
         """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
-        num_slots = -(-num_slots // self.block_size) * self.block_size
+        num_slots = self.in_blocks(num_slots)
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
         slots, pages = (batch_size, num_kv_heads, num_slots), (batch_size, num_kv_heads, self.num_pages(num_slots))
         # Tensors made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            keys = like_keys.new_empty(*slots, head_dim, dtype=dtype)
-            values = like_values.new_empty(*slots, like_values.shape[-1], dtype=dtype)
+            keys, values = (self.new_slots(like, slots, dtype) for like in (like_keys, like_values))
             of_tokens, of_pages = self.beside_tokens(head_dim, dtype), self.beside_pages(head_dim, dtype)
             beside = {name: keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()}
             beside |= {name: keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
@@ -251,6 +246,14 @@ class Pages(Storage):
         self.widened = Widened()
         self.has_moved()
 
+    def parts(self, tensor):
+        """[B, ...] views of a tensor that are copied one after the other."""
+        return [tensor]
+
+    def new_slots(self, like, slots, dtype):
+        """Memory of [B, Hkv, slots] keys or values such as `like`."""
+        return like.new_empty(*slots, like.shape[-1], dtype=dtype)
+
     def kernel_tensor(self, name):
         """One of `beside` that the kernels know, or None where a method means something else by its name."""
         return self.beside.get(name) if self.keeps_bounds else None
@@ -262,6 +265,9 @@ class Pages(Storage):
     def first_page(self, slot):
         """The page of a slot in the most padded row, whose pages have the lowest numbers."""
         return max(0, slot - max(self.left_padding, default=0)) // self.page_size
+
+    def in_blocks(self, num_slots):
+        return -(-num_slots // self.block_size) * self.block_size
 
     def num_pages(self, num_tokens):
         return -(-num_tokens // self.page_size)

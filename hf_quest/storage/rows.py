@@ -25,12 +25,14 @@ class Rows:
     left_padding: tuple[int, ...] = ()  # slots at the start of each row that hold no token
     common: list[list[int]] = field(default_factory=list)  # [B][B] slots from the first on that two rows share
     addresses: list[list[int]] = field(default_factory=list)  # a row for each layer, see kernels.ops.decode
+    expected: int = 0  # tokens that the text under way is known to have
+    reserved: list[torch.Tensor] = field(default_factory=list)  # blocks of host memory, for layers that need some next
     room: float = 0  # tokens for which all layers are known to have storage, at these addresses
     devices: dict[torch.device, OnDevice] = field(default_factory=dict)
 
     def __getstate__(self):
         """For copies and pickles, whose storage lies elsewhere."""
-        return {**self.__dict__, "room": 0}
+        return {**self.__dict__, "room": 0, "reserved": []}
 
     def on(self, device):
         """The OnDevice of a device: the same one every time."""
@@ -59,6 +61,14 @@ class Rows:
             for device in self.devices:
                 on_device = self.on(device)
                 on_device.padding = written_to(on_device.padding, left_padding, device)
+
+    def expect(self, num_tokens):
+        """Know how long the text under way will be at least."""
+        self.expected = num_tokens
+
+    def reserve(self, blocks):
+        """Hold blocks of host memory, in place of what nobody took."""
+        self.reserved = blocks
 
     def set_addresses(self, addresses, room):
         """Take over a list with one row for each layer, and for how many tokens there is storage there."""

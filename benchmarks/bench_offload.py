@@ -1,0 +1,191 @@
+"""Milliseconds per token, and memory of GPU and host, of a QuestCache with `offloading=True` beside one in the GPU's.
+
+    python benchmarks/bench_offload.py
+    python benchmarks/bench_offload.py --cases qwen2.5-7b-1m:1:1048576:24 --ways offloaded offloaded-pages
+    python benchmarks/bench_offload.py --cases llama-3.1-8b:1:131072 --ways memory offloaded --prompt
+
+Weights are random, and a context is put into the cache as random keys and values, as in bench_generate.py, which also
+says what the figures are. With random keys what is chosen has nothing in common from one step to the next. That is the
+worst case for a cache that holds what comes again; here everything is read from host memory in place, and it makes no
+difference. With `--prompt` a context is read by the model, in chunks, and how long that takes is measured, too.
+
+A case may name the GiB that PyTorch may take of the GPU. What CUDA itself takes, about half of one, comes on top.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_generate import AHEAD, HEADROOM, SHAPES, SHORT, answer, make_model
+from environment import describe
+from rich.console import Console
+from tables import RESULTS, markdown, offload_table
+from transformers import DynamicCache
+
+from hf_quest import CACHE_NAME, QuestCache, QuestError, capture
+from hf_quest.storage import host
+
+SHAPES["qwen2.5-7b-1m"] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+CASES = ["llama-3.1-8b:1:131072", "llama-3.1-8b:1:524288", "qwen2.5-7b-1m:1:1048576:24"]
+WAYS = {  # options of the cache, and whether the step is captured and decoded ahead
+    "memory": ("in memory", {"codes": 2}, False),
+    "offloaded": ("offloaded", {"codes": 2, "offloading": True}, False),
+    "memory-ahead": ("in memory, captured, ahead", {"codes": 2}, True),
+    "offloaded-ahead": ("offloaded, captured, ahead", {"codes": 2, "offloading": True}, True),
+    "offloaded-pages": ("offloaded, no codes", {"offloading": True}, False),
+    "stock": ("DynamicCache(offloading=True), sdpa", None, False),
+}
+CHUNK = 8192  # tokens
+GB = 1e9
+
+
+def make_cache(way, config, context, budget):
+    options = WAYS[way][1]
+    if options is None:
+        return DynamicCache(config=config, offloading=True)
+    cache = QuestCache(budget, max_cache_len=context + HEADROOM, **options)
+    cache.take_config(config, config.max_position_embeddings)  # so that memory is pinned for all layers at once
+    return cache
+
+
+def fill(cache, config, batch_size, num_tokens):
+    """Put random keys and values into every layer, a chunk at a time, so that they take little memory on the way."""
+    for layer_idx in range(config.num_hidden_layers):
+        for start in range(0, num_tokens, 8 * CHUNK):
+            num_new = min(8 * CHUNK, num_tokens - start)
+            shape = (batch_size, config.num_key_value_heads, num_new, config.head_dim)
+            keys, values = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
+            handed_over, _ = cache.update(keys, values, layer_idx)
+            if isinstance(cache, QuestCache):
+                handed_over.quest_layer.handed.end()  # no attention follows
+
+
+def read(model, cache, batch_size, num_tokens):
+    """Have the model read random tokens in chunks; return seconds."""
+    ids = torch.randint(1, model.config.vocab_size, (batch_size, num_tokens), device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for chunk in ids.split(CHUNK, dim=1):
+            model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(model, way, batch_size, context, arguments):
+    """A dict of one way at one context."""
+    _, options, is_ahead = WAYS[way]
+    if is_ahead:
+        capture(model, compile=True)
+    model.set_attn_implementation("sdpa" if options is None else "quest")
+    empty_gb, start = torch.cuda.memory_allocated() / GB, time.perf_counter()
+    result, cache = {}, make_cache(way, model.config, context, arguments.budget)
+    torch.cuda.reset_peak_memory_stats()
+    if arguments.prompt:
+        result["prompt_s"] = round(read(model, cache, batch_size, context - 1), 2)
+        result["prompt_peak_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
+    else:
+        fill(cache, model.config, batch_size, context - 1)
+        torch.cuda.synchronize()
+        result["fill_s"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    result["cache_gb"] = round(torch.cuda.memory_allocated() / GB - empty_gb, 2)
+    result["host_gb"] = round(host_bytes(cache) / GB, 2)
+    generated = AHEAD if is_ahead else {}
+    ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
+    ids, result["start_s"] = answer(model, cache, ids, SHORT, generated)
+    ids, _ = answer(model, cache, ids, SHORT, generated)
+    rounds = []
+    for _ in range(arguments.rounds):
+        ids, short_s = answer(model, cache, ids, SHORT, generated)
+        ids, long_s = answer(model, cache, ids, SHORT + arguments.steps, generated)
+        rounds.append((long_s - short_s) / arguments.steps * 1e3)
+    if is_ahead:
+        del model._compiled_call, model.get_compiled_call
+    return result | {
+        "ms_per_token": round(statistics.median(rounds), 2),
+        "round_ms": [round(ms, 2) for ms in rounds],
+        "start_s": round(result["start_s"], 1),
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / GB, 2),
+    }
+
+
+def host_bytes(cache):
+    """Bytes that a cache has in the host's memory."""
+    if isinstance(cache, QuestCache):
+        return sum(host.blocks.values())
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors if not tensor.is_cuda)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=CASES, help="model shape:rows:tokens of context[:GiB]")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:4])
+    parser.add_argument("--budget", type=int, default=512, help="tokens")
+    parser.add_argument("--steps", type=int, default=32, help="tokens timed per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", action="store_true", help="have the model read the context, and measure that")
+    parser.add_argument("--output", type=Path, default=RESULTS / "offload_gpu.json")
+    return parser.parse_args()
+
+
+def write(report, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
+    title = "Keys and values in the host's memory: ms per token, GB of the cache on GPU and host"
+    path.with_suffix(".md").write_text(f"# {title}\n\n{markdown(offload_table(report))}\n{conditions}")
+
+
+def free():
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+def main():
+    arguments = parse_arguments()
+    report = {"environment": describe("cuda"), "budget": arguments.budget, "results": []}
+    model, shape_of_model = None, None
+    for case in arguments.cases:
+        shape, batch_size, context, *limit = case.split(":")
+        batch_size, context = int(batch_size), int(context)
+        free()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(limit[0]) * 2**30 / total) if limit else 1.0)
+        if shape != shape_of_model:
+            model = None
+            free()
+            model, shape_of_model = make_model(shape, 2**21), shape
+        for way in arguments.ways:
+            result = {"shape": shape, "batch_size": batch_size, "context": context, "way": WAYS[way][0]}
+            result |= {"limit_gib": float(limit[0])} if limit else {}
+            try:
+                result |= measure(model, way, batch_size, context, arguments)
+            except (torch.OutOfMemoryError, QuestError) as error:  # of the GPU or of the host
+                result["error"] = str(error).splitlines()[0]
+            model.__dict__.pop("_compiled_call", None)
+            model.__dict__.pop("get_compiled_call", None)
+            report["results"].append(result)
+            print(json.dumps(result), flush=True)
+            write(report, arguments.output)
+            free()
+    Console(width=160).print(offload_table(report))
+
+
+if __name__ == "__main__":
+    main()

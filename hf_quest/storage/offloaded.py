@@ -1,0 +1,92 @@
+"""Offloaded: every token of a layer, keys and values in the host's memory."""
+
+import torch
+
+from . import host
+from .copies import copy_by_head
+from .pages import Pages
+
+
+class Offloaded(Pages):
+    """Pages whose keys and values lie in host memory, where kernels read and write them in place, see `host`.
+
+    What is beside tokens and pages is on the device. Nothing makes a copy of all keys there but `at_hand`, for the
+    attention of one layer.
+    """
+
+    offloading = True
+
+    def new_slots(self, like, slots, dtype):
+        return host.empty((*slots, like.shape[-1]), dtype, like.device, self.rows.reserved)
+
+    def with_headroom(self, num_tokens):
+        return super().with_headroom(max(num_tokens, self.rows.expected))
+
+    @property
+    def bytes_on_host(self):
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    def bytes_with(self, keys, values):
+        """Bytes of keys and of values on the host once these, [B, Hkv, T, D], are stored, too."""
+        end = self.length + keys.shape[2]
+        num_slots = self.capacity if self.length or self.fits(keys, values) else 0  # or others would take their place
+        if end > num_slots:
+            num_slots = self.in_blocks(self.with_headroom(end))
+        return [each[:, :, 0].nbytes * num_slots for each in (keys, values)]
+
+    def at_hand(self, keys, values):
+        if not host.holds(keys):
+            return keys, values
+        num_tokens = keys.shape[2]
+        num_slots = self.in_blocks(num_tokens)  # as the segments of a prompt want them
+        found = []
+        for tokens in (keys, values):
+            copy = tokens.new_empty(*tokens.shape[:2], num_slots, tokens.shape[3])[:, :, :num_tokens]
+            copy_by_head(copy, host.seen_by_cpu(tokens, waits=False), non_blocking=True)
+            found.append(copy)
+        return found
+
+    def move(self, batch_rows, num_slots, dtype=None):
+        """As of Pages, without a copy of all of it on the way."""
+        filled, rows = self.filled(), range(self.keys.shape[0])
+        sources = rows[batch_rows] if isinstance(batch_rows, slice) else batch_rows.tolist()
+        keys, values = filled[:2]
+        self.allocate(keys, values, len(sources), num_slots, dtype or keys.dtype)
+        self.memories.change(lambda tensor: tensor[batch_rows])
+        for stored, content in zip(self.filled(), filled, strict=True):
+            for row, source in enumerate(sources):
+                self.fill(stored[row, None], content[source, None])
+
+    def parts(self, tensor):
+        if not host.holds(tensor):
+            return super().parts(tensor)
+        return host.seen_by_cpu(tensor).unbind(1)  # heads, of which a row to spare takes little
+
+    def fill(self, stored, content):
+        if host.holds(stored):
+            content = host.seen_by_cpu(content) if host.holds(content) else content
+            host.seen_by_cpu(stored).copy_(content)
+        else:
+            super().fill(stored, content)
+
+    def saved(self):
+        tensors, facts = super().saved()
+        return {**tensors, **self.seen_by_cpu(tensors)}, facts
+
+    def seen_by_cpu(self, tensors):
+        """Keys and values among tensors by name, as the CPU's."""
+        return {name: host.seen_by_cpu(tensors[name]) for name in self.names if tensors.get(name) is not None}
+
+    def __getstate__(self):
+        return {**self.__dict__, **self.seen_by_cpu(self.__dict__)}
+
+    def __setstate__(self, state):
+        """Of a copy or a pickle, whose keys and values are where such things are put."""
+        self.__dict__.update(state)
+        if self.keys is not None:
+            self.keys, self.values = (host.copied(tensor, self.device) for tensor in (self.keys, self.values))
+            with torch.inference_mode(False):  # as these are: all can be written, or none
+                self.beside = {name: tensor.clone() for name, tensor in self.beside.items()}
+                self.work, self.counters = (
+                    None if each is None else each.clone() for each in (self.work, self.counters)
+                )

@@ -1,0 +1,512 @@
+"""With `offloading=True` keys and values of the layers that choose lie in the host's memory, and all else is the same.
+
+Where there is no GPU, that memory is told from other memory of the CPU by its blocks, so what would be in the wrong
+place on a GPU is found here. The others stand for the GPU's: nothing may put a copy of a cache's keys there.
+"""
+
+import copy
+import gc
+import math
+import mmap
+import pickle
+import weakref
+
+import pytest
+import torch
+from kernels_on_cpu import emulate
+from small_llama import ANSWER, BUDGET, PROMPT, feed, generate, make_model, on_any_device, tokens
+from test_local import build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+
+from hf_quest import CACHE_NAME, CritiPrefill, H2OCache, MethodCache, QuestCache, QuestError, decode_ahead
+from hf_quest.methods import Quest
+from hf_quest.reference import Logits
+from hf_quest.seam.reading import attend
+from hf_quest.storage import Offloaded, host
+
+PREFILL = CritiPrefill(budget=32, segment_size=32, block_size=16, threshold=64, layer_fusion=0.3)
+METHODS = {"pages": {}, "codes": {"codes": 2, "candidates": 2}}
+FAMILIES = ("llama", "gemma3")
+MODES = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "copies": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "drafts": {"prompt_lookup_num_tokens": 4},
+    "chunks": {"prefill_chunk_size": 37},
+    "ahead": {"custom_generate": decode_ahead},
+    "long": {"max_new_tokens": 300},  # the storage grows
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"llama": make_model(), "gemma3": build("gemma3")}
+
+
+@pytest.fixture
+def model(models):
+    return models["llama"]
+
+
+@torch.no_grad()
+def read(model, cache, ids=None, **options):
+    model(tokens(PROMPT) if ids is None else ids, **{CACHE_NAME: cache}, **options)
+    return cache
+
+
+def both(**options):
+    """A cache in memory, and one with offloading."""
+    return [QuestCache(BUDGET, offloading=offloading, **options) for offloading in (False, True)]
+
+
+def assert_in_place(cache):
+    """Keys and values of layers that choose, and nothing else, lie in the host's memory."""
+    chosen = [isinstance(layer.storage, Offloaded) for layer in cache.layers]
+    assert any(chosen)
+    for layer, is_chosen in zip(cache.layers, chosen, strict=True):
+        assert is_chosen == (not layer.is_dense)
+        for name, tensor in layer.storage.tensors().items():
+            assert host.holds(tensor) == (is_chosen and name in ("keys", "values")), (layer.layer_idx, name)
+
+
+def stored(cache):
+    return [tensor for layer in cache.layers for tensor in layer.saved()[0].values()]
+
+
+def assert_same(cache, expected):
+    for tensor, other in zip(stored(cache), stored(expected), strict=True):
+        assert torch.equal(tensor, other)
+
+
+class TestTheSameTokens:
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_in_every_mode_of_generate(self, models, family, method, mode):
+        ids = tokens(PROMPT // 2).repeat(1, 2)  # in which a lookup finds something
+        answers = []
+        for cache in both(**METHODS[method]):
+            torch.manual_seed(0)
+            options = {"max_new_tokens": ANSWER, "return_dict_in_generate": True, "output_logits": True}
+            output = generate(models[family], ids, cache, **options | MODES[mode])
+            answers.append((output.sequences, torch.stack(output.logits) if output.logits else torch.zeros(1)))
+        assert_in_place(cache)
+        assert torch.equal(answers[0][0], answers[1][0])
+        assert torch.equal(answers[0][1], answers[1][1])
+
+    @pytest.mark.parametrize("method", ["pages", "codes"])
+    def test_in_a_graph(self, model, method):
+        torch._dynamo.reset()
+        options = {"compile_config": on_any_device()}
+        expected, output = (generate(model, tokens(PROMPT), cache, **options) for cache in both(**METHODS[method]))
+        assert torch.equal(output, expected)
+
+    @pytest.mark.parametrize("options", [{}, {"prefill": PREFILL}, {"dense_layers": 0}], ids=["", "segments", "all"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_of_padded_rows_in_chunks(self, models, family, options):
+        ids = tokens(PROMPT, batch_size=3)
+        ids[1, :37], ids[2, :101] = 0, 0
+        mask = (ids > 0).long()
+        for chunk in (None, 40):
+            expected, output = (
+                generate(models[family], ids, cache, attention_mask=mask, prefill_chunk_size=chunk)
+                for cache in both(**options)
+            )
+            assert torch.equal(output, expected)
+
+    @pytest.mark.parametrize("options", [{}, {"codes": 2}], ids=["", "codes"])
+    def test_by_the_operators(self, model, monkeypatch, options):
+        """Which find the storage by its address in a graph."""
+        torch._dynamo.reset()
+        calls = emulate(monkeypatch)
+        expected, output = (
+            generate(model, tokens(PROMPT), cache, compile_config=on_any_device()) for cache in both(**options)
+        )
+        assert torch.equal(output, expected)
+        assert {"append", "decode"} <= set(calls)
+
+    def test_with_a_mask_of_ones_own(self, model):
+        for cache in (caches := both()):
+            read(model, cache)
+            mask = torch.ones(1, 1, 1, PROMPT + 1, dtype=torch.bool)
+            mask[..., 20:60] = False
+            read(model, cache, tokens(1, seed=3), attention_mask=mask)
+        assert_same(*caches)
+
+    def test_with_gradients_to_the_forward_under_way(self, model):
+        gradients = []
+        for cache in both():
+            read(model, cache)
+            embeddings = model.get_input_embeddings()(tokens(9, seed=3)).detach().requires_grad_()
+            model(inputs_embeds=embeddings, **{CACHE_NAME: cache}).logits.sum().backward()
+            gradients.append(embeddings.grad)
+        assert torch.equal(*gradients)
+
+    def test_of_any_method_that_keeps_every_token(self, model):
+        expected, output = (
+            feed(model, MethodCache(Quest(BUDGET), offloading=offloading), tokens(PROMPT), tokens(ANSWER, seed=3))
+            for offloading in (False, True)
+        )
+        assert torch.equal(output, expected)
+
+
+def grown(model, cache, folder):
+    read(model, cache, tokens(400, seed=3))
+    return cache
+
+
+def reordered(model, cache, folder):
+    cache.batch_repeat_interleave(3)
+    read(model, cache, tokens(5, seed=3, batch_size=3))
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    return cache
+
+
+def selected(model, cache, folder):
+    cache.batch_repeat_interleave(3)
+    read(model, cache, tokens(5, seed=3, batch_size=3))
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    return cache
+
+
+def cropped(model, cache, folder):
+    cache.crop(-37)
+    return cache
+
+
+def begun_again(model, cache, folder):
+    cache.reset()
+    return read(model, cache, tokens(70, seed=3, batch_size=2))
+
+
+def away_and_back(model, cache, folder):
+    for layer in cache.layers:
+        layer.offload()
+    assert all(host.holds(layer.keys) for layer in cache.layers if isinstance(layer.storage, Offloaded))
+    return read(model, cache, tokens(1, seed=3))
+
+
+def widened(model, cache, folder):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        begun_again(model, cache, folder)
+    return read(model, cache, tokens(3, seed=3, batch_size=2))
+
+
+def saved_and_loaded(model, cache, folder):
+    cache.save(folder)
+    return QuestCache.load(folder, model)
+
+
+def taken_from_stock(model, cache, folder):
+    stock = DynamicCache()
+    read(model, stock)
+    return QuestCache.from_cache(stock, BUDGET, offloading=cache.shared.offloading)
+
+
+def made_in_inference_mode(model, cache, folder):
+    cache = copy.deepcopy(cache)
+    with torch.inference_mode():
+        cache.reset()
+        model(tokens(PROMPT), **{CACHE_NAME: cache})
+    return read(model, cache, tokens(3, seed=3))
+
+
+def copied_in_inference_mode(model, cache, folder):
+    with torch.inference_mode():
+        return copy.deepcopy(cache)
+
+
+CHANGES = {
+    "grown": grown,
+    "reordered": reordered,
+    "selected": selected,
+    "cropped": cropped,
+    "begun again": begun_again,
+    "away and back": away_and_back,
+    "widened": widened,
+    "deep-copied": lambda model, cache, folder: copy.deepcopy(cache),
+    "pickled": lambda model, cache, folder: pickle.loads(pickle.dumps(cache)),
+    "saved and loaded": saved_and_loaded,
+    "taken from stock": taken_from_stock,
+    "taken from one": lambda model, cache, folder: QuestCache.from_cache(cache, BUDGET, offloading=True),
+    "made in inference mode": made_in_inference_mode,
+    "copied in inference mode": copied_in_inference_mode,
+}
+
+
+class TestPlace:
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_it_is_kept_whatever_is_done(self, model, tmp_path, change):
+        expected, cache = (
+            CHANGES[change](model, read(model, cache), tmp_path / str(idx)) for idx, cache in enumerate(both())
+        )
+        assert_in_place(cache)
+        assert_same(cache, expected)
+        ids = tokens(3, seed=4, batch_size=len(cache.left_padding))
+        for one in ids.split(1, dim=1):
+            assert torch.equal(*(model(one, **{CACHE_NAME: each}).logits for each in (cache, expected)))
+        assert_in_place(cache)
+
+    def test_a_loaded_document_lies_where_one_says(self, model, tmp_path):
+        in_memory, offloaded = both()
+        read(model, in_memory).save(tmp_path / "memory")
+        read(model, offloaded).save(tmp_path / "host")
+        assert_in_place(loaded := QuestCache.load(tmp_path / "memory", model, offloading=True))
+        assert_same(loaded, in_memory)
+        loaded = QuestCache.load(tmp_path / "host", model, offloading=False)
+        assert not any(host.holds(tensor) for layer in loaded.layers for tensor in layer.storage.tensors().values())
+        assert_same(loaded, offloaded)
+
+    def test_the_memory_goes_with_the_cache(self, model):
+        gc.collect()
+        before = dict(host.blocks)
+        cache = read(model, QuestCache(BUDGET, offloading=True))
+        assert len(host.blocks) == len(before) + 4  # keys and values of two layers
+        kept = cache.layers[3].keys[:, :, 5:7]
+        reference = weakref.ref(cache)
+        del cache
+        assert reference() is None
+        assert len(host.blocks) == len(before) + 1  # of which somebody has a part
+        del kept
+        assert host.blocks == before
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_prompt_in_chunks_is_given_its_room_at_once(self, models, monkeypatch, family):
+        made, make = [], host.new_block
+        monkeypatch.setattr(host, "new_block", lambda *arguments: made.append(arguments) or make(*arguments))
+        cache = QuestCache(BUDGET, offloading=True)
+        generate(models[family], tokens(600), cache, prefill_chunk_size=37)
+        assert len(made) == sum(2 * isinstance(layer.storage, Offloaded) for layer in cache.layers)
+        assert not cache.shared.rows.reserved
+
+    def test_room_for_keys_that_come_in_another_dtype(self, model):
+        cache = QuestCache(BUDGET, offloading=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            read(model, cache)
+        assert not cache.shared.rows.reserved
+        assert_in_place(cache)
+
+    def test_room_for_another_batch_is_no_more_than_that_takes(self, model, monkeypatch):
+        cache = read(model, QuestCache(BUDGET, offloading=True), tokens(1500))
+        cache.reset()
+        room = 8 * cache.layers[3].keys.nbytes
+        monkeypatch.setattr(host, "available", lambda: room)
+        read(model, cache, tokens(20, batch_size=8))
+        assert_in_place(cache)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Counts the bytes of the largest tensor that an operation has made in other memory than the host's."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and not host.holds(tensor):
+                self.most = max(self.most, tensor.untyped_storage().nbytes())
+        return result
+
+
+LONG = 3000  # tokens, so that a layer's keys are much more than anything else here
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    return make_model(max_position_embeddings=2 * LONG)
+
+
+class TestNothingIsCopied:
+    """To where the GPU's memory would be. A layer's keys are [1, 2, LONG, 16] float32."""
+
+    of_keys = 2 * LONG * 16 * 4
+
+    @pytest.fixture
+    def cache(self, long_model):
+        cache = QuestCache(BUDGET, offloading=True)
+        for chunk in tokens(LONG).split(500, dim=1):
+            read(long_model, cache, chunk)
+        return cache
+
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    def test_in_steps_by_the_operators(self, long_model, cache, monkeypatch, num_rows):
+        """Of the layers that choose: dense ones read all."""
+        emulate(monkeypatch)
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(num_rows)
+        for layer in cache.layers:
+            layer.storage.move(slice(None), layer.capacity)  # to what is served by operators
+        layer = cache.layers[3]
+        query = torch.randn(num_rows, 4, 1, 16)
+        with Elsewhere() as elsewhere:
+            step_of(layer, query)
+        assert elsewhere.most < self.of_keys / 4
+
+    def test_in_steps_in_pytorch(self, cache):
+        with Elsewhere() as elsewhere:
+            step_of(cache.layers[3], torch.randn(1, 4, 1, 16))
+        assert elsewhere.most < self.of_keys / 4
+
+    def test_when_it_grows_and_rows_change(self, cache):
+        layer = cache.layers[3]
+        with Elsewhere() as elsewhere:
+            layer.make_room(2 * LONG)
+            layer.batch_repeat_interleave(3)
+            layer.reorder_cache(torch.tensor([2, 2, 0]))
+            layer.batch_select_indices(torch.tensor([1]))
+            layer.crop(-5)
+        assert elsewhere.most <= self.of_keys / 2  # a head, while rows change places
+
+    def test_a_chunk_of_a_prompt_has_the_keys_of_one_layer_at_a_time(self, long_model, cache):
+        live = []
+        at_hand = Offloaded.at_hand
+
+        def counted(storage, keys, values):
+            assert not any(reference() is not None for reference in live)
+            copies = at_hand(storage, keys, values)
+            assert not any(host.holds(tensor) for tensor in copies)
+            live.extend(weakref.ref(tensor.untyped_storage()) for tensor in copies)
+            return copies
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Offloaded, "at_hand", counted)
+            read(long_model, cache, tokens(500, seed=3))
+        assert len(live) == 4
+        assert not any(reference() is not None for reference in live)
+
+
+def step_of(layer, query):
+    """A step of one layer, as its attention does it."""
+    new = torch.randn(query.shape[0], 2, 1, 16)
+    layer.update(new, new.clone())
+    return attend(layer, query, Logits(0.25))
+
+
+class TestFaults:
+    def test_too_little_memory_is_said_before_anything_is_read(self, model, monkeypatch):
+        monkeypatch.setattr(host, "available", lambda: 100_000)
+        cache = QuestCache(BUDGET, offloading=True)
+        with pytest.raises(QuestError, match=r"offloading=True take [\d,]+ bytes of host memory, of which 100,000"):
+            read(model, cache)
+        assert cache.get_seq_length() == 0
+        monkeypatch.undo()
+        assert_same(read(model, cache), read(model, QuestCache(BUDGET)))
+
+    def test_a_prompt_that_finds_no_room_to_grow_leaves_the_cache_as_it_was(self, model, monkeypatch):
+        expected, cache = (read(model, cache) for cache in both())
+        monkeypatch.setattr(host, "available", lambda: 0)
+        with pytest.raises(QuestError, match="What the cache held is unchanged"):
+            read(model, cache, tokens(600, seed=3))
+        assert cache.get_seq_length() == PROMPT
+        monkeypatch.undo()
+        assert_same(cache, expected)
+        ids = tokens(600, seed=4)
+        assert_same(read(model, cache, ids), read(model, expected, ids))
+
+    @pytest.mark.parametrize(
+        ("family", "num_given"), [("llama", 0), ("llama", 1), ("llama", 2), ("llama", 3), ("gemma3", 0), ("gemma3", 1)]
+    )
+    def test_memory_that_the_system_does_not_give(self, models, monkeypatch, family, num_given):
+        """In the middle of a forward, after some layers had theirs."""
+        model = models[family]
+        expected, cache = (read(model, cache) for cache in both())
+        given, is_over, make = [], [False], mmap.mmap
+
+        def fail(*arguments, **options):
+            if not is_over[0] and len(given) == num_given:
+                raise OSError(12, "Cannot allocate memory")
+            given.append(arguments)
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(mmap, "mmap", fail)
+        with pytest.raises(QuestError, match=r"which the system does not give: .*Cannot allocate memory"):
+            read(model, cache, tokens(600, seed=3))
+        assert cache.get_seq_length() == PROMPT
+        is_over[0] = True
+        assert_same(cache, expected)
+        ids = tokens(600, seed=4)
+        assert_same(read(model, cache, ids), read(model, expected, ids))
+
+    @pytest.mark.parametrize("num_given", [0, 3])
+    def test_memory_that_the_system_does_not_give_at_first(self, model, monkeypatch, num_given):
+        """What it gave goes back at once, and no layer has stored anything."""
+        gc.collect()
+        given, make, before = [], mmap.mmap, dict(host.blocks)
+
+        def fail(*arguments, **options):
+            if len(given) == num_given:
+                raise OSError(12, "Cannot allocate memory")
+            given.append(arguments)
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(mmap, "mmap", fail)
+        cache = QuestCache(BUDGET, offloading=True)
+        with pytest.raises(QuestError, match="which the system does not give"):
+            read(model, cache)
+        monkeypatch.undo()
+        gc.collect()
+        assert host.blocks == before
+        assert [layer.length for layer in cache.layers] == [0]
+        assert_same(read(model, cache), read(model, QuestCache(BUDGET)))
+
+    def test_while_generate_writes(self, model, monkeypatch):
+        """What was written so far is stored, and the text goes on when there is memory."""
+        ids, cache = tokens(PROMPT), QuestCache(BUDGET, offloading=True)
+        expected = generate(model, ids, QuestCache(BUDGET), max_new_tokens=400)
+        make, limit = host.new_block, 2 * 500 * 16 * 4
+
+        def fail(num_bytes, device):
+            if num_bytes > limit:
+                raise host.no_memory(num_bytes, "for a test")
+            return make(num_bytes, device)
+
+        monkeypatch.setattr(host, "new_block", fail)
+        with pytest.raises(QuestError, match="for a test"):
+            generate(model, ids, cache, max_new_tokens=400)
+        num_stored = cache.get_seq_length()
+        assert num_stored > PROMPT
+        monkeypatch.undo()
+        so_far = expected[:, : num_stored + 1]
+        rest = generate(model, so_far, cache, max_new_tokens=expected.shape[1] - so_far.shape[1])
+        assert torch.equal(rest, expected)
+
+    def test_a_copy_that_finds_no_memory_leaves_the_original(self, model, monkeypatch):
+        expected, cache = (read(model, cache) for cache in both())
+        monkeypatch.setattr(host, "available", lambda: 0)
+        with pytest.raises(QuestError, match="host memory"):
+            copy.deepcopy(cache)
+        monkeypatch.undo()
+        assert_same(cache, expected)
+
+    def test_devices_whose_kernels_do_not_reach_it(self):
+        with pytest.raises(QuestError, match=r"for NVIDIA GPUs under Linux.* and this model is on mps"):
+            host.empty((1, 2, 3), torch.float32, torch.device("mps"))
+
+    @pytest.mark.parametrize("wrong", ["cpu", 1, None])
+    def test_what_is_no_yes_or_no(self, wrong):
+        with pytest.raises(ValueError, match="offloading is True or False, not"):
+            QuestCache(offloading=wrong)
+
+    def test_methods_that_evict(self):
+        with pytest.raises(ValueError, match="leave offloading out"):
+            MethodCache(H2OCache().method, offloading=True)
+
+
+class TestAvailable:
+    def test_what_the_system_says_is_some_of_its_memory(self):
+        assert 0 < host.available() < 2**50
+
+    @pytest.mark.parametrize("names", host.GROUPS, ids=["second version", "first version"])
+    def test_what_a_control_group_has_left(self, tmp_path, names):
+        limit, use, statistics, spare = names
+        (tmp_path / limit).parent.mkdir(exist_ok=True)
+        (tmp_path / limit).write_text("1000\n")
+        (tmp_path / use).write_text("700\n")
+        (tmp_path / statistics).write_text(f"anon 5\n{spare} 150\n")
+        assert host.left_of_group(*names, folder=tmp_path) == 450
+        (tmp_path / limit).write_text("max\n")
+        assert host.left_of_group(*names, folder=tmp_path) == math.inf
+        assert host.left_of_group(*names, folder=tmp_path / "none") == math.inf

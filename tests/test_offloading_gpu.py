@@ -1,0 +1,294 @@
+"""With `offloading=True` on a GPU: the tokens are the same to the bit, and the GPU's memory has none of the keys."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
+from test_gpu import digest_of, library, write  # noqa: F401, a fixture too
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache
+
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, QuestError, capture, decode_ahead, tiny
+from hf_quest.storage import Offloaded, host
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+METHODS = {"pages": {}, "codes": {"codes": 2}, "wide bounds": {"bounds_dtype": None}}
+SERVED = {"hidden_size": 256, "num_hidden_layers": 4, "dtype": torch.bfloat16}  # whose head dim the kernels serve
+
+
+def both(budget=256, **options):
+    """A cache in the GPU's memory, and one with offloading."""
+    return [QuestCache(budget, offloading=offloading, **options) for offloading in (False, True)]
+
+
+@torch.no_grad()
+def prefilled(model, ids, cache):
+    model(ids[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)
+    return cache
+
+
+def assert_in_place(cache):
+    chosen = [layer for layer in cache.layers if isinstance(layer.storage, Offloaded)]
+    assert chosen
+    for layer in chosen:
+        assert all(host.holds(tensor) and tensor.is_cuda for tensor in (layer.keys, layer.values))
+        assert not any(host.holds(tensor) for tensor in layer.storage.beside.values())
+
+
+def assert_same(cache, expected):
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        (tensors, facts), (others, other_facts) = layer.saved(), other.saved()
+        assert facts == other_facts
+        assert all(torch.equal(tensor.cpu(), others[name].cpu()) for name, tensor in tensors.items())
+
+
+class TestHostMemory:
+    """What kernels and copies do with a tensor of the GPU in host memory."""
+
+    def test_operations_of_the_gpu_read_and_write_it(self):
+        device = torch.device("cuda", torch.cuda.current_device())
+        before = torch.cuda.memory_allocated()
+        tensor = host.empty((3, 1 << 20), torch.bfloat16, device)
+        assert torch.cuda.memory_allocated() == before
+        assert tensor.device == device
+        content = torch.randn(3, 1 << 20, device="cuda").bfloat16()
+        tensor.copy_(content)
+        tensor[1] *= 2
+        content[1] *= 2
+        assert torch.equal(tensor, content)
+        assert torch.equal(host.seen_by_cpu(tensor), content.cpu())
+        rows = torch.tensor([2, 0], device="cuda")
+        assert torch.equal(tensor.index_select(0, rows), content.index_select(0, rows))
+        on_device = torch.empty_like(content)
+        on_device.copy_(host.seen_by_cpu(tensor, waits=False), non_blocking=True)
+        assert torch.equal(on_device, content)
+
+    def test_it_takes_what_was_asked_for_and_goes_with_its_tensor(self):
+        gc.collect()
+        before, allocated = dict(host.blocks), torch.cuda.memory_allocated()
+        tensor = host.empty((3, 1000), torch.float32, torch.device("cuda", 0))
+        assert sum(host.blocks.values()) == sum(before.values()) + 12000
+        part = tensor[1:].flatten()[5:]
+        del tensor
+        assert len(host.blocks) == len(before) + 1
+        part.fill_(1)
+        del part
+        assert host.blocks == before
+        assert torch.cuda.memory_allocated() == allocated
+
+    def test_after_memory_that_cannot_be_pinned_the_gpu_goes_on(self, monkeypatch):
+        """CUDA refuses what is registered already, and then PyTorch cannot pin either."""
+        memory = host.block_of_cpu(1 << 20)
+        first, unpin = registered_again(memory, monkeypatch)
+        monkeypatch.setattr(torch, "empty", failing_to_pin(torch.empty))
+        with pytest.raises(QuestError, match="which CUDA cannot pin"):
+            host.registered(1 << 20, torch.device("cuda", 0))
+        assert torch.ones(3, device="cuda").sum() == 3  # no error is left behind
+        monkeypatch.undo()
+        unpin()
+        del first
+
+    def test_a_driver_that_registers_none_gives_some_of_its_own(self, monkeypatch):
+        memory = host.block_of_cpu(1 << 20)
+        _, unpin = registered_again(memory, monkeypatch)
+        tensor = host.empty((1 << 20,), torch.uint8, torch.device("cuda", 0))
+        tensor.fill_(7)
+        assert (host.seen_by_cpu(tensor) == 7).all()
+        monkeypatch.undo()
+        unpin()
+
+
+def registered_again(memory, monkeypatch):
+    """Have the next blocks be this one, which is registered."""
+    monkeypatch.setattr(host, "block_of_cpu", lambda num_bytes: memory)
+    return host.registered(len(memory), torch.device("cuda", 0))
+
+
+def failing_to_pin(empty):
+    def fail(*arguments, **options):
+        if options.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*arguments, **options)
+
+    return fail
+
+
+class TestTheSameTokens:
+    @pytest.fixture(scope="class")
+    def models(self):
+        return {
+            "kernels": make_model(**SERVED).cuda(),
+            "pytorch": make_model().cuda(),
+            "gemma3": tiny_gemma(),
+        }
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"do_sample": True, "top_k": 20},
+            {"num_beams": 3},
+            {"prompt_lookup_num_tokens": 4},
+            {"prefill_chunk_size": 37},
+            {"custom_generate": decode_ahead},
+            {"max_new_tokens": 300},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("name", ["kernels", "pytorch", "gemma3"])
+    def test_in_every_mode_of_generate(self, models, name, method, options):
+        ids = tokens(PROMPT // 2).repeat(1, 2).cuda()
+        answers = []
+        for cache in both(BUDGET, compile=False, **METHODS[method]):
+            torch.manual_seed(0)
+            answers.append(generate(models[name], ids, cache, **{"max_new_tokens": ANSWER, **options}))
+        assert_in_place(cache)
+        assert torch.equal(*answers)
+
+    @pytest.mark.parametrize("prefill", [None, CritiPrefill(budget=256, segment_size=128, threshold=512)], ids=str)
+    @pytest.mark.parametrize("chunk", [None, 700])
+    def test_of_padded_rows(self, models, prefill, chunk):
+        ids = tokens(1900, batch_size=2).cuda()
+        ids[1, :777] = 0
+        expected, output = (
+            generate(models["kernels"], ids, cache, attention_mask=(ids > 0).long(), prefill_chunk_size=chunk)
+            for cache in both(BUDGET, prefill=prefill, compile=False)
+        )
+        assert torch.equal(output, expected)
+
+    @pytest.mark.parametrize("name", ["kernels", "pytorch"])
+    def test_after_everything_that_is_done_to_caches(self, models, name, tmp_path):
+        model, found = models[name], []
+        with torch.no_grad():
+            for idx, cache in enumerate(both(BUDGET, codes=2)):
+                model(tokens(PROMPT).cuda(), **{CACHE_NAME: cache})
+                cache.batch_repeat_interleave(3)
+                model(tokens(5, seed=3, batch_size=3).cuda(), **{CACHE_NAME: cache})
+                cache.reorder_cache(torch.tensor([1, 2, 0]).cuda())
+                cache.crop(-3)
+                cache.batch_select_indices(torch.tensor([2, 0]).cuda())
+                for layer in cache.layers:
+                    layer.offload()
+                cache = copy.deepcopy(cache)
+                model(tokens(1, seed=4, batch_size=2).cuda(), **{CACHE_NAME: cache})
+                cache = pickle.loads(pickle.dumps(cache))
+                model(tokens(700, seed=5, batch_size=2).cuda(), **{CACHE_NAME: cache})
+                cache.save(tmp_path / str(idx), model)
+                cache = QuestCache.load(tmp_path / str(idx), model)
+                model(tokens(1, seed=6, batch_size=2).cuda(), **{CACHE_NAME: cache})
+                found.append(cache)
+        assert_in_place(found[1])
+        assert_same(*found)
+
+    def test_of_a_cache_from_stock(self, models):
+        ids, stock = tokens(PROMPT).cuda(), DynamicCache()
+        prefilled(models["kernels"], ids, stock)
+        expected, output = (
+            generate(models["kernels"], ids, QuestCache.from_cache(stock, BUDGET, offloading=offloading, compile=False))
+            for offloading in (False, True)
+        )
+        assert torch.equal(output, expected)
+
+    def test_a_long_text_of_the_tiny_model(self, library):  # noqa: F811
+        model = tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval()
+        ids = digest_of(library, 16384)
+        expected, output = (
+            write(model, ids, prefilled(model, ids, cache), 64, disable_compile=True)[0] for cache in both(codes=2)
+        )
+        assert torch.equal(output, expected)
+
+
+def tiny_gemma():
+    from test_local import build
+
+    return copy.deepcopy(build("gemma3")).cuda()
+
+
+class TestGraphs:
+    """One graph for caches in either place."""
+
+    @pytest.mark.parametrize("method", ["pages", "codes"])
+    def test_compiled_by_generate(self, library, method):  # noqa: F811
+        torch.compiler.reset()
+        model = tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval()
+        ids, config = digest_of(library, 4096), CompileConfig(fullgraph=True)
+        skips = counters["inductor"]["cudagraph_skips"]
+        expected, output = (
+            write(model, ids, prefilled(model, ids, cache), 300, compile_config=config)[0]
+            for cache in both(**METHODS[method])
+        )
+        assert torch.equal(output, expected)
+        assert counters["inductor"]["cudagraph_skips"] == skips
+
+    @pytest.mark.parametrize("options", [{}, {"custom_generate": decode_ahead}], ids=["generate", "ahead"])
+    @pytest.mark.parametrize("method", ["pages", "codes"])
+    def test_captured(self, library, method, options):  # noqa: F811
+        model = capture(tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval())
+        ids = digest_of(library, 4096)
+        answers = []
+        for cache in both(**METHODS[method]):
+            prefilled(model, ids, cache)
+            output = generate(model, ids, cache, max_new_tokens=300, min_new_tokens=300, **options)
+            assert model._compiled_call.recording.cache() is cache
+            answers.append(output)
+        assert_in_place(cache)
+        assert torch.equal(*answers)
+
+    def test_a_step_waits_for_nothing(self, library):  # noqa: F811
+        model = tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval()
+        ids = digest_of(library, 2000)
+        cache = prefilled(model, ids, QuestCache(256, codes=2, offloading=True))
+        token = ids[:, -1:]
+        with torch.no_grad():
+            model(token, **{CACHE_NAME: cache})
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(3):
+                    model(token, **{CACHE_NAME: cache})
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+class TestMemory:
+    def test_the_gpu_has_none_of_the_keys(self):
+        """Of layers that choose: 65,536 tokens of 2 layers of 2 heads of 64 channels take 67 MB."""
+        model, num_tokens = make_model(**SERVED, max_position_embeddings=1 << 17).cuda(), 1 << 16
+        before, used = torch.cuda.memory_allocated(), []
+        for cache in both():
+            with torch.no_grad():
+                for chunk in tokens(num_tokens).cuda().split(4096, dim=1):
+                    model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
+            used.append(torch.cuda.memory_allocated() - before)
+            chosen = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[2:])
+            del cache
+            gc.collect()
+        assert used[0] - used[1] == pytest.approx(chosen, rel=0.02)  # which the allocator rounds
+
+    def test_a_step_brings_none_of_them(self):
+        model, num_tokens = make_model(**SERVED, max_position_embeddings=1 << 17).cuda(), 1 << 16
+        cache = QuestCache(BUDGET, codes=2, offloading=True)
+        with torch.no_grad():
+            for chunk in tokens(num_tokens).cuda().split(4096, dim=1):
+                model(chunk, **{CACHE_NAME: cache}, logits_to_keep=1)
+            model(tokens(1).cuda(), **{CACHE_NAME: cache})
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(tokens(1).cuda(), **{CACHE_NAME: cache})
+        assert torch.cuda.max_memory_allocated() - before < cache.layers[3].keys.nbytes / 4
+
+    def test_host_memory_that_is_not_there_is_said_at_once(self, monkeypatch):
+        model, cache = make_model(**SERVED).cuda(), QuestCache(BUDGET, offloading=True, compile=False)
+        monkeypatch.setattr(host, "available", lambda: 1000)
+        with pytest.raises(QuestError, match="bytes of host memory"), torch.no_grad():
+            model(tokens(PROMPT).cuda(), **{CACHE_NAME: cache})
+        monkeypatch.undo()
+        expected = generate(model, tokens(PROMPT).cuda(), QuestCache(BUDGET, compile=False))
+        assert torch.equal(generate(model, tokens(PROMPT).cuda(), cache), expected)
