@@ -1,5 +1,6 @@
 """What a comparison of dense attention and Quest needs: a document, its tokens, checks, and the reading of it."""
 
+import math
 from itertools import takewhile
 
 import torch
@@ -99,8 +100,9 @@ def check_is_short(tokenizer, document, limit):
         num_tokens += len(tokenizer(document[first : first + PIECE * 4096], add_special_tokens=False).input_ids)
         if num_tokens > limit:
             share = min(first + PIECE * 4096, len(document)) / len(document)
+            about = 100 * math.ceil(num_tokens / share / 100)
             raise DemoError(
-                f"The document has about {num_tokens / share:,.0f} tokens, and the model's context ends at {limit:,}. "
+                f"The document has about {about:,} tokens, and the model's context ends at {limit:,}. "
                 "Give a shorter document or another model."
             )
 

@@ -25,7 +25,7 @@ from hf_quest.app.engine import SMOLLM2, TINY, Engine
 from hf_quest.app.look import look, sentence_spans
 from hf_quest.app.visitors import Full, Visitors
 from hf_quest.cli import app as cli
-from hf_quest.comparison import SETTLED
+from hf_quest.comparison import SETTLED, STEADY, is_steady
 from hf_quest.reading import Document, Stopped
 
 SHORT = Sample("short", "facts", 400, seed=3)
@@ -336,6 +336,26 @@ def test_numbers_are_shown_when_they_have_settled(engine):
     assert early
     assert all(speedup is None and "<b>–</b>" in html for speedup, html in early)
     assert re.search(r"<b>\d+\.\d×</b>", view.race(run))
+
+
+def test_steps_have_settled_when_the_later_ones_take_as_long_as_the_earlier():
+    rising = [1.0 + index / SETTLED for index in range(SETTLED)]
+    assert not is_steady(rising)
+    assert not is_steady([1.0] * (SETTLED - 1))
+    assert is_steady([1.0] * SETTLED)
+    assert is_steady([9.0, *[1.0] * SETTLED])  # the first one alone, in which much is made ready
+    assert is_steady([1.0] * SETTLED + [1.0 + STEADY / 2] * SETTLED)
+
+
+def test_a_number_that_was_shown_stays(engine, monkeypatch):
+    document, question = write(SHORT)
+    seen = []
+    monkeypatch.setattr("hf_quest.comparison.is_steady", lambda seconds: len(seconds) == 3)
+    for run in engine.run(document.text, question, BUDGET, 8):
+        if run.phase == "answering":
+            seen.append((len(run.quest.step_seconds) >= 3, run.quest.is_settled))
+    assert len(seen) > 3
+    assert all(is_late == is_settled for is_late, is_settled in seen)
 
 
 def test_what_the_share_of_the_cache_is_made_of_is_said(engine):

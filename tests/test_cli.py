@@ -1,7 +1,6 @@
 """`hf-quest` really reads a document and answers twice, or says in one line why it does not."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from written_files import pages_of, pdf
 
 import hf_quest
 import hf_quest_cli
-import hf_quest_cli.evaluation as options
+import hf_quest_cli.options as options
 from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, demo, tiny
 from hf_quest.cli import app
 from hf_quest.comparison import compare, dense_twin
@@ -96,8 +95,7 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     path = tmp_path / "report.pdf"
     path.write_bytes(pdf([*pages_of(heldout_text()[:4000]), b"q Q"]))
     command = [sys.executable, "-m", "hf_quest_cli", "demo", path, "--budget", "64", "--max-new-tokens", "4", "--json"]
-    wide = {**os.environ, "COLUMNS": "300"}  # or the path's end would be on a line of its own
-    result = subprocess.run(command, capture_output=True, text=True, env=wide)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["document"]["notes"] == ["Left out: 1 page of 3 without text (a picture, perhaps): 3."]
@@ -105,7 +103,7 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     assert found["tokens_attended"][2]["quest"] == 64
     # What there is on stderr is about this document, and no library's complaint.
     assert re.fullmatch(
-        r"Document .*\n(.*report\.pdf\n)?\s+Left out: .*\nQuestion .*\nPrefill .*\n", result.stderr, re.MULTILINE
+        r"Document .*report\.pdf\n\s+Left out: .*\nQuestion .*\nPrefill .*\n", result.stderr, re.MULTILINE
     )
 
 
@@ -147,7 +145,9 @@ def test_doctor_says_what_is_there():
     assert found["PyTorch"] == torch.__version__
     assert found["hf_quest"].startswith(hf_quest.__version__)
     assert found["advice"]
-    assert "Transformers" in run("doctor").stdout
+    lines = run("doctor").stdout.splitlines()
+    assert f"{'hf_quest':17}{found['hf_quest']}" in lines  # its folder, and not only what of it fits a terminal
+    assert f"{'Transformers':17}{found['Transformers']}" in lines
 
 
 SMALL = ["--budget", "64", "--length", "512"]
@@ -415,6 +415,32 @@ def test_prefill_checks_every_budget_first():
     assert_error(run("eval", "prefill", "--prefill-budget", 8192), "threshold=4096 is under the budget.*")
 
 
-@pytest.mark.parametrize("arguments", [["--budget", "many"], ["--device", "tpu"], ["--max-new-tokens", "1"]], ids=str)
-def test_wrong_use(arguments):
-    assert run("demo", *arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("demo --budget many", "Invalid value for '--budget': "),
+        ("demo --device tpu", "Invalid value for '--device': 'tpu' is not one of "),
+        ("demo --max-new-tokens 1", "Invalid value for '--max-new-tokens': "),
+        ("demo --nothing 1", "No such option: --nothing"),
+        ("demo one.txt two.txt", "Got unexpected extra argument"),
+        ("plan", "Missing option '--tokens'"),
+        ("calibrate", "Missing option '--text'"),
+        ("eval ruler --task none", "Invalid value for '--task': 'none' is not one of "),
+        ("eval none", "No such command 'none'"),
+        ("none", "No such command 'none'"),
+        ("app --port 99999", "Invalid value for '--port': "),
+    ],
+)
+def test_wrong_use_is_one_line_that_says_where_the_options_are(arguments, reason):
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert re.fullmatch(f"Error: {re.escape(reason)}.*\\. \\(.* --help says what there is\\.\\)\n", result.stderr)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", ["", "eval"])
+def test_a_command_without_its_word_prints_the_help_and_no_error(arguments):
+    result = run(*arguments.split())
+    assert "Usage: " in result.output
+    assert "Commands" in result.output
+    assert "Error" not in result.output

