@@ -488,6 +488,6 @@ def test_the_command_says_what_is_missing(monkeypatch):
 
 
 def test_the_command_says_why_a_model_is_not_served(tmp_path):
-    result = CliRunner().invoke(cli, ["app", "--model", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["app", "--model", str(tmp_path), "--port", "0"])
     assert result.exit_code == 1
     assert f"{tmp_path} cannot be loaded" in result.stderr
