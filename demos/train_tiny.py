@@ -414,7 +414,9 @@ def parse_arguments() -> argparse.Namespace:
     if not arguments.text.is_file():
         parser.error(f"{arguments.text} is not there: demos/corpus.py writes it")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU; for a trial on a CPU: --device cpu --rows 1 --no-compile --steps and numbers")
+        parser.error(
+            "there is no CUDA GPU; for a trial on a CPU: --device cpu --rows 1 --no-compile --steps and numbers"
+        )
     stages = (LAST_STAGE,) if arguments.start else (*CURRICULUM, LAST_STAGE)
     steps = arguments.steps or [stage.steps for stage in stages]
     if len(steps) != len(stages):

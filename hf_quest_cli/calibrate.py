@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, DeviceOption, DtypeOption, JsonOption, ModelOption, console, loaded
+from .options import Device, DeviceOption, DtypeOption, JsonOption, ModelOption, console, loaded, text_of
 
 
 def calibrate_command(
@@ -31,11 +31,10 @@ def calibrate_command(
     from hf_quest.evaluation import calibrate
     from hf_quest.evaluation.calibration_report import limit_of, line_of_code
     from hf_quest.evaluation.commands import conclude
-    from hf_quest.reading import read_document
 
     if output.suffix != ".html":
         raise ValueError(f"The report is an HTML page, so --output ends in .html, not as {output} does.")
-    content = read_document(text).text
+    content = text_of(text)
     report = calibrate(
         *loaded(model, device, dtype),
         content,

@@ -69,10 +69,16 @@ def loaded(model: str | None, device: Device, dtype: str | None):
 
 
 def text_of(file: Path | None) -> str:
+    """A document's text; what was assumed or left out of it is said on stderr."""
     from hf_quest.evaluation.documents import heldout_text
     from hf_quest.reading import read_document
 
-    return heldout_text() if file is None else read_document(file).text
+    if file is None:
+        return heldout_text()
+    document = read_document(file)
+    for note in document.notes:
+        Console(stderr=True).print(f"{document.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    return document.text
 
 
 def names(values: list[Enum]) -> list[str]:

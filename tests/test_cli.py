@@ -172,6 +172,17 @@ def test_as_json_there_is_nothing_else_on_stdout(document, tmp_path, command):
     assert isinstance(json.loads(result.stdout), dict)
 
 
+@pytest.mark.parametrize("command", ["calibrate", "eval perplexity", "eval selection"])
+def test_what_was_assumed_of_a_text_is_said_where_it_is_measured(tmp_path, command):
+    path = tmp_path / "cafe.txt"
+    path.write_bytes((heldout_text()[:4000] + "Le café de la gare.").encode("cp1252"))
+    arguments = [each.format(document=path, folder=tmp_path) for each in AS_JSON[command]]
+    result = run(*command.split(), "--text", path, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert f"{path}: Read as Windows-1252, which it looks like, with words such as café." in result.stderr
+    json.loads(result.stdout)
+
+
 def test_a_results_file_is_printed_as_it_is(tmp_path):
     path = tmp_path / "passkey.json"
     run("eval", "passkey", *AS_JSON["eval passkey"], "--output", path)
