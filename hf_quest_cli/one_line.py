@@ -74,26 +74,29 @@ def in_one_line(command):
             command(*args, **kwargs)
         except typer.Exit:
             raise
+        except BrokenPipeError:  # who reads has enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(code=1) from None
         except ModuleNotFoundError as error:
             extra = "app" if error.name == "gradio" else "eval"
             fail(f'This needs {error.name}. Install it with: pip install "hf-quest[{extra}]"')
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise
-            fail(error if is_explained(error) else f"{described(error)} ({DEBUG}=1 shows where.)")
+            fail(explanation(error))
 
     return run
 
 
-def is_explained(error):
-    """Whether the message was written for the user."""
+def explanation(error):
+    """What to say of an error. The messages of some kinds were written for the user."""
     from hf_quest import QuestError
     from hf_quest.demo import DemoError
     from hf_quest.reading import DocumentError
 
-    return isinstance(error, (DemoError, DocumentError, QuestError, OSError, ValueError))
-
-
-def described(error):
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, (DemoError, DocumentError, QuestError, OSError, ValueError)):
+        return error
     first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"{type(error).__name__}{': ' * bool(first)}{first} ({DEBUG}=1 shows where.)"
