@@ -22,11 +22,13 @@ def printed(monkeypatch, width, is_terminal):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [56, 60, 61, 70, 80, 90, 200])
 def test_numbers_are_whole_in_a_terminal(monkeypatch, width):
     shown = printed(monkeypatch, width, is_terminal=True)
     assert all(number in shown for number in NUMBERS)
-    assert max(map(len, shown.splitlines())) <= width
+    lengths = set(map(len, shown.splitlines()))
+    assert max(lengths) <= width
+    assert len(lengths) == 1  # no border is missing
 
 
 def test_nothing_is_left_out_where_nothing_fits(monkeypatch):

@@ -66,14 +66,22 @@ def print_whole(table: Table) -> None:
     if not console.is_terminal:
         console.width = max(console.width, width.maximum)
     elif width.maximum > console.width:
-        numbers = [max((len(str(cell)) for cell in column.cells), default=1) for column in table.columns]
-        if sum(numbers) + 3 * len(numbers) >= console.width:
-            table.padding = 0
-        has_room = sum(numbers) + len(numbers) < console.width
-        for column, least in zip(table.columns, numbers, strict=True):
-            column.overflow = "fold"  # of titles, and of numbers where nothing else is left
-            column.min_width = least if has_room else None
+        squeeze(table, console.width)
     console.print(table)
+
+
+def squeeze(table: Table, width: int) -> None:
+    """Make columns as narrow as their numbers, and titles longer in turn: where there is no room, all of them fold."""
+    numbers = [max((len(str(cell)) for cell in column.cells), default=1) for column in table.columns]
+    space = 3 if sum(numbers) + 3 * len(numbers) < width else 1  # with a border and, if it fits, padding
+    table.padding = (0, space // 2)
+    left = width - 1 - sum(numbers) - space * len(numbers)
+    for column, least in zip(table.columns, numbers, strict=True):
+        column.overflow = "fold"
+        if left >= 0:
+            longest = max(map(len, str(column.header).split()), default=0)
+            column.width = least + min(left, max(longest - least, 0))
+            left -= column.width - least
 
 
 def conclude(report: dict[str, Any], output: Path | None, as_json: bool = False) -> None:
