@@ -17,7 +17,8 @@ PROPOSED = "HuggingFaceTB/SmolLM2-360M-Instruct"
 NOTES = {
     TINY: "Made to find marked key points, secret codes and pass keys, and nothing else. Summarize and Key points both "
     "ask it for the marked key points.",
-    SMOLLM2: "A small general model of 135 million parameters. It takes up to about 5,000 words, and makes mistakes.",
+    SMOLLM2: "A small general model of 135 million parameters. It takes up to about 5,000 words, makes mistakes, and "
+    "often copies a part of a long document in place of an answer.",
     OTHER: "Any model that writes text: its name on the Hugging Face hub, from where it is fetched once (the one "
     "proposed has less than 1 GB), or a folder.",
 }
