@@ -8,7 +8,15 @@ import time
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
+from small_llama import make_model, tokens
+from transformers import (
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    MistralForCausalLM,
+)
 from typer.testing import CliRunner
 from written_files import pages_of, pdf
 
@@ -218,6 +226,25 @@ def test_the_dense_answer_is_stock_generate(models, document, encoded):
     prompt = torch.cat(encoded, dim=1)
     stock = models[1].generate(prompt, max_new_tokens=NUM_NEW, do_sample=False)[0, prompt.shape[1] :].tolist()
     assert run.dense.token_ids == [token for token in stock if token not in run.dense.stop_ids]
+
+
+@pytest.mark.parametrize("num_tokens", [40, 290, 700])
+@pytest.mark.parametrize("model_class", [MistralForCausalLM, Gemma3ForCausalLM], ids=["all local", "some local"])
+def test_dense_attention_goes_on_from_what_layers_with_windows_keep(model_class, num_tokens):
+    """They drop what they cannot reach: a copy of it must stand where it stood, with what is gone counted."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    options = {} if model_class is MistralForCausalLM else {"layer_types": kinds, "head_dim": 16}
+    model = make_model(model_class, sliding_window=32, **options)
+    twin, ids = dense_twin(model), tokens(num_tokens)
+    cache, stock = QuestCache(budget=64), DynamicCache(config=model.config)
+    demo.prefill(model, cache, ids)
+    copied = demo.stock_copy(cache, model.config)
+    with torch.inference_mode():
+        twin(ids, **{CACHE_NAME: stock})
+        for token in tokens(6, seed=2).split(1, dim=1):
+            logits = [twin(token, **{CACHE_NAME: each}).logits for each in (copied, stock)]
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # sums of a chunk and of the whole prompt differ
+    assert [layer.get_seq_length() for layer in copied.layers] == [layer.get_seq_length() for layer in stock.layers]
 
 
 def test_the_quest_answer_is_generate_with_a_quest_cache_behind_the_question(models, document, encoded):
