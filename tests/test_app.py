@@ -367,6 +367,18 @@ def test_what_the_share_of_the_cache_is_made_of_is_said(engine):
     )
 
 
+def test_layers_with_a_window_are_not_said_to_read_everything(engine):
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question)
+    run.attended = [(512, 512)] * 5 + [(1093, 256)] + [(1093, 1093)]
+    assert (
+        "1 of the model’s 7 layers always read everything, 5 of 7 layers never look back more than 512 tokens, and the "
+        "other 1 read 256 of 1,093 tokens" in view.race(run)
+    )
+    run.attended = [(512, 512), (1093, 256)]
+    assert "all layers: 1 of 2 layers never look back more than 512 tokens, and the other 1 read" in view.race(run)
+
+
 def test_an_answer_that_was_cut_off_says_so_and_one_without_text_too(engine):
     document, question = write(SHORT)
     run = run_to_end(engine, document.text, question, max_new_tokens=2)
