@@ -9,8 +9,8 @@ decode step runs them, fused where the GPU can, the self-attention of the paper;
 too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
 What depends on the score has the default one, and in a table of its own the published one beside it, the replays of
 both in turns; `chain by sums of shares` is what the default is not, since it costs more. `chain by codes` is what
-`QuestCache(512, codes=2)` runs, with `refine` in it: tokens of eight times the budget's pages are chosen by their
-codes, and `attend tokens` reads them one by one.
+`QuestCache(512, codes=2)` runs, one kernel again: tokens of eight times the budget's pages are chosen by their codes;
+`of larger pages` are those of 32 tokens. `find candidates`, `refine` and `attend tokens` are its stages by themselves.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 
@@ -43,6 +43,7 @@ BASELINES = (*SDPA, *FLASHINFER) if flashinfer else tuple(SDPA)
 HEAD_DIM, PAGE_SIZE = 128, 16
 BY_SCORE = ("estimate", "select", "chain", "chain with append", "chain with wide bounds")  # what depends on the score
 CODE_BITS, CODE_BUDGET, CANDIDATES = 2, 512, 8
+LARGER_PAGE = 32  # tokens
 SUMS_OF_SHARES = Score(width=0.5, keeps_first=True, group="sum")
 MAX_LAYERS, MAX_BYTES = 32, 60e9
 DTYPE = torch.bfloat16
@@ -63,6 +64,7 @@ class Layer:
     where: tuple  # length, padding
     num_selected: int
     codes: torch.Tensor
+    larger_pages: tuple  # bounds with scales, and codes
     scores: torch.Tensor = None
     page_ids: torch.Tensor = None
     candidates: torch.Tensor = None
@@ -101,9 +103,9 @@ class Layer:
         tokens = (self.new_key, self.new_value)
         ops.append(self.keys, self.values, *self.bounds, *tokens, *self.where, PAGE_SIZE, self.codes)
 
-    def select_candidates(self):
-        num_candidates = CANDIDATES * CODE_BUDGET // PAGE_SIZE
-        self.candidates = ops.select(self.scores, *self.where, num_candidates, PAGE_SIZE, DEFAULT.keeps_first)
+    def find_candidates(self):
+        where = (*self.where, CANDIDATES * CODE_BUDGET // PAGE_SIZE, PAGE_SIZE, DEFAULT.keeps_first)
+        self.candidates = ops.find_candidates(self.scores, *where)
 
     def refine(self):
         where = (*self.where, PAGE_SIZE, HEAD_DIM**-0.5)
@@ -114,9 +116,16 @@ class Layer:
         ops.attend(self.query, self.keys, self.values, self.token_ids, *where, counters=self.counters)
 
     def chain_by_codes(self):
-        where = (*self.where, self.candidates.shape[-1], PAGE_SIZE, HEAD_DIM**-0.5)
-        by_codes = {"codes": self.codes, "num_tokens": CODE_BUDGET}
-        ops.chain(self.query, self.keys, self.values, *self.bounds, *where, score=DEFAULT, **by_codes)
+        self._chain_by_codes((*self.bounds, self.codes), PAGE_SIZE)
+
+    def chain_by_codes_of_larger_pages(self):
+        self._chain_by_codes(self.larger_pages, LARGER_PAGE)
+
+    def _chain_by_codes(self, beside, page_size):
+        *bounds, codes = beside
+        where = (*self.where, CANDIDATES * CODE_BUDGET // page_size, page_size, HEAD_DIM**-0.5)
+        by_codes = {"codes": codes, "num_tokens": CODE_BUDGET}
+        ops.chain(self.query, self.keys, self.values, *bounds, *where, score=DEFAULT, **by_codes)
 
     def sdpa(self):
         has_groups = self.query.shape[1] != self.keys.shape[1]
@@ -141,21 +150,27 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
         return torch.empty(*shape, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
 
     keys, values = (normal(batch_size, num_kv_heads, context) for _ in range(2))
-    pages = (batch_size, num_kv_heads, context // PAGE_SIZE)
-    scales = keys.new_empty(*pages, HEAD_DIM // ops.SCALE_BLOCK, dtype=torch.uint8)
-    bounds = (keys.new_empty(*pages, 2, HEAD_DIM, dtype=torch.int8), scales)
-    wide_bounds = (keys.new_empty(*pages, 2, HEAD_DIM), None)
+    heads, num_pages = (batch_size, num_kv_heads), context // PAGE_SIZE
+
+    def narrow_bounds(num_pages):
+        scales = keys.new_empty(*heads, num_pages, HEAD_DIM // ops.SCALE_BLOCK, dtype=torch.uint8)
+        return keys.new_empty(*heads, num_pages, 2, HEAD_DIM, dtype=torch.int8), scales
+
+    bounds = narrow_bounds(num_pages)
+    wide_bounds = (keys.new_empty(*heads, num_pages, 2, HEAD_DIM), None)
     query = normal(batch_size, num_heads, 1)
     new_key, new_value = (normal(batch_size, num_kv_heads, 1) for _ in range(2))
     length = torch.tensor([context], device="cuda")
     where = (length, torch.zeros(batch_size, dtype=torch.int64, device="cuda"))
     codes = keys.new_empty(*keys.shape[:3], HEAD_DIM * CODE_BITS // 8, dtype=torch.uint8)
+    larger_pages = (*narrow_bounds(context // LARGER_PAGE), torch.empty_like(codes))
     ops.append(keys, values, *wide_bounds, keys, values, *where, PAGE_SIZE)
     ops.append(keys, values, *bounds, keys, values, *where, PAGE_SIZE, codes)
+    ops.append(keys, values, *larger_pages[:2], keys, values, *where, LARGER_PAGE, larger_pages[2])
     tokens = (query, new_key, new_value)
-    choice = (budget // PAGE_SIZE, codes)
+    choice = (budget // PAGE_SIZE, codes, larger_pages)
     layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, *choice)
-    for stage in (layer.estimate, layer.select, layer.select_candidates, layer.refine):
+    for stage in (layer.estimate, layer.select, layer.find_candidates, layer.refine):
         stage()
     return layer
 
@@ -238,10 +253,12 @@ def measure(case, budget, num_replays):
     num_looked_at = min(CANDIDATES * CODE_BUDGET, context)
     code_bytes = HEAD_DIM * CODE_BITS // 8 * batch_size * num_kv_heads  # of a token
     moved["append with codes"] = moved["append"]  # a page's are written with its last token
-    moved["select candidates"] = score_bytes
-    moved["refine"] = code_bytes * num_looked_at + page_bytes * num_looked_at // PAGE_SIZE
+    moved["find candidates"] = score_bytes
+    moved["refine"] = code_bytes * num_looked_at + page_bytes * (num_looked_at // PAGE_SIZE)
     moved["attend tokens"] = token_bytes * min(CODE_BUDGET, context)
-    moved["chain by codes"] = moved["estimate"] + score_bytes + moved["refine"] + moved["attend tokens"]
+    moved["chain by codes"] = page_bytes * num_pages + moved["refine"] + moved["attend tokens"]
+    larger = page_bytes * (num_pages + num_looked_at // PAGE_SIZE) * PAGE_SIZE // LARGER_PAGE
+    moved["chain by codes of larger pages"] = larger + code_bytes * num_looked_at + moved["attend tokens"]
     stages = {}
     for name, num_bytes in moved.items():
         run = getattr(Layer, name.replace(" ", "_"))

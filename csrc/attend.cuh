@@ -289,38 +289,46 @@ struct SharedTokens {
     static constexpr int kTileBytes = kTile * (kKeyBytes + kValueBytes);
     const T *keys, *values;  // of the row's first token
     int newest;
-    char* rows;  // kTileBytes for each warp and tile
+    char* rows;       // kTileBytes for each warp and tile
+    unsigned target;  // their address
 
     __device__ SharedTokens(const T* keys, const T* values, int num_tokens, char* rows)
         : keys(keys),
           values(values),
           newest(num_tokens - 1),
-          rows(rows + threadIdx.x / kWarpSize * kTiles * kTileBytes) {}
+          rows(rows + threadIdx.x / kWarpSize * kTiles * kTileBytes),
+          target(address_of(this->rows)) {
+        // So that it is in a register of each thread: where nvcc 13.0 has the part that all threads share in a uniform
+        // one, it makes copies that sm_90 calls an illegal instruction.
+        asm volatile("" : "+r"(target));
+    }
 
     __device__ char* key_rows(int set) const { return rows + set * kTileBytes; }
     __device__ char* value_rows(int set) const { return rows + set * kTileBytes + kTile * kKeyBytes; }
 
     template <typename Tile>
-    __device__ void load(const T* tokens, Tile tile, char* target, int row_bytes) const {
+    __device__ void load(const T* tokens, Tile tile, unsigned first_row, int row_bytes) const {
         static_assert(kHalf * kVectors % kWarpSize == 0);  // so that a half is known where the loop is unrolled
+        // Code that runs once is slow to fetch, and a token of its own takes more of it than one of a run.
+        constexpr int kUnrolled = std::is_same_v<Tile, struct Singles> ? 4 : kTile * kVectors / kWarpSize;
         __syncwarp();  // until all lanes have taken what was there
-#pragma unroll
+#pragma unroll kUnrolled
         for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
             const int half_idx = i * kWarpSize / (kHalf * kVectors);
             const int token_idx = min(tile.token(half_idx, row_idx % kHalf), newest);
-            copy_async_once(address_of(target + row_idx * row_bytes + vector * 16),
+            copy_async_once(first_row + row_idx * row_bytes + vector * 16,
                             tokens + unsigned(token_idx) * kHeadDim + vector * 8);
         }
     }
 
     template <typename Tile>
     __device__ void load_keys(int set, Tile tile) {
-        load(keys, tile, key_rows(set), kKeyBytes);
+        load(keys, tile, target + set * kTileBytes, kKeyBytes);
     }
     template <typename Tile>
     __device__ void load_values(int set, Tile tile) {
-        load(values, tile, value_rows(set), kValueBytes);
+        load(values, tile, target + set * kTileBytes + kTile * kKeyBytes, kValueBytes);
     }
     __device__ void end_load() { commit_copies(); }
 

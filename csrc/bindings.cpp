@@ -54,7 +54,7 @@ void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tens
     storage.bounds = address_of(bounds);
     if (!scales) return;
     storage.scales = scales->data_ptr<uint8_t>();
-    const uintptr_t word = scales->size(-1) % 4 == 0 ? 4 : scales->size(-1) % 2 == 0 ? 2 : 1;
+    const uintptr_t word = scales->size(-1) % 8 == 0 ? 8 : scales->size(-1) % 4 == 0 ? 4 : scales->size(-1) % 2 == 0 ? 2 : 1;
     TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(storage.scales) % word == 0, "scales must begin at a multiple of ",
                       word, " bytes");
 }
@@ -152,11 +152,28 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
     return page_ids;
 }
 
-// How tokens are chosen by their codes; code_bits 0 where pages are attended whole.
-struct TokenChoice {
-    int64_t code_bits, num_tokens;
-    Agreement agreement;
-};
+Tensor find_candidate_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& length, const Tensor& padding,
+                            int64_t num_candidates, int64_t page_size, bool keeps_first) {
+    const Tensor page_ids =
+        at::empty({padding.size(0), num_kv_heads, 1, kStripes, count_most_in_stripe(num_candidates)}, padding.options());
+    CandidatesParams params = {};
+    params.launch = launch_on_current_stream();
+    params.num_rows = padding.size(0);
+    params.num_kv_heads = num_kv_heads;
+    params.page_size = page_size;
+    params.num_candidates = num_candidates;
+    params.keeps_first = keeps_first;
+    params.length = length.data_ptr<int64_t>();
+    params.padding = padding.data_ptr<int64_t>();
+    params.storage = storage;
+    params.page_ids = page_ids.data_ptr<int64_t>();
+    C10_CUDA_CHECK(launch_find_candidates(params));
+    return page_ids;
+}
+
+TokenChoice choice_of(int64_t code_bits, int64_t num_candidates, int64_t num_tokens, std::string_view group) {
+    return {int(code_bits), int(num_candidates), int(num_tokens), agreement_of(group)};
+}
 
 Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv_heads, const Tensor& page_ids,
                      const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
@@ -164,14 +181,14 @@ Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv
     RefineParams params = {};
     set_step(params, storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size, scaling);
     params.code_bits = choice.code_bits;
-    params.num_candidates = page_ids.size(3);
+    params.most_in_stripe = page_ids.size(4);
     params.num_tokens = choice.num_tokens;
     params.agreement = choice.agreement;
     params.page_ids = page_ids.data_ptr<int64_t>();
     params.num_blocks = count_refine_blocks(params);
     // Freed on return; the allocator keeps to the stream's order.
     const auto floats = query.options().dtype(at::kFloat);
-    const int64_t num_heads = query.size(0) * num_kv_heads, num_slots = params.num_candidates * page_size;
+    const int64_t num_heads = query.size(0) * num_kv_heads, num_slots = page_ids.size(3) * page_ids.size(4) * page_size;
     const Tensor logits = at::empty({num_heads, params.group_size, num_slots}, floats);
     const Tensor head_sums = at::empty(
         {num_heads, params.num_blocks, (params.group_size + kHeadTile - 1) / kHeadTile * kHeadTile, 2}, floats);
@@ -215,46 +232,60 @@ void attend_pages(AttendParams params, const std::optional<Tensor>& page_ids, co
 }
 
 int cluster_size_of(const AttendParams& params) {
-    using Shape = std::array<int, 7>;
+    using Shape = std::array<int, 10>;
     static std::map<Shape, int> known;
     static std::mutex mutex;
     const std::lock_guard lock(mutex);
-    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim,    params.group_size,
-                         params.num_kv_heads,        params.num_rows,       params.num_selected};
+    const TokenChoice& choice = params.choice;
+    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim,     params.page_size,
+                         params.group_size,          params.num_kv_heads,   params.num_rows,     params.num_selected,
+                         choice.code_bits,           choice.num_tokens};
     const auto found = known.find(shape);
-    return found != known.end() ? found->second : known[shape] = find_cluster_size(params);
+    if (found != known.end()) return found->second;
+    return known[shape] = choice.code_bits > 0 ? find_cluster_size_by_codes(params) : find_cluster_size(params);
 }
 
-// Estimate, select and attend: fused where clusters serve, one by one otherwise, as it is with codes, which choose
-// tokens of the `num_selected` pages.
+// Estimate, select and attend, or with codes find_candidates and refine in the place of select: fused where clusters
+// serve, one by one otherwise. `num_selected` are pages that are attended, or candidates.
 void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
                    int64_t num_selected, const Score& score, const TokenChoice& choice,
                    const std::optional<Tensor>& told_ids) {
     params.num_selected = num_selected;
     params.score = score;
+    params.choice = choice;
     Storage& storage = params.storage;
-    // Shares take a normaliser over all pages, which clusters would have to exchange before their scores.
-    const bool is_fused = score.agreement == Agreement::kMax || params.group_size == 1;
-    const int cluster_size = is_fused && choice.code_bits == 0 ? cluster_size_of(params) : 0;
+    const bool is_by_codes = choice.code_bits > 0;
+    // Shares take a normaliser over all pages, which clusters would have to exchange before their scores. Storage that
+    // the device finds has bounds in 8 bits, if it has codes.
+    const bool is_wide = storage.addresses == nullptr && storage.scales == nullptr;
+    const bool is_fused = (score.agreement == Agreement::kMax || params.group_size == 1) && !(is_by_codes && is_wide);
+    const int cluster_size = is_fused ? cluster_size_of(params) : 0;
+    const bool wants_scores = cluster_size == 0 ? true
+                              : is_by_codes     ? needs_scores_by_codes(params, cluster_size)
+                                                : needs_scores(params);
     Tensor scores;
-    if (storage.scores == nullptr && storage.addresses == nullptr && (cluster_size == 0 || needs_scores(params))) {
+    if (storage.scores == nullptr && storage.addresses == nullptr && wants_scores) {
         const int64_t num_pages = (storage.capacity + params.page_size - 1) / params.page_size;
         scores = at::empty({query.size(0), params.num_kv_heads, 1, num_pages}, query.options().dtype(at::kFloat));
         storage.scores = scores.data_ptr<float>();
     }
     if (cluster_size > 0) {
         params.told_ids = told_ids ? told_ids->data_ptr<int64_t>() : nullptr;
-        C10_CUDA_CHECK(launch_chain(params, cluster_size));
+        C10_CUDA_CHECK(is_by_codes ? launch_chain_by_codes(params, cluster_size) : launch_chain(params, cluster_size));
         return;
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
                    params.scaling, score);
-    Tensor ids =
-        select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size, score.keeps_first);
-    if (choice.code_bits > 0) {
-        ids = refine_tokens(storage, query, params.num_kv_heads, ids, length, padding, params.page_size, params.scaling,
-                            choice);
+    Tensor ids;
+    if (is_by_codes) {
+        const Tensor candidates = find_candidate_pages(storage, params.num_kv_heads, length, padding, num_selected,
+                                                       params.page_size, score.keeps_first);
+        ids = refine_tokens(storage, query, params.num_kv_heads, candidates, length, padding, params.page_size,
+                            params.scaling, choice);
         params.page_size = 1;
+    } else {
+        ids = select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size,
+                           score.keeps_first);
     }
     if (told_ids) told_ids->copy_(ids);
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
@@ -299,16 +330,25 @@ Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding,
     return select_pages(storage, scores.size(1), length, padding, num_selected, page_size, keeps_first);
 }
 
+Tensor find_candidates(const Tensor& scores, const Tensor& length, const Tensor& padding, int64_t num_candidates,
+                       int64_t page_size, bool keeps_first) {
+    const c10::cuda::CUDAGuard guard(scores.device());
+    Storage storage = {};
+    storage.scores = scores.data_ptr<float>();
+    storage.capacity = scores.size(3) * page_size;
+    return find_candidate_pages(storage, scores.size(1), length, padding, num_candidates, page_size, keeps_first);
+}
+
 Tensor refine(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& codes,
-              const Tensor& page_ids, const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
+              const Tensor& candidates, const Tensor& length, const Tensor& padding, int64_t page_size, double scaling,
               int64_t num_tokens, std::string_view group) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     set_bounds(storage, bounds, scales);
     storage.codes = static_cast<uint8_t*>(address_of(codes));
     storage.capacity = codes.size(2);
-    const TokenChoice choice = {code_bits_of(codes, query.size(3)), num_tokens, agreement_of(group)};
-    return refine_tokens(storage, query, bounds.size(1), page_ids, length, padding, page_size, scaling, choice);
+    const TokenChoice choice = choice_of(code_bits_of(codes, query.size(3)), 0, num_tokens, group);
+    return refine_tokens(storage, query, bounds.size(1), candidates, length, padding, page_size, scaling, choice);
 }
 
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& page_ids,
@@ -338,7 +378,7 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
     if (codes) storage.codes = static_cast<uint8_t*>(address_of(*codes));
-    const TokenChoice choice = {code_bits_of(codes, keys.size(3)), num_tokens, agreement_of(token_group)};
+    const TokenChoice choice = choice_of(code_bits_of(codes, keys.size(3)), num_selected, num_tokens, token_group);
     const Tensor output = at::empty(query.sizes(), query.options());
     attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
                            softcap, sinks, output),
@@ -363,7 +403,7 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
                                          scaling, softcap, sinks, output);
     if (num_selected > 0) {
         const Score score = score_of(width, keeps_first, group);
-        const TokenChoice choice = {code_bits, num_tokens, agreement_of(token_group)};
+        const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, token_group);
         attend_chosen(params, query, length, padding, num_selected, score, choice, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
@@ -437,6 +477,7 @@ TORCH_LIBRARY_IMPL(hf_quest, CUDA, library) {
     library.impl("append", &hf_quest::operators::append);
     library.impl("estimate", &hf_quest::operators::estimate);
     library.impl("select", &hf_quest::operators::select);
+    library.impl("find_candidates", &hf_quest::operators::find_candidates);
     library.impl("refine", &hf_quest::operators::refine);
     library.impl("attend", &hf_quest::operators::attend);
     library.impl("chain", &hf_quest::operators::chain);

@@ -7,28 +7,20 @@
 // kernels would wait for the whole GPU. What is sent counts itself in at a barrier of the block that gets it. Where no
 // more pages are stored than may be taken, they are all attended without a look at their bounds.
 
-#include "attend.cuh"
-#include "barrier.cuh"
-#include "estimate.cuh"
+#include "cluster.cuh"
 #include "select.cuh"
 
 namespace hf_quest {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kThreads = kClusterThreads, kWarps = kClusterWarps;
 constexpr int kMaxKeys = 15360;  // of scores in shared memory; more lie in global memory
 static_assert(kMaxKeys % kPagesPerTile == 0);
 constexpr int kMaxListed = 4096;  // pages that may still be taken
-constexpr int kMaxClusterSize = 16;
-
-// On their way for each warp, of pages and of tokens.
-__host__ __device__ constexpr int count_tiles(int head_dim) { return head_dim > 128 ? 1 : 2; }
 
 template <typename T, int kHeadDim>
-struct alignas(16) Shared {
+struct Shared : ClusterShared<kHeadDim> {
     using Tokens = SharedTokens<T, kHeadDim, count_tiles(kHeadDim)>;
-    static constexpr int kQuads = kHeadDim / 4;  // of channels
     union {
         struct {
             alignas(16) unsigned keys[kMaxKeys];  // of all scores but the newest page's, and 0 to a whole quad
@@ -40,12 +32,6 @@ struct alignas(16) Shared {
         alignas(16) char rows[kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes];  // once pages are chosen
         WarpSums<kHeadDim, kWarps> warp_sums;  // once they are attended
     };
-    // What the blocks of the cluster send to this one beside keys:
-    float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
-    float2 softmax[kMaxClusterSize][kHeadTile];  // of all blocks: maximum and sum
-    uint64_t keys_barrier, sums_barrier;
-
-    uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
     SharedSelection<kThreads> selection;
 };
 
@@ -59,69 +45,24 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
     return num_quads - num_turns * kOfBlock - min(max(num_left - rank * kOfBlock, 0), kOfBlock);
 }
 
-// A quotient of numbers below 1024, faster than by integers; the half keeps it clear of the next one.
-__device__ inline int divide(int dividend, int divisor) { return int(__fdividef(dividend + 0.5f, float(divisor))); }
-
-// A block of a cluster, which serves one row and KV head.
 template <typename T, int kHeadDim>
-struct ChainBlock {
-    static constexpr int kQuads = kHeadDim / 4;  // of channels
-    const AttendParams& params;
-    Shared<T, kHeadDim>& shared;
-    char* score_query;  // the group's query as scores want it, count_query_bytes()
+struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
+    using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>>;
+    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
+    using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
     int* page_ids;  // that this block attends
-    const int rank = blockIdx.x, cluster_size = gridDim.x;
-    const int row_idx = blockIdx.z, first_head = blockIdx.y * params.group_size;
-    const int warp_idx = threadIdx.x / kWarpSize, page_shift = __ffs(params.page_size) - 1;
-    const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + blockIdx.y;
-
-    // From begin() on:
-    Storage storage;
-    int num_tokens, num_pages;
-    int64_t row_start;  // of keys and values
     int first_own, num_own;  // of the chosen pages those that this block attends
 
-    // Makes barriers, begins to copy the query, and finds what is the block's own. Then the others have begun, too.
+    __device__ ChainBlock(const AttendParams& params, Shared<T, kHeadDim>& shared, char* score_query, int* page_ids)
+        : Block(params, shared, score_query), page_ids(page_ids) {}
+
     __device__ void begin() {
         shared.selection.clear();
-        if (threadIdx.x == 0) {
-            make_barrier(shared.keys_barrier, kWarps);
-            make_barrier(shared.sums_barrier, 1);
-            publish_barriers();
-        }
-        arrive_at_cluster();
-        const T* query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
-        query += first_head * params.query_strides[1];
-        wait_for_previous_kernel();
-        let_next_kernel_begin();
-
-        // Registers that wait for the query would hold up those that wait for the length, which comes sooner.
-        constexpr int kVectors = kHeadDim / 8;
-#pragma unroll 1
-        for (int idx = threadIdx.x; idx < params.group_size * kVectors; idx += kThreads) {
-            const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
-            copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
-        }
-        commit_copies();
-        storage = find(params.storage);
-        const int64_t padding = params.padding[row_idx];
-        num_tokens = int(count_tokens(params.length, params.padding, row_idx, storage.capacity));
-        num_pages = (max(num_tokens, 0) + params.page_size - 1) >> page_shift;
-        row_start = (kv_idx * storage.capacity + padding) * kHeadDim;
+        Block::begin(kWarps);
         const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
         first_own = rank * share;
         num_own = max(min(num_chosen - first_own, share), 0);
         wait_for_cluster();
-    }
-
-    __device__ ScoreInput<T> score_input() const {
-        return {reinterpret_cast<const T*>(shared.query),
-                sizeof(shared.query[0]) / sizeof(T),
-                params.group_size,
-                1,
-                params.score.width,
-                score_query,
-                shared.tiles};
     }
 
     // Notes the chosen page of a place, if it is one of this block's.
@@ -150,7 +91,7 @@ struct ChainBlock {
     // shared memory of all blocks. Returns key and page of the best of this lane, or zeros.
     __device__ uint2 score(unsigned* distant_keys) {
         const int newest_page = num_pages - 1, step = cluster_size * kWarps * kPagesPerTile, num_kept = count_kept();
-        const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.keys_barrier);
+        const unsigned keys = address_of(shared.keys), barrier = address_of(&shared.choice_barrier);
         uint2 best = {};
         const auto store = [&](int first_of_tiles, int num_tiles, int own_page, float score) {
             if (own_page < newest_page) {
@@ -203,15 +144,15 @@ struct ChainBlock {
         const uint2 best = score(distant_keys);
         if (threadIdx.x == 0) {
             const int num_quads = are_shared ? count_quads_of_others(newest_page, rank, cluster_size) : 0;
-            arrive_expecting(shared.keys_barrier, num_quads * int(sizeof(uint4)));
+            arrive_expecting(shared.choice_barrier, num_quads * int(sizeof(uint4)));
         } else if (threadIdx.x % kWarpSize == 0) {
-            arrive(shared.keys_barrier);  // this warp's own keys are there
+            arrive(shared.choice_barrier);  // this warp's own keys are there
         }
         if (const unsigned highest = __reduce_max_sync(kWholeWarp, best.x); highest > 0) {  // or this warp has no page
             const int lane_idx = __ffs(__ballot_sync(kWholeWarp, best.x == highest)) - 1;
             fetch_page(__shfl_sync(kWholeWarp, int(best.y), lane_idx));
         }
-        wait_for_first_phase(shared.keys_barrier);
+        wait_for_first_phase(shared.choice_barrier);
         const auto when_listed = [&](int num_listed) {
             const int idx = warp_idx * cluster_size + rank;
             if (idx < num_listed) fetch_page(page_of(shared.listed[idx]));
@@ -255,48 +196,6 @@ struct ChainBlock {
             shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(score_input().own_head(0)), params.group_size, 0,
             ceil_div(num_own << page_shift, kTile), params.page_size, params.scaling, params.softcap, find_token);
     }
-
-    // The sum of a quad of channels of a head is dealt to a block, which gets its part from each: it is one of the
-    // block's parts.
-    __device__ int count_quads() const { return params.group_size * kQuads; }
-    __device__ int count_parts() const { return divide(count_quads() + cluster_size - 1, cluster_size); }  // at most
-    __device__ int count_own_parts() const { return divide(count_quads() - rank + cluster_size - 1, cluster_size); }
-
-    __device__ void send_sums() {
-        const unsigned barrier = address_of(&shared.sums_barrier);
-        for (int idx = threadIdx.x; idx < count_quads(); idx += kThreads) {
-            const int head_idx = idx / kQuads, quad_of_head = idx % kQuads, part_idx = divide(idx, cluster_size);
-            const int owner = idx - part_idx * cluster_size;
-            float maximum = kLowest, sum = 0.0f;
-            const float4 sums = shared.warp_sums.merge(head_idx, quad_of_head, maximum, sum);
-            const unsigned target = address_of(&shared.sums[rank * count_parts() + part_idx]);
-            send(address_at(target, owner), address_at(barrier, owner), sums);
-            if (quad_of_head < cluster_size) {
-                const uint2 softmax = {__float_as_uint(maximum), __float_as_uint(sum)};
-                const unsigned target = address_of(&shared.softmax[rank][head_idx]);
-                send(address_at(target, quad_of_head), address_at(barrier, quad_of_head), softmax);
-            }
-        }
-        if (threadIdx.x == 0) {
-            const int num_bytes = count_own_parts() * int(sizeof(float4)) + params.group_size * int(sizeof(float2));
-            arrive_expecting(shared.sums_barrier, cluster_size * num_bytes);
-        }
-        wait_for_first_phase(shared.sums_barrier);
-        arrive_at_cluster();  // nothing more is sent
-    }
-
-    __device__ void write_output() const {
-        constexpr int kAtOnce = 5;  // blocks
-        T* output = static_cast<T*>(params.output) + kv_idx * params.group_size * kHeadDim;
-        for (int part_idx = threadIdx.x; part_idx < count_own_parts(); part_idx += kThreads) {
-            const int idx = part_idx * cluster_size + rank, head_idx = idx / kQuads;
-            float maximum = sink_of<T>(params, first_head + head_idx), sum = 1.0f;
-            const float4 sums = merge_parts<kAtOnce>(
-                cluster_size, maximum, sum, [&](int block_idx) { return shared.softmax[block_idx][head_idx]; },
-                [&](int block_idx) { return shared.sums[block_idx * count_parts() + part_idx]; });
-            store_quad<T, kHeadDim>(output, head_idx, idx % kQuads, sums, sum);
-        }
-    }
 };
 
 #endif  // __CUDA_ARCH__ >= 900
@@ -308,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     auto& shared = *reinterpret_cast<Shared<T, kHeadDim>*>(dynamic);
     char* score_query = reinterpret_cast<char*>(dynamic) + sizeof(shared);
     int* page_ids = reinterpret_cast<int*>(score_query + count_query_bytes(params.group_size, kHeadDim));
-    ChainBlock<T, kHeadDim> block = {params, shared, score_query, page_ids};
+    ChainBlock<T, kHeadDim> block(params, shared, score_query, page_ids);
     block.begin();
     if (block.num_pages > params.num_selected) {
         block.select();
@@ -328,50 +227,17 @@ size_t count_shared_bytes(const AttendParams& params, int cluster_size) {
            ceil_div(params.num_selected, cluster_size) * sizeof(int);
 }
 
-cudaLaunchConfig_t configure(const AttendParams& params, int cluster_size, size_t shared_bytes,
-                             cudaLaunchAttribute (&attributes)[2]) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {unsigned(cluster_size), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(cluster_size, params.num_kv_heads, params.num_rows);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = params.launch.stream;
-    config.attrs = attributes;
-    config.numAttrs = params.launch.overlaps ? 2 : 1;
-    return config;
-}
-
-// The largest cluster with which all rows' heads run at the same time, or 0. Readies the kernel for launches.
-template <typename T, int kHeadDim>
-int find_cluster_size(const AttendParams& params) {
-    const auto kernel = chain_kernel<T, kHeadDim>;
-    // Whatever the shapes, so that launches of several threads do not disturb each other.
-    const int most_bytes = params.launch.most_shared_bytes;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) != cudaSuccess) return 0;
-    const int num_heads = params.num_kv_heads * params.num_rows;
-    for (int size = kMaxClusterSize; size >= 2; --size) {  // st.async wants two
-        const size_t num_bytes = count_shared_bytes<T, kHeadDim>(params, size);
-        if (size * num_heads > params.launch.num_sms || num_bytes > size_t(most_bytes)) continue;
-        cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = configure(params, size, num_bytes, attributes);
-        int num_clusters = 0;
-        const cudaError_t error = cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config);
-        if (error == cudaSuccess && num_clusters >= num_heads) return size;
-    }
-    return 0;
-}
-
 }  // namespace
 
 int find_cluster_size(const AttendParams& params) {
     if (!params.launch.has_clusters || params.group_size > kHeadTile) return 0;
     int cluster_size = 0;
     for_head_dim(params.data_type, params.head_dim, [&](auto element, auto head_dim) {
-        cluster_size = find_cluster_size<decltype(element), decltype(head_dim)::value>(params);
+        using T = decltype(element);
+        constexpr int kHeadDim = decltype(head_dim)::value;
+        cluster_size = find_largest_cluster(chain_kernel<T, kHeadDim>, params, [&](int size) {
+            return count_shared_bytes<T, kHeadDim>(params, size);
+        });
         return cudaSuccess;
     });
     cudaGetLastError();  // a size that does not fit is no error
@@ -389,7 +255,7 @@ cudaError_t launch_chain(const AttendParams& params, int cluster_size) {
         const auto kernel = chain_kernel<T, kHeadDim>;
         const size_t num_bytes = count_shared_bytes<T, kHeadDim>(params, cluster_size);
         cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = configure(params, cluster_size, num_bytes, attributes);
+        const cudaLaunchConfig_t config = configure_cluster(params, cluster_size, num_bytes, attributes);
         return cudaLaunchKernelEx(&config, kernel, params);
     });
 }

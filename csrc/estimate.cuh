@@ -115,10 +115,17 @@ struct WideBounds {
     }
 };
 
+// Which pages are meant by the numbers that score_pages() counts: find(idx), and find(first, i) is the same of the i-th
+// of a tile. Here every page has its own.
+struct PagesInARow {
+    __device__ int find(int idx) const { return idx; }
+    __device__ int find(int first, int i) const { return first + i; }
+};
+
 // The same in 8 bits, which tensor cores multiply as they are. So what an extreme is multiplied with is an integer,
 // too, in steps of 2^-21 of the power of two of the largest channel of 8 heads, or 2^-20 where both extremes count:
 // three signed digits to base 256, the highest first. A block's sum is 64 products, for each digit 2^20 at most.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Pages = PagesInARow>
 struct NarrowBounds {
     static constexpr int kNumChunks = 2 * kHeadDim / kChunk;
     static constexpr int kBlocks = kHeadDim / kChunk;  // of channels that share a scale
@@ -143,12 +150,15 @@ struct NarrowBounds {
     };
     const int8_t* extremes;  // [pages, 2, D]
     const Scales* scales;    // [pages]
+    Pages pages;
 
-    __device__ NarrowBounds(const Storage& storage, int64_t first_page)
+    __device__ NarrowBounds(const Storage& storage, int64_t first_page, Pages pages = {})
         : extremes(static_cast<const int8_t*>(storage.bounds) + first_page * 2 * kHeadDim),
-          scales(reinterpret_cast<const Scales*>(storage.scales) + first_page) {}
+          scales(reinterpret_cast<const Scales*>(storage.scales) + first_page),
+          pages(pages) {}
 
-    __device__ Scales load_scales(int page_idx) const {
+    __device__ Scales load_scales(int idx) const {
+        const int page_idx = pages.find(idx);
         Scales loaded;
 #pragma unroll
         for (int i = 0; i < Scales::kWords; ++i) loaded.words[i] = __ldcg(&scales[page_idx].words[i]);
@@ -158,11 +168,16 @@ struct NarrowBounds {
     // Begins to copy a tile's pages, or those up to `end_page`, to rows of shared memory.
     __device__ void copy(unsigned rows, int page_idx, int end_page) const {
         constexpr int kVectors = 2 * kHeadDim / 16, kRounds = kPagesPerTile * kVectors / kWarpSize;
-        const int8_t* pages = extremes + int64_t(page_idx) * 2 * kHeadDim;
+        const int first_page = pages.find(page_idx, 0);
+        const int8_t* in_a_row = extremes + int64_t(first_page) * 2 * kHeadDim;
         const auto copy_vectors = [&](int round_idx, int num_pages) {
             const int idx = round_idx * kWarpSize + threadIdx.x % kWarpSize, page_of_tile = idx / kVectors;
             if (page_of_tile >= num_pages) return;
-            copy_async(rows + page_of_tile * kRowBytes + idx % kVectors * 16, pages + idx * 16);
+            const int8_t* source = in_a_row + idx * 16;
+            if constexpr (!std::is_same_v<Pages, PagesInARow>) {
+                source = extremes + int64_t(pages.find(page_idx, page_of_tile)) * 2 * kHeadDim + idx % kVectors * 16;
+            }
+            copy_async(rows + page_of_tile * kRowBytes + idx % kVectors * 16, source);
         };
         if (page_idx + kPagesPerTile <= end_page) {
 #pragma unroll
@@ -431,10 +446,10 @@ __device__ void score_pages(WideBounds<T, kHeadDim> bounds, const ScoreInput<T>&
 // The same of bounds in 8 bits, which come through shared memory: so each request is for whole lines, where a quad's
 // own channels would be 32 bytes of each of eight lines. The first pages are on their way before the query is waited
 // for, which may take as long as they do.
-template <int kTiles, typename T, int kHeadDim, typename Wait, typename Agree, typename Store>
-__device__ void score_pages(NarrowBounds<T, kHeadDim> bounds, const ScoreInput<T>& input, Wait wait_for_query,
+template <int kTiles, typename T, int kHeadDim, typename Pages, typename Wait, typename Agree, typename Store>
+__device__ void score_pages(NarrowBounds<T, kHeadDim, Pages> bounds, const ScoreInput<T>& input, Wait wait_for_query,
                             int first_page, int step, int end_page, Agree& agree, Store store) {
-    using Narrow = NarrowBounds<T, kHeadDim>;
+    using Narrow = NarrowBounds<T, kHeadDim, Pages>;
     constexpr int kTileBytes = count_tile_bytes(kHeadDim);
     const int lane_idx = threadIdx.x % kWarpSize;
     const unsigned rows = address_of(input.tiles) + threadIdx.x / kWarpSize * kTiles * kTileBytes;

@@ -81,11 +81,21 @@ struct SelectParams {
     int64_t* page_ids;       // [B, Hkv, 1, num_selected]
 };
 
-// `num_candidates` pages, of which the newest is one and not scored: its tokens are chosen whatever their codes.
+// Of `num_candidates` pages the newest is one, and not among those that are found: its tokens are chosen anyway.
+struct CandidatesParams {
+    Launch launch;
+    int num_rows, num_kv_heads, page_size, num_candidates;
+    bool keeps_first;
+    const int64_t* length;   // [1]
+    const int64_t* padding;  // [B]
+    Storage storage;
+    int64_t* page_ids;       // [B, Hkv, 1, kStripes, count_most_in_stripe()]
+};
+
 struct RefineParams {
     Launch launch;
     DataType data_type;
-    int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens;
+    int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, most_in_stripe, num_tokens;
     float scaling;
     Agreement agreement;
     const void* query;         // [B, Hq, 1, D]
@@ -93,12 +103,18 @@ struct RefineParams {
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
     Storage storage;
-    const int64_t* page_ids;   // [B, Hkv, 1, num_candidates]
+    const int64_t* page_ids;   // [B, Hkv, 1, kStripes, most_in_stripe], candidates
     int num_blocks;            // count_refine_blocks()
-    float* logits;             // [B, Hkv, G, num_candidates * S]; scratch
+    float* logits;             // [B, Hkv, G, kStripes * most_in_stripe * S]; scratch
     float2* head_sums;         // [B, Hkv, head tiles, num_blocks, 8]; scratch
-    unsigned* keys;            // [B, Hkv, num_candidates * S]; scratch
+    unsigned* keys;            // [B, Hkv, kStripes * most_in_stripe * S]; scratch
     int64_t* token_ids;        // [B, Hkv, 1, num_tokens]
+};
+
+// How tokens are chosen by their codes: code_bits 0 where pages are attended whole.
+struct TokenChoice {
+    int code_bits, num_candidates, num_tokens;  // candidates are pages, the newest among them
+    Agreement agreement;
 };
 
 struct AttendParams {
@@ -106,12 +122,13 @@ struct AttendParams {
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size, num_selected, num_splits;
     float scaling, softcap;    // softcap 0 for none
-    Score score;               // of launch_chain
+    Score score;               // of launch_chain and launch_chain_by_codes
+    TokenChoice choice;        // of launch_chain_by_codes
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
     const int64_t* page_ids;   // [B, Hkv, 1, num_selected], of tokens if page_size is 1, or null for every page
-    int64_t* told_ids;         // the same, where launch_chain tells what it chose, or null
+    int64_t* told_ids;         // the same, where what is chosen here is told, or null
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
     const void* sinks;         // [Hq] or null
@@ -154,6 +171,9 @@ struct PromptAttendParams : PromptParams {
     int64_t output_strides[2];  // of tokens and heads
 };
 
+// Stripes of a row's pages, see hf_quest/stripes.py.
+constexpr int kStripes = 16;
+
 // Query heads that one thread block attends for together.
 constexpr int kHeadTile = 8;
 
@@ -167,6 +187,8 @@ cudaError_t launch_estimate(const EstimateParams& params);
 int64_t count_head_sums(const EstimateParams& params);  // 0 where heads don't agree by shares
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
+cudaError_t launch_find_candidates(const CandidatesParams& params);
+int count_most_in_stripe(int num_candidates);
 cudaError_t launch_refine(const RefineParams& params);
 int count_refine_blocks(const RefineParams& params);  // of a row's KV head
 
@@ -181,6 +203,12 @@ cudaError_t launch_prompt_attend(const PromptAttendParams& params);
 int find_cluster_size(const AttendParams& params);
 bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);
+
+// The same of launch_estimate, launch_find_candidates, launch_refine and launch_attend, for bounds in 8 bits. Where
+// addresses say where storage is, it must have scores.
+int find_cluster_size_by_codes(const AttendParams& params);
+bool needs_scores_by_codes(const AttendParams& params, int cluster_size);
+cudaError_t launch_chain_by_codes(const AttendParams& params, int cluster_size);
 
 // Into how many parts, each of one thread block, a launch with these shapes cuts the pages of a KV head.
 int count_splits(const AttendParams& params);

@@ -1,15 +1,16 @@
-// refine: the tokens of the newest page, and the best others of the candidate pages, by the logits of their codes.
+// find_candidates: of each stripe the pages with the highest scores. refine: the tokens of the newest page, and of each
+// stripe the best of its candidates' tokens, by the logits of their codes.
 //
-// Two kernels. In the first a warp takes a page at a time: it makes the page's weights (refine.cuh), and tensor cores
-// give the logits of 16 tokens and 8 heads; the blocks also sum up each head's softmax, if heads agree by shares. In
-// the second a block chooses for a row and KV head, as select.cu chooses pages: tokens of candidates are numbered as
-// they come, so equal scores resolve to the earlier token.
+// For refine there are two kernels. In the first a warp takes a page at a time: it makes the page's weights
+// (refine.cuh), and tensor cores give the logits of 16 tokens and 8 heads; the blocks also sum up each head's softmax,
+// if heads agree by shares. In the second a block chooses for a row and KV head, a warp in a stripe (stripes.cuh).
+// Tokens of candidates are numbered as they come, so equal scores resolve to the earlier token.
 
 #include <algorithm>
 
 #include "refine.cuh"
-#include "select.cuh"
 #include "shares.cuh"
+#include "stripes.cuh"
 
 namespace hf_quest {
 namespace {
@@ -18,23 +19,45 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 4;
 
-constexpr int kChooseThreads = 512;
-constexpr int kMaxKeys = 8192;    // in shared memory; more are read again each time, from L2
-constexpr int kMaxListed = 1024;  // tokens that may still be taken
-
-// Candidates before the newest page, which is the last of those that there are.
-__device__ inline int count_scored(const RefineParams& params, int64_t num_tokens) {
-    const int64_t num_pages = (max(num_tokens, int64_t(0)) + params.page_size - 1) / params.page_size;
-    return int(max(min(num_pages, int64_t(params.num_candidates)) - 1, int64_t(0)));
-}
+constexpr int kStripeThreads = kStripes * kWarpSize;  // of a block that chooses, a warp for each stripe
+constexpr int kMaxKeys = 5120;                        // in shared memory; more lie in L2
 
 __device__ inline bool has_shares(const RefineParams& params) {
     return params.agreement != Agreement::kMax && params.group_size > 1;
 }
 
+// Of a row's pages those before the newest one.
+__device__ inline int count_earlier_pages(int64_t num_tokens, int page_size) {
+    return num_tokens > 0 ? int((num_tokens - 1) / page_size) : 0;
+}
+
+__global__ void __launch_bounds__(kStripeThreads) find_candidates_kernel(const CandidatesParams params) {
+    __shared__ StripeList lists[kStripes];
+    wait_for_previous_kernel();
+    let_next_kernel_begin();
+
+    const int64_t kv_idx = blockIdx.x;
+    const int row_idx = blockIdx.x / params.num_kv_heads, stripe = threadIdx.x / kWarpSize;
+    const Storage storage = find(params.storage);
+    const float* scores = storage.scores + kv_idx * count_pages(storage, params.page_size);
+    const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
+    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size));
+    const int num_earlier = params.num_candidates - 1, most = most_pages(num_earlier);
+    const int num_chosen = stripes.count_chosen(min(num_earlier, stripes.num_pages), stripe);
+    int64_t* page_ids = params.page_ids + (kv_idx * kStripes + stripe) * most;
+    const auto key_of = [&](int idx) {
+        const bool is_kept = params.keeps_first && idx == 0 && stripe == 0;
+        return is_kept ? ~0u : order_of(__ldcg(scores + idx * kStripes + stripe));
+    };
+    const auto tell = [&](int idx, int place) { page_ids[place] = idx * kStripes + stripe; };
+    choose_in_stripe(lists[stripe], stripes.count(stripe), num_chosen, key_of, tell);
+    for (int place = num_chosen + threadIdx.x % kWarpSize; place < most; place += kWarpSize) page_ids[place] = -1;
+}
+
 // What a warp needs of a candidate first, on its way while the one before it is scored.
 template <typename T, int kHeadDim, int kBits>
 struct Candidate {
+    bool is_page;
     int64_t first_slot;  // counted from the storage's first one on
     LaneBounds<T, kHeadDim> bounds;
     LaneCodes<kHeadDim, kBits> codes;  // of its first tile
@@ -56,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
     const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
-    const int num_scored = count_scored(params, count_tokens(params.length, params.padding, row_idx, storage.capacity));
+    const int num_scored = kStripes * params.most_in_stripe;
 
     const int first_head = kv_head_idx * params.group_size + head_tile * kHeadTile;
     const T* first_query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
@@ -65,13 +88,15 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
     weights.clear();
     __syncthreads();
 
-    const int64_t* page_ids = params.page_ids + kv_idx * params.num_candidates;
+    const int64_t* page_ids = params.page_ids + kv_idx * num_scored;
     const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
-    const int64_t num_slots = int64_t(params.num_candidates) * params.page_size;
+    const int64_t num_slots = int64_t(num_scored) * params.page_size;
     float* logits = params.logits + (kv_idx * params.group_size + head_tile * kHeadTile) * num_slots;
     const int tile_size = min(params.page_size, kCodeTile);
     const auto load = [&](Candidate<T, kHeadDim, kBits>& candidate, int idx) {
         const int64_t page_idx = page_ids[idx];
+        candidate.is_page = page_idx >= 0;
+        if (!candidate.is_page) return;
         candidate.first_slot = kv_idx * storage.capacity + padding + page_idx * params.page_size;
         candidate.bounds.load(storage, first_page + page_idx);
         candidate.codes.load(storage.codes + candidate.first_slot * Layout::kRowBytes, tile_size);
@@ -85,6 +110,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
     for (; idx < num_scored; idx += step) {
         const Candidate<T, kHeadDim, kBits> candidate = next;
         if (idx + step < num_scored) load(next, idx + step);
+        if (!candidate.is_page) continue;
         const float unit = weights.make(candidate.bounds, query, num_heads);
         LaneCodes<kHeadDim, kBits> codes = candidate.codes;
 #pragma unroll 1
@@ -145,44 +171,31 @@ struct TokenAgreement {
     }
 };
 
-__global__ void __launch_bounds__(kChooseThreads, 1) choose_tokens_kernel(const RefineParams params) {
-    __shared__ struct {
-        alignas(16) unsigned keys[kMaxKeys];
-        uint64_t listed[kMaxListed];
-        SharedSelection<kChooseThreads> selection;
-    } shared;
+__global__ void __launch_bounds__(kStripeThreads) choose_tokens_kernel(const RefineParams params) {
+    __shared__ StripeList lists[kStripes];
+    __shared__ unsigned near_keys[kMaxKeys];
     __shared__ float2 head_sums[4 * kHeadTile];
-    shared.selection.clear();
     wait_for_previous_kernel();
     let_next_kernel_begin();
 
     const int64_t kv_idx = blockIdx.x;
     const int row_idx = blockIdx.x / params.num_kv_heads, page_shift = __ffs(params.page_size) - 1;
+    const int stripe = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
     const Storage storage = find(params.storage);
     const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
-    const int num_scored = count_scored(params, num_tokens), num_keys = num_scored << page_shift;
-    const int num_wanted = min(params.num_tokens - params.page_size, num_keys);
-    const int64_t* page_ids = params.page_ids + kv_idx * params.num_candidates;
+    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size));
+    const int64_t newest_start = int64_t(stripes.num_pages) << page_shift;
+    const int num_wanted = int(min(int64_t(params.num_tokens - params.page_size), newest_start));
     int64_t* token_ids = params.token_ids + kv_idx * params.num_tokens;
-    const auto token_of = [&](int idx) {
-        return (page_ids[idx >> page_shift] << page_shift) + (idx & (params.page_size - 1));
-    };
     // The newest page's own, and what fills up.
-    const int64_t newest_start = num_tokens > 0 ? (num_tokens - 1) >> page_shift << page_shift : 0;
-    for (int place = num_wanted + threadIdx.x; place < params.num_tokens; place += kChooseThreads) {
+    for (int place = num_wanted + threadIdx.x; place < params.num_tokens; place += kStripeThreads) {
         const int64_t token_idx = newest_start + place - num_wanted;
         token_ids[place] = token_idx < num_tokens ? token_idx : -1;
-    }
-    if (num_wanted == num_keys) {
-        for (int idx = threadIdx.x; idx < num_keys; idx += kChooseThreads) token_ids[idx] = token_of(idx);
-        return;
     }
 
     const int num_head_tiles = ceil_div(params.group_size, kHeadTile), num_blocks = params.num_blocks;
     if (has_shares(params)) {
-        const int lane_idx = threadIdx.x % kWarpSize;
-        for (int head_idx = threadIdx.x / kWarpSize; head_idx < params.group_size;
-             head_idx += kChooseThreads / kWarpSize) {
+        for (int head_idx = stripe; head_idx < params.group_size; head_idx += kStripes) {
             const int64_t tile_idx = kv_idx * num_head_tiles + head_idx / kHeadTile;
             LogitSum total;
             for (int i = lane_idx; i < num_blocks; i += kWarpSize) {
@@ -196,27 +209,28 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_tokens_kernel(const 
         }
     }
     __syncthreads();
-    const int64_t num_slots = int64_t(params.num_candidates) << page_shift;
+    const int64_t num_slots = int64_t(kStripes * params.most_in_stripe) << page_shift;
     const TokenAgreement agree = {params.logits + kv_idx * params.group_size * num_slots,
                                   head_sums,
                                   num_slots,
                                   params.group_size,
                                   params.agreement,
                                   has_shares(params)};
-    const auto tell = [&](int idx, int place) { token_ids[place] = token_of(idx); };
-    const auto choose = [&](auto keys) {
-        select_pages(shared.selection, shared.listed, num_keys, num_wanted, keys, [](int) {}, tell);
+    const int64_t* page_ids = params.page_ids + (kv_idx * kStripes + stripe) * params.most_in_stripe;
+    int num_pages = 0;  // of the stripe
+    for (int idx = lane_idx; idx < params.most_in_stripe; idx += kWarpSize) num_pages += page_ids[idx] >= 0;
+    const int num_keys = int(__reduce_add_sync(kWholeWarp, unsigned(num_pages))) << page_shift;
+    const int64_t first_slot = int64_t(stripe * params.most_in_stripe) << page_shift;
+    unsigned* keys = (num_slots <= kMaxKeys ? near_keys : params.keys + kv_idx * num_slots) + first_slot;
+    for (int idx = lane_idx; idx < num_keys; idx += kWarpSize) keys[idx] = agree.key_of(int(first_slot) + idx);
+    __syncwarp();
+    const int first_place = stripes.first_token(num_wanted, stripe);
+    const int num_chosen = stripes.first_token(num_wanted, stripe + 1) - first_place;
+    const auto tell = [&](int idx, int place) {
+        token_ids[first_place + place] = (page_ids[idx >> page_shift] << page_shift) + (idx & (params.page_size - 1));
     };
-    unsigned* keys = num_keys <= kMaxKeys ? shared.keys : params.keys + kv_idx * num_slots;
-    for (int idx = threadIdx.x; idx < ceil_div(num_keys, 4) * 4; idx += kChooseThreads) {
-        keys[idx] = idx < num_keys ? agree.key_of(idx) : 0;
-    }
-    __syncthreads();
-    if (num_keys <= kMaxKeys) {
-        choose(SharedKeys{shared.keys});
-    } else {
-        choose(DistantKeys([=](int idx) { return keys[idx]; }, num_keys));
-    }
+    choose_in_stripe(lists[stripe], num_keys, num_chosen, [&](int idx) { return keys[idx]; }, tell);
+    for (int place = num_keys + lane_idx; place < num_chosen; place += kWarpSize) token_ids[first_place + place] = -1;
 }
 
 template <int kBits>
@@ -234,7 +248,13 @@ cudaError_t launch_scores(const RefineParams& params) {
 int count_refine_blocks(const RefineParams& params) {
     const int num_heads = params.num_rows * params.num_kv_heads * ceil_div(params.group_size, kHeadTile);
     const int most = std::max(kBlocksPerSm * params.launch.num_sms / num_heads, 1);
-    return std::max(std::min(ceil_div(params.num_candidates, kWarps), most), 1);
+    return std::max(std::min(ceil_div(kStripes * params.most_in_stripe, kWarps), most), 1);
+}
+
+int count_most_in_stripe(int num_candidates) { return most_pages(num_candidates - 1); }
+
+cudaError_t launch_find_candidates(const CandidatesParams& params) {
+    return launch(find_candidates_kernel, dim3(params.num_rows * params.num_kv_heads), kStripeThreads, 0, params);
 }
 
 cudaError_t launch_refine(const RefineParams& params) {
@@ -242,7 +262,7 @@ cudaError_t launch_refine(const RefineParams& params) {
                               : params.code_bits == 4 ? launch_scores<4>(params)
                                                       : cudaErrorInvalidValue;
     if (error != cudaSuccess) return error;
-    return launch(choose_tokens_kernel, dim3(params.num_rows * params.num_kv_heads), kChooseThreads, 0, params);
+    return launch(choose_tokens_kernel, dim3(params.num_rows * params.num_kv_heads), kStripeThreads, 0, params);
 }
 
 }  // namespace hf_quest

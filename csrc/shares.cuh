@@ -8,8 +8,11 @@ namespace hf_quest {
 constexpr float kLargestLogit = 1e30f;
 constexpr float kNoLogit = -3e38f;  // lower than all, and finite, so that differences are numbers
 
-// A score as a logit to base 2, and a finite one, so that a page's alone does not make all shares meaningless.
-__device__ inline float logit_of(float score) { return fmaxf(fminf(score, kLargestLogit), -kLargestLogit) * kLog2E; }
+// A score as a logit to base 2, and a finite one, so that a page's alone does not make all shares meaningless. Rounded,
+// so that it is the same number wherever it is made: as part of a fused multiply-add it would differ from a maximum.
+__device__ inline float logit_of(float score) {
+    return __fmul_rn(fmaxf(fminf(score, kLargestLogit), -kLargestLogit), kLog2E);
+}
 
 // The sum of 2^logit over some pages: `sum` times 2^maximum.
 struct LogitSum {

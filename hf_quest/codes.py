@@ -4,10 +4,13 @@ Letters in shapes are those of `reference.py`; bits b are 1, 2, 4 or 8, and chan
 code, the first channel of a byte in the lowest bits.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import reference, stripes
 from .reference import Length, in_order, newest_page, order_of, reduce_group, visible_tokens
 
 BITS = (1, 2, 4, 8)
@@ -27,7 +30,7 @@ def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tens
 def encode(keys: Tensor, lowest: Tensor, step: Tensor, bits: int) -> Tensor:
     """[..., D·b / 8] uint8, rounded up, of [..., D] keys, each channel the nearest value of its grid."""
     levels = ((keys.float() - lowest) * step.reciprocal()).nan_to_num(0.0).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    levels = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
+    levels = F.pad(levels, (0, -levels.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
     place = torch.arange(0, 8, bits, dtype=torch.uint8, device=keys.device)
     return (levels << place).sum(dim=-1, dtype=torch.uint8)
 
@@ -69,12 +72,39 @@ def refresh_codes(
     codes[batch[..., None], :, slot] = encode(keys[batch[..., None], :, slot], lowest, step, bits)
 
 
+def find_candidates(
+    scores: Tensor, length: Length, padding: Tensor, num_candidates: float, page_size: int, keeps_first: bool
+) -> Tensor:
+    """Choose, for every query, the pages whose tokens are looked at by their codes: the best of each stripe.
+
+    Args:
+        scores: [B, Hkv, T, P] float32.
+        length, padding, keeps_first: as in `reference.select`.
+        num_candidates: pages, the newest among them; infinite for all.
+
+    Returns:
+        [B, Hkv, T, X, W] int64, of each stripe W page ids, ascending, without the newest page; -1 fills up.
+    """
+    num_pages = scores.shape[-1]
+    num_earlier = num_pages if num_candidates == math.inf else int(num_candidates) - 1
+    page_idx = torch.arange(num_pages, device=scores.device)
+    newest = newest_page(scores.shape[2], length, padding, page_size)[:, None, :, None]  # as many pages are before it
+    rank = order_of(scores) - page_idx
+    if keeps_first:
+        rank = rank.masked_fill(page_idx == 0, reference.INT64.max)
+    rank = stripes.by_stripe(rank.masked_fill(page_idx >= newest, reference.INT64.min), reference.INT64.min)
+    shares = stripes.shares_of_pages(newest[..., 0].clamp(max=num_earlier), newest[..., 0])
+    best = stripes.best(rank, shares, stripes.most_pages(num_earlier))
+    stripe = torch.arange(stripes.NUM_STRIPES, device=scores.device)[:, None]
+    return torch.where(best < 0, -1, best * stripes.NUM_STRIPES + stripe)
+
+
 def refine(
     query: Tensor,
     bounds: Tensor,
     scales: Tensor | None,
     codes: Tensor,
-    page_ids: Tensor,
+    candidates: Tensor,
     length: Length,
     padding: Tensor,
     page_size: int,
@@ -83,16 +113,16 @@ def refine(
     num_tokens: int,
     group: str,
 ) -> Tensor:
-    """Choose, for every query, the tokens of its newest page and the highest-scoring ones of its candidate pages.
+    """Choose, for every query, the tokens of its newest page and of each stripe the highest-scoring of its candidates.
 
     A token's score is its logit by its code. The query heads that share a KV head agree as in `reference.reduce_group`,
-    by shares of the candidates' tokens.
+    by shares of all candidates' tokens.
 
     Args:
         query: [B, Hq, T, D].
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `reference.append`.
         codes: [B, Hkv, capacity, D·b / 8] uint8; of the newest page none is read.
-        page_ids: [B, Hkv, T, C] int64, the candidates, ascending, -1 for none, the newest page among them.
+        candidates: [B, Hkv, T, X, W] int64, as `find_candidates` gives them.
         length, padding: as in `reference.select`.
         num_tokens: tokens to choose, those of the newest page included. Equal scores resolve to the earlier token.
         group: of `reference.GROUPS`.
@@ -100,26 +130,30 @@ def refine(
     Returns:
         [B, Hkv, T, num_tokens] int64, ascending, counted from each row's first token; -1 fills up.
     """
-    batch_size, num_kv_heads, num_queries, _ = page_ids.shape
-    newest = newest_page(num_queries, length, padding, page_size)[:, None, :, None]
-    page = page_ids.masked_fill((page_ids < 0) | (page_ids >= newest), 0)
-    position = page_ids[..., None] * page_size + torch.arange(page_size, device=page_ids.device)
-    is_open = ((page_ids >= 0) & (page_ids < newest))[..., None].expand_as(position)
+    batch_size, num_kv_heads, num_queries, num_stripes, _ = candidates.shape
+    newest = newest_page(num_queries, length, padding, page_size)[:, None, :]
+    page_ids = candidates.flatten(3)
+    page = page_ids.clamp(min=0)
+    position = page[..., None] * page_size + torch.arange(page_size, device=page_ids.device)
+    is_open = (page_ids >= 0)[..., None].expand_as(position)
     row = torch.arange(batch_size, device=page.device).view(-1, 1, 1, 1)
     head = torch.arange(num_kv_heads, device=page.device).view(1, -1, 1, 1)
     lowest, step = grid(bounds[row, head, page], None if scales is None else scales[row, head, page], bits)
     slot = position.masked_fill(~is_open, 0) + padding.view(-1, 1, 1, 1, 1)
-    of_token = codes[row[..., None], head[..., None], slot]  # [B, Hkv, T, C, S, D·b / 8]
+    of_token = codes[row[..., None], head[..., None], slot]  # [B, Hkv, T, X·W, S, D·b / 8]
     keys = decode(of_token, lowest[..., None, :], step[..., None, :], bits).flatten(3, 4)
     grouped = query.float().unflatten(1, (num_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, T, G, D]
-    scores = (grouped @ keys.transpose(-1, -2)).transpose(2, 3) * scaling  # [B, Hkv, G, T, C·S]
+    scores = (grouped @ keys.transpose(-1, -2)).transpose(2, 3) * scaling  # [B, Hkv, G, T, X·W·S]
     is_open, position = is_open.flatten(3), position.flatten(3)
     scores = reduce_group(scores, group, ~is_open[:, :, None])
-    rank = (order_of(scores) - position).masked_fill(~is_open, reference.INT64.min)
+    rank = (order_of(scores) - position).masked_fill(~is_open, reference.INT64.min).unflatten(-1, (num_stripes, -1))
+    num_best = max(num_tokens - page_size, 0)
+    shares = stripes.shares_of_tokens((newest * page_size).clamp(max=num_best), newest)
+    # No stripe has more pages than its share of all, and one.
+    best = stripes.best(rank, shares, min(rank.shape[-1], -(-num_best // num_stripes) + page_size))
+    chosen = position.unflatten(-1, (num_stripes, -1)).gather(-1, best.clamp(min=0)).masked_fill(best < 0, -1)
     visible = visible_tokens(num_queries, length, padding)[:, None, :, None]
-    own = newest * page_size + torch.arange(page_size, device=page.device)  # of the newest page, all that are there
-    own = own.masked_fill(own >= visible, -1).expand(*page_ids.shape[:3], -1)
-    best = rank.topk(min(num_tokens - page_size, rank.shape[-1]), dim=-1)
-    chosen = position.gather(-1, best.indices).masked_fill(best.values == reference.INT64.min, -1)
-    ids = in_order(torch.cat([chosen, own], dim=-1))
-    return torch.nn.functional.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)
+    own = newest[..., None] * page_size + torch.arange(page_size, device=page.device)  # all that are there
+    own = own.masked_fill(own >= visible, -1).expand(*candidates.shape[:3], -1)
+    ids = in_order(torch.cat([chosen.flatten(3), own], dim=-1))[..., :num_tokens]
+    return F.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)

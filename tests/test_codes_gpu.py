@@ -15,11 +15,10 @@ from test_kernels import (
     poison_unselected,
     poisoned,
     poisoned_like,
-    random_pages,
     store,
 )
 
-from hf_quest import codes, reference
+from hf_quest import codes, reference, stripes
 from hf_quest.kernels import ops
 from hf_quest.reference import DEFAULT, GROUPS
 
@@ -48,7 +47,13 @@ def full_pages(stored):
     return (slot >= stored.padding[:, None]) & (slot < end[:, None])
 
 
-def agreed_scores(stored, of_tokens, bits, page_ids, group):
+def random_candidates(stored, num_candidates):
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    scores = torch.rand(*stored.bounds.shape[:2], 1, stored.bounds.shape[2], generator=generator, device=DEVICE)
+    return codes.find_candidates(scores, stored.num_tokens, stored.padding, num_candidates, stored.page_size, True)
+
+
+def agreed_scores(stored, of_tokens, bits, candidates, group):
     """[B, Hkv, 1, tokens] float64: what the tokens of the candidates before the newest page are chosen by, -inf
     elsewhere, counted from each row's first token.
     """
@@ -64,14 +69,42 @@ def agreed_scores(stored, of_tokens, bits, page_ids, group):
     scores = (query @ keys.transpose(-1, -2) * stored.scaling)[:, :, :, None]
     page = torch.arange(num_pages * page_size, device=DEVICE) // page_size
     newest = (stored.num_tokens - stored.padding - 1).div(page_size, rounding_mode="floor")[:, None, None]
-    is_open = (page_ids[:, :, 0, :, None] == page).any(dim=2) & (page < newest)
+    is_open = (candidates[:, :, 0].flatten(2)[..., None] == page).any(dim=2) & (page < newest)
     agreed = reference.reduce_group(scores, group, ~is_open[:, :, None, None])
     return agreed.masked_fill(~is_open[:, :, None], -torch.inf)
 
 
-def refine(stored, of_tokens, page_ids, num_tokens, group="sum"):
+def refine(stored, of_tokens, candidates, num_tokens, group="sum"):
     where = (*stored.where, stored.page_size, stored.scaling)
-    return ops.refine(stored.query, stored.bounds, stored.scales, of_tokens, page_ids, *where, num_tokens, group)
+    return ops.refine(stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, num_tokens, group)
+
+
+def assert_chosen_as_specified(stored, of_tokens, bits, candidates, ids, group="sum"):
+    """As `codes.refine` chooses, but for near ties: the scores differ by no more than their rounding."""
+    where = (stored.num_tokens, stored.padding, stored.page_size, bits, stored.scaling)
+    num_chosen = ids.shape[-1]
+    expected = codes.refine(
+        stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, num_chosen, group
+    )
+    ids = reference.in_order(ids)
+    assert torch.equal((ids >= 0).sum(-1), (expected >= 0).sum(-1))
+    assert ((ids[..., 1:] > ids[..., :-1]) | (ids[..., 1:] < 0)).all()  # each once
+    there = ids[ids >= 0]
+    assert len(there) == 0 or there.max() < stored.num_tokens
+    # 2^-21 of the largest weight in a logit, which shares multiply by e.
+    agreed = agreed_scores(stored, of_tokens, bits, candidates, group)
+    page = torch.arange(agreed.shape[-1], device=DEVICE) // stored.page_size
+    for stripe in range(stripes.NUM_STRIPES):  # each has its own share
+        of_stripe = agreed.masked_fill(page % stripes.NUM_STRIPES != stripe, -torch.inf)
+        chosen, best = (
+            of_stripe.gather(-1, each.clamp(0, agreed.shape[-1] - 1)).masked_fill(each < 0, -torch.inf).sort(-1).values
+            for each in (ids, expected)
+        )
+        is_finite = best.isfinite()
+        assert torch.equal(is_finite, chosen.isfinite())
+        if is_finite.any():
+            best = best[is_finite]
+            torch.testing.assert_close(chosen[is_finite], best, rtol=1e-4, atol=1e-5 * float(best.abs().max()))
 
 
 @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
@@ -136,44 +169,41 @@ class TestRefine:
         stored.bounds[:] = 1
         if stored.scales is not None:
             stored.scales[:] = 127
-        page_ids = random_pages(stored, 30)
+        candidates = random_candidates(stored, 30)
         of_tokens = torch.zeros_like(codes_of(stored, 2))
         where = (3000, stored.padding, 16, 2, stored.scaling)
-        expected = codes.refine(stored.query, stored.bounds, stored.scales, of_tokens, page_ids, *where, 100, "sum")
-        assert torch.equal(refine(stored, of_tokens, page_ids, 100), expected)
+        expected = codes.refine(stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, 100, "sum")
+        assert torch.equal(reference.in_order(refine(stored, of_tokens, candidates, 100)), expected)
 
     @staticmethod
     def check(stored, bits, num_candidates, num_chosen, group="sum"):
         num_chosen = max(num_chosen, stored.page_size)
-        page_ids, of_tokens = random_pages(stored, num_candidates), codes_of(stored, bits)
-        ids = refine(stored, of_tokens, page_ids, num_chosen, group)
-        where = (stored.num_tokens, stored.padding, stored.page_size, bits, stored.scaling)
-        expected = codes.refine(
-            stored.query, stored.bounds, stored.scales, of_tokens, page_ids, *where, num_chosen, group
-        )
-        assert torch.equal((ids >= 0).sum(-1), (expected >= 0).sum(-1))
-        there = ids[ids >= 0]
-        assert ((ids[..., 1:] > ids[..., :-1]) | (ids[..., 1:] < 0)).all()  # ascending, each once
-        assert len(there) == 0 or there.max() < stored.num_tokens
-        # Where the choice is another, the scores differ by no more than their rounding: 2^-21 of the largest weight in
-        # a logit, which shares multiply by e.
-        agreed = agreed_scores(stored, of_tokens, bits, page_ids, group)
-        chosen, best = (
-            agreed.gather(-1, each.clamp(0, agreed.shape[-1] - 1)).masked_fill(each < 0, -torch.inf).sort(dim=-1).values
-            for each in (ids, expected)
-        )
-        is_finite = best.isfinite()
-        assert torch.equal(is_finite, chosen.isfinite())
-        if is_finite.any():
-            best = best[is_finite]
-            torch.testing.assert_close(chosen[is_finite], best, rtol=1e-4, atol=1e-5 * float(best.abs().max()))
+        candidates, of_tokens = random_candidates(stored, num_candidates), codes_of(stored, bits)
+        ids = refine(stored, of_tokens, candidates, num_chosen, group)
+        assert_chosen_as_specified(stored, of_tokens, bits, candidates, ids, group)
         # What is not of a candidate is not read.
         slot = torch.arange(of_tokens.shape[2], device=DEVICE)
         page = (slot - stored.padding[:, None]).div(stored.page_size, rounding_mode="floor")
-        is_candidate = (page[:, None, :, None] == page_ids[:, :, 0, None]).any(-1)
+        is_candidate = (page[:, None, :, None] == candidates[:, :, 0].flatten(2)[:, :, None]).any(-1)
         noise = torch.randint_like(of_tokens, 256)
         changed = torch.where(is_candidate[..., None], of_tokens, noise)
-        assert torch.equal(refine(stored, changed, page_ids, num_chosen, group), ids)
+        assert torch.equal(refine(stored, changed, candidates, num_chosen, group), ids)
+
+
+@pytest.mark.parametrize("num_tokens", [*LENGTHS, 300_000])
+@pytest.mark.parametrize("num_candidates", [2, 40, 256, 1500])
+@pytest.mark.parametrize("keeps_first", [True, False])
+def test_candidates_are_those_of_the_reference(num_tokens, num_candidates, keeps_first):
+    """Also where many scores are equal."""
+    left_padding = paddings(num_tokens)
+    padding = torch.tensor(left_padding, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(num_tokens)
+    scores = torch.randn(len(left_padding), 3, 1, -(-num_tokens // 16) + 2, generator=generator, device=DEVICE)
+    length = torch.tensor([num_tokens], device=DEVICE)
+    for scores in (scores, scores.round(), torch.zeros_like(scores)):
+        expected = codes.find_candidates(scores, num_tokens, padding, num_candidates, 16, keeps_first)
+        found = ops.find_candidates(scores.contiguous(), length, padding, num_candidates, 16, keeps_first)
+        assert torch.equal(found, expected)
 
 
 class TestAttendTokens:
@@ -199,33 +229,84 @@ class TestAttendTokens:
         assert_within_twice(stored.attend(shuffled), truth, stored.attend(token_ids))
 
 
+def poison_tokens(stored, token_ids):
+    page_size, stored.page_size = stored.page_size, 1
+    poison = poison_unselected(stored, token_ids)
+    stored.page_size = page_size
+    return poison
+
+
 @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 class TestChain:
     @pytest.mark.parametrize("num_tokens", LENGTHS)
     def test_it_is_its_stages(self, num_tokens, bounds_dtype):
-        stored = store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype)
-        of_tokens, num_chosen = codes_of(stored, 2), 128
+        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("bits", ops.CODE_BITS)
+    @pytest.mark.parametrize("group", GROUPS)
+    @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    def test_every_shape(self, shape, group, bits, dtype, bounds_dtype):
+        self.check(store(shape, 1000, paddings(1000), dtype, bounds_dtype=bounds_dtype), bits, group=group)
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3, 1e30])
+    def test_huge_and_tiny_keys(self, scale, bounds_dtype):
+        self.check(store((2, 4, 128, 16), 2000, (0, 9), scale=scale, bounds_dtype=bounds_dtype))
+
+    @pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+    @pytest.mark.parametrize("num_rows", [1, 4, 8])
+    def test_a_budget_of_a_real_layer(self, page_size, num_rows, bounds_dtype):
+        """By clusters of nine, four and two blocks."""
+        stored = store(
+            (8, 4, 128, page_size), 40_000, (0, 9, 100, 7, 0, 0, 33, 1)[:num_rows], bounds_dtype=bounds_dtype
+        )
+        self.check(stored, num_candidates=4096 // page_size, num_chosen=512)
+
+    def test_scores_that_shared_memory_does_not_hold(self, bounds_dtype):
+        stored = store((2, 4, 64, 8), 1_200_000, (0, 5), bounds_dtype=bounds_dtype)
+        self.check(stored, num_candidates=512, num_chosen=512)
+
+    def test_equal_scores_resolve_to_the_earlier_token(self, bounds_dtype):
+        stored = store((2, 4, 128, 16), 3000, (0, 100), bounds_dtype=bounds_dtype)
+        stored.bounds[:] = 1
+        if stored.scales is not None:
+            stored.scales[:] = 127
+        of_tokens = torch.zeros_like(codes_of(stored, 2))
+        told = torch.zeros(*stored.keys.shape[:2], 1, 128, dtype=torch.int64, device=DEVICE)
+        self.chain(stored, of_tokens, told, (stored.keys, stored.values), 32)
+        scores = torch.zeros(*stored.bounds.shape[:2], 1, stored.bounds.shape[2], device=DEVICE)
+        candidates = codes.find_candidates(scores, 3000, stored.padding, 32, 16, DEFAULT.keeps_first)
+        where = (3000, stored.padding, 16, 2, stored.scaling)
+        expected = codes.refine(stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, 128, "sum")
+        assert torch.equal(reference.in_order(told), expected)
+
+    def check(self, stored, bits=2, num_candidates=32, num_chosen=128, group="sum"):
+        num_chosen = max(num_chosen, 2 * stored.page_size)
+        of_tokens, tokens = codes_of(stored, bits), (stored.keys, stored.values)
         told = torch.full((*stored.keys.shape[:2], 1, num_chosen), -7, device=DEVICE)
-        output = self.chain(stored, of_tokens, told, stored.keys, stored.values)
-        page_ids = stored.select(stored.estimate(DEFAULT), 32, DEFAULT.keeps_first)
-        assert torch.equal(told, refine(stored, of_tokens, page_ids, num_chosen))
+        output = self.chain(stored, of_tokens, told, tokens, num_candidates, group)
+        where = (*stored.where, num_candidates, stored.page_size, DEFAULT.keeps_first)
+        candidates = ops.find_candidates(stored.estimate(DEFAULT), *where)
+        assert_chosen_as_specified(stored, of_tokens, bits, candidates, told, group)
+        poison, page_size = poison_tokens(stored, told), stored.page_size
         stored.page_size = 1
         truth, same_precision = stored.reference_attend(told), attend_at_same_precision(stored, told)
         assert_within_twice(output, truth, same_precision)
-        poison = poison_unselected(stored, told)
-        stored.page_size = 16
-        assert torch.equal(self.chain(stored, of_tokens, None, *poison), output)
+        stored.page_size = page_size
+        assert torch.equal(self.chain(stored, of_tokens, None, poison, num_candidates, group, num_chosen), output)
 
     @staticmethod
-    def chain(stored, of_tokens, told, keys, values):
-        where = (*stored.where, 32, 16, stored.scaling)
-        by_codes = {"codes": of_tokens, "num_tokens": 128}
-        return ops.chain(
-            stored.query, keys, values, stored.bounds, stored.scales, *where, page_ids=told, score=DEFAULT, **by_codes
-        )
+    def chain(stored, of_tokens, told, tokens, num_candidates, group="sum", num_chosen=None):
+        where = (*stored.where, num_candidates, stored.page_size, stored.scaling)
+        num_tokens = told.shape[-1] if num_chosen is None else num_chosen
+        by_codes = {"codes": of_tokens, "num_tokens": num_tokens, "token_group": group}
+        bounds = (stored.bounds, stored.scales)
+        return ops.chain(stored.query, *tokens, *bounds, *where, page_ids=told, score=DEFAULT, **by_codes)
 
     def test_a_captured_step_follows_the_storage(self, bounds_dtype):
         """While the sequence grows past the budget, and storage moves."""
+        if bounds_dtype is None:
+            pytest.skip("beside codes, storage that the device finds has bounds in 8 bits")
         num_prompt, num_steps, num_found, num_chosen = 100, 200, 12, 64
         stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
         of_tokens = codes_of(stored, 2)
@@ -302,7 +383,7 @@ def test_the_operators_are_what_their_schemas_say(op, bounds_dtype):
     chain = (*stored.where, 12, 16, 0.1, None, None, None, *DEFAULT, of_tokens, 64, "sum")
     arguments = {
         "append": (*stored.buffers, stored.new_keys, stored.new_values, *stored.where, 16, of_tokens),
-        "refine": (stored.query, *bounds, of_tokens, random_pages(stored, 12), *stored.where, 16, 0.1, 64, "sum"),
+        "refine": (stored.query, *bounds, of_tokens, random_candidates(stored, 12), *stored.where, 16, 0.1, 64, "sum"),
         "chain": (stored.query, *stored.buffers, *chain),
     }
     torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])

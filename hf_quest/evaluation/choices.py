@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, stripes
 from ..reference import DEFAULT, GROUPS, PUBLISHED, Score
 from .scores import (
     agreed,
@@ -41,6 +41,7 @@ class Choice:
     unit: str = "pages"
     bits: int = 2
     candidates: int = 0
+    stripes: int = 0
 
     @property
     def score(self) -> Score:
@@ -140,7 +141,10 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
         if choice.by == "bounds" or choice.candidates:
             scores = by_bounds(query, bounds, length, page_size, scaling, choice.score)
             num_found = num_pages if choice.by == "bounds" else choice.candidates * num_pages
-            is_found = select_pages(scores, length, num_found, page_size, choice.keeps_first)
+            if choice.stripes:
+                is_found = striped_pages(scores, length, num_found, page_size, choice.keeps_first)
+            else:
+                is_found = select_pages(scores, length, num_found, page_size, choice.keeps_first)
             if choice.by == "bounds":
                 return of_tokens(is_found) & is_visible
             is_open = (is_open & is_found)[:, :, None]  # [B, Hkv, 1, T, P]
@@ -148,6 +152,8 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
     group = "share" if choice.group == "max" else choice.group
     if choice.unit == "tokens":
         weights = agreed(estimated, group, of_tokens(is_open))
+        if choice.stripes:
+            return striped_tokens(weights, budget - page_size, page_size) | own_page
         best = weights.topk(min(length, budget - page_size), dim=-1)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
         return chosen | own_page
@@ -159,3 +165,27 @@ def grouped_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """[B, Hkv, G, T, N] float32."""
     grouped = query.float().unflatten(1, (keys.shape[1], -1))
     return (grouped @ keys.float()[:, :, None].transpose(-1, -2)) * scaling
+
+
+def striped_pages(scores, length, num_found, page_size, keeps_first):
+    T, P = scores.shape[-2:]
+    newest = torch.arange(length - T, length) // page_size  # [T]
+    page = torch.arange(P)
+    rank = reference.order_of(scores) - page
+    if keeps_first:
+        rank = rank.masked_fill(page == 0, reference.INT64.max)
+    rank = rank.masked_fill(page >= newest[:, None], reference.INT64.min)
+    num = torch.minimum(torch.tensor(num_found - 1), newest)
+    shares = stripes.shares_of_pages(num, newest)
+    return stripes.are_best(rank[..., None], shares, stripes.most_in_stripe(num_found))[..., 0]
+
+
+def striped_tokens(weights, num, page_size):
+    T, N = weights.shape[-2:]
+    newest = torch.arange(N - T, N) // page_size
+    rank = reference.order_of(weights) - torch.arange(N)
+    rank = rank.masked_fill(weights <= 0, reference.INT64.min)
+    rank = torch.nn.functional.pad(rank, (0, -N % page_size), value=reference.INT64.min).unflatten(-1, (-1, page_size))
+    num = torch.minimum(torch.tensor(num), newest * page_size)
+    shares = stripes.shares_of_tokens(num, newest)
+    return stripes.are_best(rank, shares, int(shares.max())).flatten(-2)[..., :N]

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from ..reference import GROUPS, PUBLISHED
+from ..stripes import NUM_STRIPES, most_pages
 from . import build
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -40,8 +41,12 @@ library.define(
     "bool keeps_first=False) -> Tensor"
 )
 library.define(
-    "refine(Tensor query, Tensor bounds, Tensor? scales, Tensor codes, Tensor page_ids, Tensor length, Tensor padding, "
-    "int page_size, float scaling, int num_tokens, str group='sum') -> Tensor"
+    "find_candidates(Tensor scores, Tensor length, Tensor padding, int num_candidates, int page_size, "
+    "bool keeps_first=False) -> Tensor"
+)
+library.define(
+    "refine(Tensor query, Tensor bounds, Tensor? scales, Tensor codes, Tensor candidates, Tensor length, "
+    "Tensor padding, int page_size, float scaling, int num_tokens, str group='sum') -> Tensor"
 )
 library.define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor? page_ids, Tensor length, Tensor padding, "
@@ -160,15 +165,33 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size, keeps_first)
 
 
-def refine(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
-    """Token ids [B, Hkv, 1, num_tokens] int64, ascending, then -1: `codes.refine`, whose logits are rounded: weights by
-    2^-21 of their page's largest, and the sums of their products.
+def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False):
+    """Candidates [B, Hkv, 1, X, W] int64: `codes.find_candidates`. Scores of the newest page and later ones are not read.
+
+    Args:
+        scores: [B, Hkv, 1, P] float32.
+        length: [1] int64. padding: [B] int64.
+        num_candidates: pages, the newest among them.
+        keeps_first: as in `reference.Score`.
+    """
+    batch_size, num_kv_heads, _, num_pages = scores.shape
+    _check_page_size(page_size)
+    _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
+    _check("length", length, scores.device, (torch.int64,), (1,))
+    _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
+    _check_num_selected(num_candidates)
+    return torch.ops.hf_quest.find_candidates(scores, length, padding, num_candidates, page_size, keeps_first)
+
+
+def refine(query, bounds, scales, codes, candidates, length, padding, page_size, scaling, num_tokens, group="sum"):
+    """Token ids [B, Hkv, 1, num_tokens] int64, ascending in each stripe, the newest page's last: `codes.refine`, whose
+    logits are rounded: weights by 2^-21 of their page's largest, and the sums of their products.
 
     Args:
         query: [B, Hq, 1, D], in any layout with 16-byte aligned rows.
         bounds: [B, Hkv, P, 2, D]. scales: [B, Hkv, P, D / 32] or None, as in `append`.
         codes: [B, Hkv, capacity, D * bits / 8] uint8, of 2 or 4 bits, where P pages hold the capacity.
-        page_ids: [B, Hkv, 1, C] int64, the candidates, as `select` gives them.
+        candidates: [B, Hkv, 1, X, W] int64, as `find_candidates` gives them.
         length: [1] int64. padding: [B] int64.
         num_tokens: those of the newest page included.
         group: of `reference.GROUPS`.
@@ -180,12 +203,13 @@ def refine(query, bounds, scales, codes, page_ids, length, padding, page_size, s
     _check_codes(codes, query, (batch_size, num_kv_heads))
     if -(-codes.shape[2] // page_size) != num_pages:
         raise ValueError(f"{num_pages} pages of {page_size} do not hold codes of {codes.shape[2]} tokens.")
-    _check("page_ids", page_ids, bounds.device, (torch.int64,), (batch_size, num_kv_heads, 1, page_ids.shape[-1]))
+    shape = (batch_size, num_kv_heads, 1, NUM_STRIPES, candidates.shape[-1])
+    _check_rows("candidates", candidates, bounds.device, (torch.int64,), shape)
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
     _check_num_tokens(num_tokens, page_size)
     _check_group(group)
-    where = (page_ids, length, padding, page_size)
+    where = (candidates.contiguous(), length, padding, page_size)
     return torch.ops.hf_quest.refine(query, bounds, scales, codes, *where, scaling, num_tokens, group)
 
 
@@ -244,13 +268,15 @@ def chain(
 ):
     """`estimate`, `select` and `attend`, in one kernel where the GPU has thread block clusters (sm_90 and later).
 
-    With codes there is `refine` between them, each stage in kernels of its own.
+    With codes there are `find_candidates` and `refine` in the place of `select`, in the one kernel too if bounds are in
+    8 bits.
 
     Args:
         num_selected: K. `page_ids`: [B, Hkv, 1, K] int64, mutated to what was selected, or None. `score`: a
             `reference.Score`. The others as there.
         codes: as in `refine`, or None. With them K pages are candidates, `num_tokens` of whose tokens are attended,
-            `token_group` is the group of `refine`, and `page_ids`, [B, Hkv, 1, num_tokens], gets the tokens.
+            `token_group` is the group of `refine`, and `page_ids`, [B, Hkv, 1, num_tokens], gets the tokens, ordered as
+            those of `refine`.
 
     Returns:
         [B, Hq, 1, D].
@@ -314,7 +340,7 @@ def decode(
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
         score: a `reference.Score`.
-        code_bits: of a channel in codes, or 0 where there are none. num_tokens, token_group: as in `chain`.
+        code_bits: of a channel in codes, beside which bounds are in 8 bits, or 0 where there are none. num_tokens, token_group: as in `chain`.
 
     Returns:
         [B, Hq, 1, D].
@@ -553,9 +579,14 @@ def _(scores, length, padding, num_selected, *settings, **options):
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
+@torch.library.register_fake("hf_quest::find_candidates", lib=library)
+def _(scores, length, padding, num_candidates, *settings, **options):
+    return scores.new_empty((*scores.shape[:-1], NUM_STRIPES, most_pages(num_candidates - 1)), dtype=torch.int64)
+
+
 @torch.library.register_fake("hf_quest::refine", lib=library)
-def _(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
-    return page_ids.new_empty((*page_ids.shape[:-1], num_tokens))
+def _(query, bounds, scales, codes, candidates, length, padding, page_size, scaling, num_tokens, group="sum"):
+    return candidates.new_empty((*candidates.shape[:3], num_tokens))
 
 
 @torch.library.register_fake("hf_quest::attend", lib=library)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import reference
-from ..codes import BITS, refine, refresh_codes
+from ..codes import BITS, find_candidates, refine, refresh_codes
 from ..kernels import ops
 from ..reference import Choice, Score
 from .base import Method, is_int
@@ -64,8 +64,9 @@ class Quest(Method):
 
     @property
     def fused(self):
-        """The kernels, which have no code of a whole cache, nor of any number of bits."""
-        return Chain if self.codes is None or (self.codes in ops.CODE_BITS and self.candidates is not None) else None
+        """The kernels, which have no code of a whole cache, nor of any number of bits, nor on bounds in 16."""
+        is_served = self.codes in ops.CODE_BITS and self.candidates is not None and self.bounds_dtype is torch.int8
+        return Chain if self.codes is None or is_served else None
 
     def __post_init__(self):
         if not is_int(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
@@ -142,12 +143,12 @@ class Quest(Method):
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
         where = (length, pages.padding, self.page_size)
         scores = reference.estimate(query, *bounds, logits.scaling, self.score, where)
-        num_found = min(self.num_found, scores.shape[-1]) if self.codes else self.num_found
-        ids = reference.select(scores, *where[:2], num_found, self.page_size, self.score.keeps_first)
+        where_found = (*where[:2], self.num_found, self.page_size, self.score.keeps_first)
         if self.codes is None:
-            return Choice(ids, self.page_size)
+            return Choice(reference.select(scores, *where_found), self.page_size)
         how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
-        return Choice(refine(query, *bounds, pages.beside["codes"], ids, *where, *how), 1)
+        candidates = find_candidates(scores, *where_found)
+        return Choice(refine(query, *bounds, pages.beside["codes"], candidates, *where, *how), 1)
 
     def read_beside(self, pages):
         if self.codes is None:
