@@ -4,23 +4,30 @@
 
 writes `.corpus/train.txt.xz` and `.corpus/heldout.txt.xz`, one paragraph, heading or line of code to a line and an
 empty line between files. It needs apt-get, dpkg-deb and tar (Debian 12), and lxml. Whole files are held out, by the
-hash of their path, and no paragraph of a held-out file is left in the training text.
+hash of their path, and no paragraph of a held-out file is left in the training text. `--packages sqlite3-doc` takes
+that one alone, for a trial.
 """
 
 import argparse
 import hashlib
 import lzma
 import re
+import shutil
 import subprocess
+import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import lxml.etree
-import lxml.html
 from tqdm import tqdm
+
+try:
+    import lxml.etree
+    import lxml.html
+except ModuleNotFoundError:
+    sys.exit("This needs lxml: pip install lxml")
 
 PACKAGES = """
     anarchism apache2-doc asymptote-doc bind9-doc cmake-doc debian-handbook debian-policy debian-reference-en
@@ -100,14 +107,14 @@ def read_page(root: Path, path: Path) -> Page | None:
     return Page(str(path.relative_to(root)), lines)
 
 
-def download(folder: Path) -> None:
-    """Downloads and unpacks the HTML files of every package in PACKAGES below `folder`."""
+def download(folder: Path, packages: list[str]) -> None:
+    """Downloads and unpacks the HTML files of every package below `folder`."""
     debs = folder / "deb"
     debs.mkdir(parents=True, exist_ok=True)
-    missing = [package for package in PACKAGES if not list(debs.glob(f"{package}_*.deb"))]
-    if missing:
-        subprocess.run(["apt-get", "-q", "download", *missing], cwd=debs, check=True)
-    for package in PACKAGES:
+    missing = [package for package in packages if not list(debs.glob(f"{package}_*.deb"))]
+    if missing and subprocess.run(["apt-get", "-q", "download", *missing], cwd=debs, check=False).returncode:
+        sys.exit(f"apt-get cannot download {' '.join(missing)}: see above. These are packages of Debian 12.")
+    for package in packages:
         target = folder / "files" / package
         if not target.exists():
             target.mkdir(parents=True)
@@ -178,12 +185,17 @@ def write_shipped(folder: Path, pages: list[Page], max_page_characters: int = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    download(folder)
+    parser.add_argument("--packages", nargs="+", default=PACKAGES)
+    arguments = parser.parse_args()
+    folder, packages = arguments.folder, arguments.packages
+    for program in ("apt-get", "dpkg-deb", "tar"):
+        if shutil.which(program) is None:
+            sys.exit(f"This needs {program}: run it on Debian 12.")
+    download(folder, packages)
     root = folder / "files"
     with ProcessPoolExecutor() as pool:
-        packages = pool.map(read_package, [root] * len(PACKAGES), PACKAGES)
-        pages = [page for package in tqdm(packages, total=len(PACKAGES)) for page in package]
+        found = pool.map(read_package, [root] * len(packages), packages)
+        pages = [page for package in tqdm(found, total=len(packages)) for page in package]
     # Held-out pages come first, so that a paragraph found in both stays out of the training text.
     pages = deduplicate(sorted(pages, key=lambda page: not held_out(page.path)))
     heldout = [page for page in pages if held_out(page.path)]

@@ -411,6 +411,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", help="steps of each stage that runs, for a shorter trial")
     parser.add_argument("--rows", type=int, help="rows of every batch, for a machine without a GPU")
     arguments = parser.parse_args()
+    if not arguments.text.is_file():
+        parser.error(f"{arguments.text} is not there: demos/corpus.py writes it")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "there is no CUDA GPU; for a trial on a CPU: --device cpu --rows 1 --no-compile --steps and numbers"
+        )
     stages = (LAST_STAGE,) if arguments.start else (*CURRICULUM, LAST_STAGE)
     steps = arguments.steps or [stage.steps for stage in stages]
     if len(steps) != len(stages):
@@ -466,7 +472,7 @@ def main() -> None:
                 save(model, tokenizer, arguments.output)
                 print(f"stage {first + stage_idx} saved after {time.perf_counter() - started:.0f} s")
             first += len(stages)
-        lengths = sorted({length for stage in arguments.stages for length in stage.lengths})
+        lengths = sorted({length for stage in arguments.stages if stage.steps for length in stage.lengths})
         for length in lengths:
             print(examine(model, heldout, length, batches=16))
     print(f"done after {time.perf_counter() - started:.0f} s")

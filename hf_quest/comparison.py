@@ -15,14 +15,15 @@ import torch
 from . import CACHE_NAME, demo
 from .watch import PageReads
 
-SETTLED = 10  # decode steps after which a median is worth showing
+SETTLED = 10  # decode steps after which a median may be worth showing
+STEADY = 0.1  # by which the medians of their first and second half may differ
 WEIGHED = 16  # selections, between two looks at whether to stop
 
 
 class Contestant:
     """One greedy answer, token by token, with a stopwatch that runs only while its own forwards do."""
 
-    def __init__(self, model, cache, pending, tokenizer):
+    def __init__(self, model, cache, pending, tokenizer, max_new_tokens):
         self.model = model
         self.cache = cache
         self.pending = pending  # list of [1, T] token ids, one forward each; the last one's logits choose a token
@@ -34,7 +35,9 @@ class Contestant:
         self.step_seconds = []
         self.seconds = 0.0
         self.first_token_seconds = None  # without the document's prefill
+        self.max_new_tokens = max_new_tokens
         self.has_ended = False
+        self.is_steady = False  # once, and then for good: a number that is shown stays
 
     @torch.inference_mode()
     def step(self):
@@ -52,6 +55,7 @@ class Contestant:
             self.first_token_seconds = self.seconds
         else:
             self.step_seconds.append(seconds)
+            self.is_steady = self.is_steady or is_steady(self.step_seconds)
         self.pending = [next_ids]
         if token_id in self.stop_ids:
             self.has_ended = True
@@ -68,8 +72,21 @@ class Contestant:
         return 1000 * statistics.median(self.step_seconds) if self.step_seconds else None
 
     @property
+    def is_done(self):
+        return self.has_ended or len(self.token_ids) >= self.max_new_tokens
+
+    @property
     def is_settled(self):
-        return self.has_ended or len(self.step_seconds) >= SETTLED
+        """Whether the median is worth showing: it will not move any more, or hardly."""
+        return self.has_ended or self.is_steady or (self.is_done and len(self.step_seconds) >= SETTLED)
+
+
+def is_steady(seconds):
+    """Whether there are enough decode steps, and the later ones take as long as the earlier."""
+    if len(seconds) < SETTLED:
+        return False
+    earlier, later = (statistics.median(half) for half in (seconds[: len(seconds) // 2], seconds[len(seconds) // 2 :]))
+    return abs(earlier - later) <= STEADY * max(earlier, later)
 
 
 @dataclass
@@ -172,12 +189,12 @@ def answer(run, models, caches, question_ids, max_new_tokens, is_recorded, stopp
     """Let both answer."""
     model, dense_model, tokenizer = models
     stock, cache = caches
-    run.dense = Contestant(dense_model, stock, [question_ids], tokenizer)
+    run.dense = Contestant(dense_model, stock, [question_ids], tokenizer, max_new_tokens)
     # Token by token, so that finding what the question is about is Quest's work too.
-    run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer)
+    run.quest = Contestant(model, cache, list(question_ids.split(1, dim=1)), tokenizer, max_new_tokens)
     cache.watcher = run.reads if is_recorded else None
     run.phase = "answering"
-    for _ in race((run.quest, run.dense), max_new_tokens):
+    for _ in race((run.quest, run.dense)):
         run.read_share = cache.read_share
         yield run
         if stopped.is_set():
@@ -214,13 +231,13 @@ def read(run, model, cache, document_ids, stopped):
         yield seconds
 
 
-def race(contestants, max_new_tokens):
-    """Yield after every forward, until all have ended.
+def race(contestants):
+    """Yield after every forward, until all are done.
 
     They share the machine and not a stopwatch: the one whose own is behind goes next, so that both texts appear in
     proportion to what their own forwards take.
     """
-    while racing := [each for each in contestants if not each.has_ended and len(each.token_ids) < max_new_tokens]:
+    while racing := [each for each in contestants if not each.is_done]:
         min(racing, key=lambda contestant: contestant.seconds).step()
         yield
 

@@ -1,14 +1,17 @@
 """What a comparison of dense attention and Quest needs: a document, its tokens, checks, and the reading of it."""
 
+import math
 from itertools import takewhile
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoTokenizer, DynamicCache
 
 from . import CACHE_NAME, CritiPrefill, QuestCache, models, tiny
 from .evaluation.documents import Library, documents, heldout_text
 from .models import first_line
 from .reading import Document
+from .seam.stock import tokens_of
 
 DOCUMENT_LENGTH = 24_000  # tokens
 PREFILL_CHUNK = 512  # tokens
@@ -99,8 +102,9 @@ def check_is_short(tokenizer, document, limit):
         num_tokens += len(tokenizer(document[first : first + PIECE * 4096], add_special_tokens=False).input_ids)
         if num_tokens > limit:
             share = min(first + PIECE * 4096, len(document)) / len(document)
+            about = 100 * math.ceil(num_tokens / share / 100)
             raise DemoError(
-                f"The document has about {num_tokens / share:,.0f} tokens, and the model's context ends at {limit:,}. "
+                f"The document has about {about:,} tokens, and the model's context ends at {limit:,}. "
                 "Give a shorter document or another model."
             )
 
@@ -162,8 +166,10 @@ def read(model, cache, chunk):
 def stock_copy(cache, config):
     """A DynamicCache as a dense prefill leaves it, with the keys and values of a QuestCache after one."""
     stock = DynamicCache(config=config)
-    for layer_idx, layer in enumerate(cache.layers):
-        stock.update(layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length], layer_idx)
+    for layer_idx, tokens in enumerate(tokens_of(cache)):
+        # A layer with a window has dropped what it cannot reach any more, and counts it.
+        gone = (0, 0, tokens.length - tokens.keys.shape[2], 0)
+        stock.update(pad(tokens.keys, gone), pad(tokens.values, gone), layer_idx)
     return stock
 
 

@@ -4,30 +4,25 @@ It is a package of its own because importing hf_quest takes seconds, for PyTorch
 is imported when it runs, so that help and mistakes in the options are answered at once.
 """
 
-import functools
 import importlib.util
-import logging
-import os
 import re
 import sys
-import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from .evaluation import EVALUATIONS, Device, JsonOption, calibrate_command
+from .calibrate import calibrate_command
+from .evaluation import EVALUATIONS
+from .one_line import Commands, fail, in_one_line
+from .options import Device, JsonOption
 from .plan import plan_command
 
 QUESTION = "what are the key points of this document, in order?"  # as demo.QUESTION, which is slow to import
-DEBUG = "HF_QUEST_DEBUG"
-# Loggers that complain when PyTorch and Transformers are imported, about what nobody asked for.
-NOISY = ("torch", "torch.utils._pytree", "torchao", "transformers", "huggingface_hub", "pypdf")
 
-app = typer.Typer(help="Quest sparse attention for Hugging Face Transformers.", no_args_is_help=True)
+app = typer.Typer(cls=Commands, help="Quest sparse attention for Hugging Face Transformers.", no_args_is_help=True)
 evaluations = typer.Typer(help="Measure what Quest does to a model's answers.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
 console = Console()
@@ -62,68 +57,6 @@ def main(
     ] = False,
 ):
     pass
-
-
-def fail(error):
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    Console(stderr=True).print(Text(f"Error: {lines[0]}"), soft_wrap=True)
-    raise typer.Exit(code=1) from None
-
-
-def silence_libraries():
-    """No warnings, retries and progress bars of the libraries between the lines of this program."""
-    if os.environ.get(DEBUG):
-        return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import huggingface_hub.utils.logging
-    import transformers.utils.logging
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    for name in NOISY:  # some set their level when they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def in_one_line(command):
-    """The command, with one line of error for whatever goes wrong."""
-
-    @functools.wraps(command)
-    def run(*args, **kwargs):
-        silence_libraries()
-        try:
-            command(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except ModuleNotFoundError as error:
-            extra = "app" if error.name == "gradio" else "eval"
-            fail(f'This needs {error.name}. Install it with: pip install "hf-quest[{extra}]"')
-        except Exception as error:
-            if os.environ.get(DEBUG):
-                raise
-            fail(error if is_explained(error) else f"{described(error)} ({DEBUG}=1 shows where.)")
-
-    return run
-
-
-def is_explained(error):
-    """Whether the message was written for the user."""
-    from hf_quest import QuestError
-    from hf_quest.demo import DemoError
-    from hf_quest.reading import DocumentError
-
-    return isinstance(error, (DemoError, DocumentError, QuestError, OSError, ValueError))
-
-
-def described(error):
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 @app.command("demo")

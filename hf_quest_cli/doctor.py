@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
 import hf_quest
 
@@ -27,15 +26,15 @@ def examine(as_json):
     facts, advice = found(), []
     facts["kernels"] = kernels(advice)
     for extra, missing in missing_of(EXTRAS).items():
-        advice.append(f'For `{extra}`, {", ".join(missing)} are missing: pip install "hf-quest[{extra}]"')
+        verb = "is" if len(missing) == 1 else "are"
+        advice.append(f'For `{extra}`, {", ".join(missing)} {verb} missing: pip install "hf-quest[{extra}]"')
     if as_json:
         print(json.dumps({**facts, "advice": advice}, indent=1))
         return
     console = Console()
-    rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts.items():
-        rows.add_row(name, str(value))
-    console.print(rows, highlight=False)
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():  # no table, which would cut a path off
+        console.print(f"{name:{width}}{value}", highlight=False, markup=False, soft_wrap=True)
     for line in advice or ["Nothing is missing."]:
         console.print(f"→ {line}", highlight=False, markup=False, soft_wrap=True)
 

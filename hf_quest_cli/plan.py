@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import JsonOption
+from .options import JsonOption
 
 GIB = 2**30
 UNITS = {"GiB": GIB, "MiB": 2**20}
@@ -65,7 +65,7 @@ def plan_command(
         verdict = {"memory": has, "fits": None if has is None else plan.fits(has), "longest": longest}
         print(json.dumps({**dataclasses.asdict(plan), **totals, **verdict}, indent=1))
         return
-    show(plan, has, device, longest)
+    show(plan, model or "The tiny model inside", has, device, longest)
 
 
 def free_memory():
@@ -77,11 +77,12 @@ def free_memory():
     return torch.cuda.mem_get_info()[0], f"free on {torch.cuda.get_device_name()}"
 
 
-def show(plan, has, device, longest):
+def show(plan, name, has, device, longest):
     console, unit = Console(), "GiB" if plan.total >= GIB else "MiB"
     rows = "1 row" if plan.batch_size == 1 else f"{plan.batch_size} rows"
     chunks = f", read {plan.chunk_size:,} at a time" if plan.chunk_size else ""
-    console.print(f"{plan.model}, {plan.dtype}: {plan.num_tokens:,} tokens, {rows}{chunks}", highlight=False)
+    line = f"{name}, {plan.dtype}: {plan.num_tokens:,} tokens, {rows}{chunks}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(plan, unit))
     for line in [*plan.notes, *verdict(plan, has, device, longest, unit), *of_host(plan, unit)]:
         console.print(f"→ {line}", highlight=False, markup=False, soft_wrap=True)

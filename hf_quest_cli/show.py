@@ -36,10 +36,10 @@ def show(file, question, budget, model_name, max_new_tokens, device, is_critical
     critical = demo.CRITICAL if is_critical else None
     runs = comparison.compare(models, document.text, question, budget, max_new_tokens, critical)
     run = next(runs)
-    console.print(Text.assemble(("Document ", "bold"), f"{len(run.document_ids):,} tokens, {document.name}"))
-    for note in document.notes:
-        console.print(Text(f"         {note}"))
-    console.print(Text.assemble(("Question ", "bold"), question))
+    lines = [("Document ", f"{len(run.document_ids):,} tokens, {document.name}")]
+    lines += [*((" " * 9, note) for note in document.notes), ("Question ", question)]
+    for label, line in lines:
+        console.print(Text.assemble((label, "bold"), line), soft_wrap=True)
     run = watched(runs, run, console)
     points = document.key_points if question == demo.QUESTION else ()
     if as_json:

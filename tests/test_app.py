@@ -25,7 +25,7 @@ from hf_quest.app.engine import SMOLLM2, TINY, Engine
 from hf_quest.app.look import look, sentence_spans
 from hf_quest.app.visitors import Full, Visitors
 from hf_quest.cli import app as cli
-from hf_quest.comparison import SETTLED
+from hf_quest.comparison import SETTLED, STEADY, is_steady
 from hf_quest.reading import Document, Stopped
 
 SHORT = Sample("short", "facts", 400, seed=3)
@@ -338,6 +338,26 @@ def test_numbers_are_shown_when_they_have_settled(engine):
     assert re.search(r"<b>\d+\.\d×</b>", view.race(run))
 
 
+def test_steps_have_settled_when_the_later_ones_take_as_long_as_the_earlier():
+    rising = [1.0 + index / SETTLED for index in range(SETTLED)]
+    assert not is_steady(rising)
+    assert not is_steady([1.0] * (SETTLED - 1))
+    assert is_steady([1.0] * SETTLED)
+    assert is_steady([9.0, *[1.0] * SETTLED])  # the first one alone, in which much is made ready
+    assert is_steady([1.0] * SETTLED + [1.0 + STEADY / 2] * SETTLED)
+
+
+def test_a_number_that_was_shown_stays(engine, monkeypatch):
+    document, question = write(SHORT)
+    seen = []
+    monkeypatch.setattr("hf_quest.comparison.is_steady", lambda seconds: len(seconds) == 3)
+    for run in engine.run(document.text, question, BUDGET, 8):
+        if run.phase == "answering":
+            seen.append((len(run.quest.step_seconds) >= 3, run.quest.is_settled))
+    assert len(seen) > 3
+    assert all(is_late == is_settled for is_late, is_settled in seen)
+
+
 def test_what_the_share_of_the_cache_is_made_of_is_said(engine):
     document, question = write(SHORT)
     run = run_to_end(engine, document.text, question)
@@ -345,6 +365,18 @@ def test_what_the_share_of_the_cache_is_made_of_is_said(engine):
     assert f"2 of the model’s 6 layers always read everything, and the other 4 read 64 of {stored} tokens" in view.race(
         run
     )
+
+
+def test_layers_with_a_window_are_not_said_to_read_everything(engine):
+    document, question = write(SHORT)
+    run = run_to_end(engine, document.text, question)
+    run.attended = [(512, 512)] * 5 + [(1093, 256)] + [(1093, 1093)]
+    assert (
+        "1 of the model’s 7 layers always read everything, 5 of 7 layers never look back more than 512 tokens, and the "
+        "other 1 read 256 of 1,093 tokens" in view.race(run)
+    )
+    run.attended = [(512, 512), (1093, 256)]
+    assert "all layers: 1 of 2 layers never look back more than 512 tokens, and the other 1 read" in view.race(run)
 
 
 def test_an_answer_that_was_cut_off_says_so_and_one_without_text_too(engine):
@@ -468,6 +500,6 @@ def test_the_command_says_what_is_missing(monkeypatch):
 
 
 def test_the_command_says_why_a_model_is_not_served(tmp_path):
-    result = CliRunner().invoke(cli, ["app", "--model", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["app", "--model", str(tmp_path), "--port", "0"])
     assert result.exit_code == 1
     assert f"{tmp_path} cannot be loaded" in result.stderr

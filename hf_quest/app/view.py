@@ -129,13 +129,18 @@ def explanation(run):
     """What the share of the KV cache is made of."""
     if run is None or not run.attended:
         return ""
-    whole = [index for index, (in_dense, in_quest) in enumerate(run.attended) if in_quest == in_dense]
-    num_sparse = len(run.attended) - len(whole)
+    num_layers, full = len(run.attended), max(in_dense for in_dense, _ in run.attended)
+    alike = [in_dense for in_dense, in_quest in run.attended if in_quest == in_dense]
+    num_sparse = num_layers - len(alike)
     if not num_sparse:
         return ""
     most = max(in_quest for in_dense, in_quest in run.attended if in_quest != in_dense)
-    full = max(in_dense for in_dense, _ in run.attended)
-    layers = f"{len(whole)} of the model’s {len(run.attended)} layers always read everything" if whole else ""
+    windows = [tokens for tokens in alike if tokens < full]
+    num_whole = len(alike) - len(windows)
+    kinds = [f"{num_whole} of the model’s {num_layers} layers always read everything"] if num_whole else []
+    if windows:
+        kinds.append(f"{len(windows)} of {num_layers} layers never look back more than {max(windows):,} tokens")
+    layers = ", ".join(kinds)
     return (
         '<p class="hq-explained">Memory read is the share of what the model keeps of the text (its KV cache), over all '
         f"layers: {layers}{', and ' if layers else ''}the other {num_sparse} read {most:,} of {full:,} tokens for each "

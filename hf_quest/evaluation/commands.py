@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from .calibration_report import calibration_table, write_html
 from .compare_report import compare_table, draw_compare
@@ -20,8 +22,6 @@ from .report import write_table
 from .ruler import counted, ruler_table
 from .selection import draw_heads, draw_selection, selection_table
 from .top10 import draw_by_layer, top10_table
-
-console = Console()
 
 TABLES = {
     "passkey": passkey_table,
@@ -56,6 +56,34 @@ PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
 }
 
 
+WIDEST = 1_000  # columns of a table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table of which no number is cut off: closer together in a narrow terminal, as wide as it is elsewhere."""
+    console = Console()
+    width = Measurement.get(console, console.options.update_width(WIDEST), table)
+    if not console.is_terminal:
+        console.width = max(console.width, width.maximum)
+    elif width.maximum > console.width:
+        squeeze(table, console.width)
+    console.print(table)
+
+
+def squeeze(table: Table, width: int) -> None:
+    """Make columns as narrow as their numbers, and titles longer in turn: where there is no room, all of them fold."""
+    numbers = [max((len(str(cell)) for cell in column.cells), default=1) for column in table.columns]
+    space = 3 if sum(numbers) + 3 * len(numbers) < width else 1  # with a border and, if it fits, padding
+    table.padding = (0, space // 2)
+    left = width - 1 - sum(numbers) - space * len(numbers)
+    for column, least in zip(table.columns, numbers, strict=True):
+        column.overflow = "fold"
+        if left >= 0:
+            longest = max(map(len, str(column.header).split()), default=0)
+            column.width = least + min(left, max(longest - least, 0))
+            left -= column.width - least
+
+
 def conclude(report: dict[str, Any], output: Path | None, as_json: bool = False) -> None:
     """Print the table, or the report as JSON; beside the results file, write it as Markdown, and the plots."""
     kind = report["configuration"]["evaluation"]
@@ -63,7 +91,7 @@ def conclude(report: dict[str, Any], output: Path | None, as_json: bool = False)
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        console.print(table)
+        print_whole(table)
     if output is None:
         return
     write_table(output, report, table)

@@ -108,7 +108,8 @@ def load_set(name: str, folder: Path | str | None = None) -> list[dict[str, Any]
             with zipfile.ZipFile(source) as archive, archive.open(f"data/{name}.jsonl") as file:
                 text = io.TextIOWrapper(file, encoding="utf-8").read()
     except Exception as error:  # whatever the hub, the network, the zip file or the disk raise
-        raise ValueError(f"LongBench's {name} cannot be read: {first_line(error)}") from None
+        remedy = " Or give a folder with its files." if folder is None else ""
+        raise ValueError(f"LongBench's {name} cannot be read: {first_line(error).rstrip('.')}.{remedy}") from None
     try:
         samples = [json.loads(line) for line in text.splitlines() if line.strip()]
         samples = [{field: sample[field] for field in ("context", "input", "answers")} for sample in samples]
