@@ -309,8 +309,10 @@ struct SharedTokens {
     template <typename Tile>
     __device__ void load(const T* tokens, Tile tile, unsigned first_row, int row_bytes) const {
         static_assert(kHalf * kVectors % kWarpSize == 0);  // so that a half is known where the loop is unrolled
+        // Code that runs once is slow to fetch, and a token of its own takes more of it than one of a run.
+        constexpr int kUnrolled = std::is_same_v<Tile, struct Singles> ? 4 : kTile * kVectors / kWarpSize;
         __syncwarp();  // until all lanes have taken what was there
-#pragma unroll
+#pragma unroll kUnrolled
         for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
             const int half_idx = i * kWarpSize / (kHalf * kVectors);

@@ -54,7 +54,10 @@ void set_bounds(Storage& storage, const Tensor& bounds, const std::optional<Tens
     storage.bounds = address_of(bounds);
     if (!scales) return;
     storage.scales = scales->data_ptr<uint8_t>();
-    const uintptr_t word = scales->size(-1) % 8 == 0 ? 8 : scales->size(-1) % 4 == 0 ? 4 : scales->size(-1) % 2 == 0 ? 2 : 1;
+    const uintptr_t word = scales->size(-1) % 8 == 0   ? 8
+                           : scales->size(-1) % 4 == 0 ? 4
+                           : scales->size(-1) % 2 == 0 ? 2
+                                                       : 1;
     TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(storage.scales) % word == 0, "scales must begin at a multiple of ",
                       word, " bytes");
 }
@@ -154,8 +157,8 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
 
 Tensor find_candidate_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& length, const Tensor& padding,
                             int64_t num_candidates, int64_t page_size, bool keeps_first) {
-    const Tensor page_ids =
-        at::empty({padding.size(0), num_kv_heads, 1, kStripes, count_most_in_stripe(num_candidates)}, padding.options());
+    const Tensor page_ids = at::empty(
+        {padding.size(0), num_kv_heads, 1, kStripes, count_most_in_stripe(num_candidates)}, padding.options());
     CandidatesParams params = {};
     params.launch = launch_on_current_stream();
     params.num_rows = padding.size(0);
@@ -237,8 +240,8 @@ int cluster_size_of(const AttendParams& params) {
     static std::mutex mutex;
     const std::lock_guard lock(mutex);
     const TokenChoice& choice = params.choice;
-    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim,     params.page_size,
-                         params.group_size,          params.num_kv_heads,   params.num_rows,     params.num_selected,
+    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim, params.page_size,
+                         params.group_size,          params.num_kv_heads,   params.num_rows, params.num_selected,
                          choice.code_bits,           choice.num_tokens};
     const auto found = known.find(shape);
     if (found != known.end()) return found->second;

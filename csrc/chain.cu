@@ -19,7 +19,7 @@ static_assert(kMaxKeys % kPagesPerTile == 0);
 constexpr int kMaxListed = 4096;  // pages that may still be taken
 
 template <typename T, int kHeadDim>
-struct alignas(16) Shared : ClusterShared<kHeadDim> {
+struct Shared : ClusterShared<kHeadDim> {
     using Tokens = SharedTokens<T, kHeadDim, count_tiles(kHeadDim)>;
     union {
         struct {
@@ -48,8 +48,8 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
 template <typename T, int kHeadDim>
 struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>>;
-    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
+    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     int* page_ids;  // that this block attends
     int first_own, num_own;  // of the chosen pages those that this block attends
 
@@ -235,9 +235,8 @@ int find_cluster_size(const AttendParams& params) {
     for_head_dim(params.data_type, params.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
         constexpr int kHeadDim = decltype(head_dim)::value;
-        cluster_size = find_largest_cluster(chain_kernel<T, kHeadDim>, params, [&](int size) {
-            return count_shared_bytes<T, kHeadDim>(params, size);
-        });
+        cluster_size = find_largest_cluster(chain_kernel<T, kHeadDim>, params,
+                                            [&](int size) { return count_shared_bytes<T, kHeadDim>(params, size); });
         return cudaSuccess;
     });
     cudaGetLastError();  // a size that does not fit is no error

@@ -1,14 +1,14 @@
-// chain by codes: estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for each row
-// and KV head (cluster.cuh).
+// chain by codes: estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for each
+// row and KV head (cluster.cuh).
 //
-// Each block looks after some of the 18 stripes of pages (stripes.cuh): it scores their pages, finds the best of each,
-// scores the tokens of those by their codes (refine.cuh), chooses the best of each stripe and attends them. So blocks
-// need no word of each other but the sums of each head's softmax over all candidates, where heads agree by shares, and
-// in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no more tokens
-// are stored than may be attended, they all are, without a look at their bounds.
+// Each block looks after some of the stripes of pages (stripes.cuh): it scores their pages, finds the best of each,
+// scores the tokens of those by their codes (integer_keys.cuh), chooses the best of each stripe and attends them. So
+// blocks need no word of each other but the sums of each head's softmax over all candidates, where heads agree by
+// shares, and in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no
+// more tokens are stored than may be attended, they all are, without a look at their bounds.
 
 #include "cluster.cuh"
-#include "refine.cuh"
+#include "integer_keys.cuh"
 #include "shares.cuh"
 #include "stripes.cuh"
 
@@ -19,24 +19,28 @@ constexpr int kThreads = kClusterThreads, kWarps = kClusterWarps;
 constexpr int kMaxKeys = 15360;  // of pages in shared memory; more lie in global memory
 
 template <typename T, int kHeadDim, int kBits>
-struct alignas(16) Shared : ClusterShared<kHeadDim> {
-    using Tokens = SharedTokens<T, kHeadDim, count_tiles(kHeadDim)>;
+struct Shared : ClusterShared<kHeadDim> {
+    using Tokens = SharedTokens<T, kHeadDim, 1>;  // a warp has one tile or two
+
     static constexpr int kTileBytes = kWarps * count_tiles(kHeadDim) * count_tile_bytes(kHeadDim);
-    static constexpr int kRowsBytes = kWarps * count_tiles(kHeadDim) * Tokens::kTileBytes;
+    static constexpr int kRowsBytes = kWarps * Tokens::kTileBytes;
+    static constexpr int kKeysBytes = kMaxKeys * int(sizeof(unsigned)) + kTileBytes;
+    static constexpr int kLogitsBytes = kKeysBytes > kRowsBytes ? kKeysBytes : kRowsBytes;
     union {
         struct {
             alignas(16) unsigned keys[kMaxKeys];  // of this block's pages, stripe by stripe; 0 for none
             alignas(16) char tiles[kTileBytes];   // of bounds
         };
-        float logits[kRowsBytes / sizeof(float)];  // [heads, slots], once candidates are found; keys in the end
+        float logits[kLogitsBytes / sizeof(float)];  // [heads, slots], once candidates are found; keys in the end
         alignas(16) char rows[kRowsBytes];         // of keys and values, once tokens are chosen
         WarpSums<kHeadDim, kWarps> warp_sums;      // once they are attended
     };
     IntegerQuery<kHeadDim, kBits> integer_query;
+    SharedGrid<kHeadDim, kBits> grids[kWarps];
     StripeList lists[kWarps];
-    float2 warp_logits[kWarps][kHeadTile];             // of each head's softmax: maximum and sum
-    float2 block_logits[kMaxClusterSize][kHeadTile];   // the same of each block of the cluster
-    float2 head_logits[kHeadTile];                     // of all: maximum and the inverse of the sum
+    // Of each head's softmax over the candidates' tokens, of warps and of blocks: maximum and sum.
+    float2 warp_logits[kWarps][kHeadTile], block_logits[kMaxClusterSize][kHeadTile];
+    float2 head_logits[kHeadTile];  // of all: maximum and the inverse of the sum
     int first_candidate[kStripes + 1], first_chosen[kStripes + 1];  // of this block's stripes, in its lists
 };
 
@@ -72,8 +76,8 @@ struct PagesInStripes {
 template <typename T, int kHeadDim, int kBits>
 struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>>;
-    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
+    using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Layout = CodeLayout<kHeadDim, kBits>;
     static constexpr int kTokensOfUnit = 2 * kCodeTile;
     const int lane_idx = threadIdx.x % kWarpSize;
@@ -88,8 +92,9 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         : Block(params, shared, score_query), page_ids(page_ids), token_ids(token_ids) {}
 
     __device__ void begin() {
-        shared.integer_query.clear();
+        if constexpr (8 * Layout::kPairs > kHeadDim) shared.integer_query.clear();
         Block::begin(1);
+        if (warp_idx == kWarps - 1 && !is_all_attended()) plan();
         wait_for_cluster();
     }
 
@@ -121,20 +126,18 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const auto wait_for_query = [&] {
             wait_for_copies<1>();  // pages are copied after it
             __syncthreads();
-            const auto input = score_input();
-            shared.integer_query.load(input.query, input.head_stride, params.group_size, params.scaling);
-            if (warp_idx == kWarps - 1) plan(stripes);
         };
         LargestScore agree;
-        const NarrowBounds<T, kHeadDim, PagesInStripes> bounds(
-            storage, kv_idx * count_pages(storage, params.page_size), pages);
+        const NarrowBounds<T, kHeadDim, PagesInStripes> bounds(storage, kv_idx * count_pages(storage, params.page_size),
+                                                               pages);
         score_pages<count_tiles(kHeadDim)>(bounds, score_input(), wait_for_query, warp_idx * kPagesPerTile,
                                            kWarps * kPagesPerTile, num_keys, agree, store);
         return length;
     }
 
     // Where the candidates and the chosen tokens of each stripe begin in this block's lists, by a warp.
-    __device__ void plan(const Stripes& stripes) {
+    __device__ void plan() {
+        const Stripes stripes(num_earlier());
         const int num_candidates = min(params.choice.num_candidates - 1, stripes.num_pages);
         int candidates = 0, chosen = 0;
         if (lane_idx < num_stripes) {
@@ -150,66 +153,93 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     __device__ void find_candidates(int length, const unsigned* distant_keys) {
         const Stripes stripes(num_earlier());
+#pragma unroll 1
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int stripe = stripe_of(own), first = shared.first_candidate[own];
-            const auto key_of = [&](int idx) {
-                return distant_keys == nullptr ? shared.keys[own * length + idx]
-                                               : distant_keys[stripe + idx * kStripes];
+            const auto choose = [&](auto key_of) {
+                choose_in_stripe(shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first,
+                                 key_of,
+                                 [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
             };
-            choose_in_stripe(shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first,
-                             key_of, [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
+            if (distant_keys == nullptr) {
+                choose([&](int idx) { return shared.keys[own * length + idx]; });
+            } else {
+                choose([&](int idx) { return distant_keys[stripe + idx * kStripes]; });
+            }
         }
     }
 
-    // What a warp needs of up to 32 tokens of a page.
+    // Has the candidates' codes brought to L2: more than is on its way while they are scored.
+    __device__ void fetch_codes() const {
+        constexpr int kLine = 128;
+        const int num_lines = shared.first_candidate[num_stripes] * params.page_size * Layout::kRowBytes / kLine;
+        const int lines_of_page = params.page_size * Layout::kRowBytes / kLine;
+        const uint8_t* codes = storage.codes + Block::row_slot * Layout::kRowBytes;
+        for (int idx = threadIdx.x; idx < num_lines; idx += kThreads) {
+            const int place = idx / lines_of_page, line = idx - place * lines_of_page;
+            prefetch(codes + (unsigned(page_ids[place]) << page_shift) * Layout::kRowBytes + line * kLine);
+        }
+    }
+
+    // What a lane needs of up to 32 tokens of a page.
     template <int kTiles>
     struct Unit {
-        QuarterBounds<kHeadDim, kBits> bounds;
+        LaneGrid<kHeadDim, kBits> grid;
         LaneCodes<kHeadDim, kBits> codes[kTiles];
     };
 
-    // The logits of all candidates' tokens, by their codes; pages of more than 16 tokens have two tiles at a time.
+    // The logits of all candidates' tokens, by their codes; pages of more than 16 tokens have two tiles at a time. Of
+    // pages of 8 the second half of a tile is the next page's, which there is, and counts for nothing.
     template <int kTiles>
     __device__ void score_tokens(int num_slots) {
         const int unit_shift = max(page_shift - 5, 0), num_units = shared.first_candidate[num_stripes] << unit_shift;
-        const int tile_size = min(params.page_size, kCodeTile), num_heads = params.group_size;
+        const bool has_second = params.page_size > 8;
         const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
-        const uint8_t* row_codes = storage.codes + Block::row_slot * Layout::kRowBytes;
+        const uint8_t* own_codes =
+            storage.codes + Block::row_slot * Layout::kRowBytes + LaneCodes<kHeadDim, kBits>::find_own();
         const auto load = [&](Unit<kTiles>& unit, int idx) {
             const int page_idx = page_ids[idx >> unit_shift], part = idx & ((1 << unit_shift) - 1);
-            const int64_t first_token = (int64_t(page_idx) << page_shift) + part * kTokensOfUnit;
-            unit.bounds.load(storage, first_page + page_idx);
+            const unsigned first_token = (unsigned(page_idx) << page_shift) + part * kTokensOfUnit;
+            unit.grid.load(storage, first_page + page_idx);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
-                unit.codes[i].load(row_codes + (first_token + i * kCodeTile) * Layout::kRowBytes, tile_size);
+                const unsigned first_byte = (first_token + i * kCodeTile) * Layout::kRowBytes;  // MAX_SLOTS of ops.py
+                unit.codes[i].load_from(own_codes + first_byte, 8 * Layout::kRowBytes);
             }
         };
-        const int even = min(2 * (lane_idx % 4), num_heads - 1), odd = min(2 * (lane_idx % 4) + 1, num_heads - 1);
-        const float even_factor = shared.integer_query.factors[even], odd_factor = shared.integer_query.factors[odd];
-        LogitSum sums[2];  // of heads 2 * quad_idx and the next, over this lane's tokens
+        const int first_head = lane_idx % 4 * 2, num_heads = params.group_size;
+        const bool has_head[2] = {first_head < num_heads, first_head + 1 < num_heads};
+        float factors[2], *logits[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            factors[i] = shared.integer_query.factors[min(first_head + i, num_heads - 1)];
+            logits[i] = shared.logits + (first_head + i) * num_slots + lane_idx / 4;
+        }
+        LogitSum sums[2];  // over this lane's tokens
         Unit<kTiles> next;
         int idx = warp_idx;
         if (idx < num_units) load(next, idx);
         for (; idx < num_units; idx += kWarps) {
-            const Unit<kTiles> unit = next;
+            shared.grids[warp_idx].make(next.grid);
+            const IntegerPage<kHeadDim, kBits> page(next.grid, shared.grids[warp_idx], shared.integer_query, num_heads);
+            const int first_slot =
+                ((idx >> unit_shift) << page_shift) + (idx & ((1 << unit_shift) - 1)) * kTokensOfUnit;
+            LaneCodes<kHeadDim, kBits> codes[kTiles];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) codes[tile] = next.codes[tile];
             load(next, min(idx + kWarps, num_units - 1));
-            const IntegerPage<kHeadDim, kBits> page(unit.bounds, shared.integer_query, num_heads);
-            const int first_slot = ((idx >> unit_shift) << page_shift) +
-                                   (idx & ((1 << unit_shift) - 1)) * kTokensOfUnit;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                const float4 products = page.multiply(unit.codes[tile]);
-                const float factors[2] = {page.unit * even_factor, page.unit * odd_factor};
+                const float4 products = page.multiply(codes[tile]);
+                const int slot = first_slot + tile * kCodeTile;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int head_idx = lane_idx % 4 * 2 + i;
-                    const float low = (&products.x)[i] * factors[i], high = (&products.x)[i + 2] * factors[i];
-                    if (head_idx >= num_heads) continue;
-                    float* logits = shared.logits + head_idx * num_slots + first_slot + tile * kCodeTile + lane_idx / 4;
-                    logits[0] = low;
-                    if (tile_size > 8) logits[8] = high;
+                    const float factor = page.unit * factors[i];
+                    const float low = (&products.x)[i] * factor, high = (&products.x)[i + 2] * factor;
+                    if (has_head[i]) logits[i][slot] = low;
+                    if (has_head[i] && has_second) logits[i][slot + 8] = high;
                     if (!has_shares) continue;
-                    const float low_logit = logit_of(low), high_logit = tile_size > 8 ? logit_of(high) : kNoLogit;
+                    const float low_logit = logit_of(low), high_logit = has_second ? logit_of(high) : kNoLogit;
                     const float maximum = fmaxf(sums[i].maximum, fmaxf(low_logit, high_logit));
                     sums[i].sum = sums[i].sum * power_of_two(sums[i].maximum - maximum) +
                                   power_of_two(low_logit - maximum) + power_of_two(high_logit - maximum);
@@ -231,7 +261,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const int num_heads = params.group_size;
         const unsigned barrier = address_of(&shared.choice_barrier);
         for (int idx = threadIdx.x; idx < num_heads * cluster_size; idx += kThreads) {
-            const int head_idx = idx / cluster_size, other = idx % cluster_size;
+            const int head_idx = idx % num_heads, other = idx / num_heads;
             LogitSum total;
 #pragma unroll
             for (int i = 0; i < kWarps; ++i) {
@@ -263,17 +293,18 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     __device__ void agree(int num_slots) {
         unsigned* keys = reinterpret_cast<unsigned*>(shared.logits);
         const int num_keys = shared.first_candidate[num_stripes] << page_shift;
+        const bool is_added = has_shares && params.choice.agreement == Agreement::kSum;
+#pragma unroll 2
         for (int slot = threadIdx.x; slot < num_keys; slot += kThreads) {
-            float agreed = 0.0f;
-#pragma unroll 1
+            float agreed = is_added ? 0.0f : -INFINITY;
+#pragma unroll 4
             for (int head_idx = 0; head_idx < params.group_size; ++head_idx) {
                 float value = shared.logits[head_idx * num_slots + slot];
                 if (has_shares) {
                     const float2 sums = shared.head_logits[head_idx];
                     value = power_of_two(logit_of(value) - sums.x) * sums.y;
                 }
-                const bool is_added = has_shares && params.choice.agreement == Agreement::kSum;
-                agreed = head_idx == 0 ? value : is_added ? agreed + value : fmaxf(agreed, value);
+                agreed = is_added ? agreed + value : fmaxf(agreed, value);
             }
             keys[slot] = order_of(agreed);
         }
@@ -283,9 +314,12 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const unsigned* keys = reinterpret_cast<const unsigned*>(shared.logits);
         const Stripes stripes(num_earlier());
         int64_t* told = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.choice.num_tokens;
+#pragma unroll 1
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
-            const int first_page = shared.first_candidate[own], num_found = shared.first_candidate[own + 1] - first_page;
-            const int first = shared.first_chosen[own], first_told = stripes.first_token(num_wanted(), stripe_of(own));
+            const int first_page = shared.first_candidate[own], first = shared.first_chosen[own];
+            const int num_keys = (shared.first_candidate[own + 1] - first_page) << page_shift;
+            const int num_chosen = shared.first_chosen[own + 1] - first;
+            const int first_told = told == nullptr ? 0 : stripes.first_token(num_wanted(), stripe_of(own));
             const unsigned* of_stripe = keys + (first_page << page_shift);
             const auto tell = [&](int idx, int place) {
                 const int page_idx = page_ids[first_page + (idx >> page_shift)];
@@ -293,8 +327,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
                 token_ids[first + place] = token_idx;
                 if (told != nullptr) told[first_told + place] = token_idx;
             };
-            choose_in_stripe(shared.lists[warp_idx], num_found << page_shift, shared.first_chosen[own + 1] - first,
-                             [&](int idx) { return of_stripe[idx]; }, tell);
+            choose_in_stripe(
+                shared.lists[warp_idx], num_keys, num_chosen, [&](int idx) { return of_stripe[idx]; }, tell);
         }
         // The newest page's own tokens are those of the block whose stripe comes next.
         num_own = shared.first_chosen[num_stripes];
@@ -314,8 +348,11 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
             most_keys <= kMaxKeys ? nullptr : reinterpret_cast<unsigned*>(storage.scores + first_page);
         const int length = score(distant_keys);
         __syncthreads();
+        const auto input = score_input();  // by warps that have no stripe, where there are some
+        shared.integer_query.load(input.query, input.head_stride, params.group_size, params.scaling);
         find_candidates(length, distant_keys);
         __syncthreads();
+        fetch_codes();
         const int num_slots = shared.first_candidate[num_stripes] << page_shift;
         if (params.page_size > kCodeTile) {
             score_tokens<2>(num_slots);
@@ -386,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_by_codes_kernel(const __gri
 template <typename T, int kHeadDim, int kBits>
 size_t count_shared_bytes(const AttendParams& params, int cluster_size) {
     const ListSizes sizes(params, cluster_size);
-    if (sizes.num_logits * sizeof(float) > Shared<T, kHeadDim, kBits>::kRowsBytes) return SIZE_MAX;
+    if (sizes.num_logits * sizeof(float) > Shared<T, kHeadDim, kBits>::kLogitsBytes) return SIZE_MAX;
     return sizeof(Shared<T, kHeadDim, kBits>) + count_query_bytes(params.group_size, kHeadDim) +
            (sizes.num_pages + sizes.num_tokens) * sizeof(int);
 }

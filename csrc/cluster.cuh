@@ -16,13 +16,14 @@ constexpr int kMaxClusterSize = 16;
 // On their way for each warp, of pages and of tokens.
 __host__ __device__ constexpr int count_tiles(int head_dim) { return head_dim > 128 ? 1 : 2; }
 
-// What the blocks of a cluster send to each of them when they have attended, and the query.
+// What the blocks of a cluster send to each of them when they have attended, and the query. Of whole lines, so that
+// what follows it in shared memory begins with one: rows that don't take 0.6 us more.
 template <int kHeadDim>
-struct alignas(16) ClusterShared {
+struct alignas(128) ClusterShared {
     static constexpr int kQuads = kHeadDim / 4;  // of channels
     float4 sums[kHeadTile * kQuads + kMaxClusterSize];  // [blocks, parts]
-    float2 softmax[kMaxClusterSize][kHeadTile];         // of all blocks: maximum and sum
-    uint4 query[kHeadTile][kHeadDim / 8 + 2];           // of the group, padded against bank conflicts
+    float2 softmax[kMaxClusterSize][kHeadTile];  // of all blocks: maximum and sum
+    uint4 query[kHeadTile][kHeadDim / 8 + 2];  // of the group, padded against bank conflicts
     uint64_t choice_barrier, sums_barrier;
 };
 

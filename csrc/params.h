@@ -172,7 +172,7 @@ struct PromptAttendParams : PromptParams {
 };
 
 // Stripes of a row's pages, see hf_quest/stripes.py.
-constexpr int kStripes = 18;
+constexpr int kStripes = 16;
 
 // Query heads that one thread block attends for together.
 constexpr int kHeadTile = 8;

@@ -20,7 +20,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 4;
 
 constexpr int kStripeThreads = kStripes * kWarpSize;  // of a block that chooses, a warp for each stripe
-constexpr int kMaxKeys = 5120;                        // in shared memory; more lie in L2
+constexpr int kMaxKeys = 5120;  // in shared memory; more lie in L2
 
 __device__ inline bool has_shares(const RefineParams& params) {
     return params.agreement != Agreement::kMax && params.group_size > 1;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
 
 // How the heads of a group agree on a token.
 struct TokenAgreement {
-    const float* logits;      // of the first head
+    const float* logits;  // of the first head
     const float2*
         head_sums;  // of each head the maximum of a LogitSum and the inverse of the sum, where there are shares
     int64_t num_slots;

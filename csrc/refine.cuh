@@ -119,13 +119,21 @@ struct LaneCodes {
     using L = CodeLayout<kHeadDim, kBits>;
     alignas(16) uint32_t words[2][L::kWords];
 
+    // Where a lane's are, from those of the tile's first token on.
+    static __device__ int find_own() {
+        return threadIdx.x % kWarpSize / 4 * L::kRowBytes + threadIdx.x % 4 * L::kOwnBytes;
+    }
+
     // `codes` are those of the tile's first token, of `num_tokens`, 8 or 16.
     __device__ void load(const uint8_t* codes, int num_tokens) {
-        const int lane_idx = threadIdx.x % kWarpSize;
+        load_from(codes + find_own(), num_tokens > 8 ? 8 * L::kRowBytes : 0);
+    }
+
+    // From find_own() on, and `bytes_to_second` further on.
+    __device__ void load_from(const uint8_t* first, int bytes_to_second) {
 #pragma unroll
         for (int half_idx = 0; half_idx < 2; ++half_idx) {
-            const int token_idx = half_idx * 8 + lane_idx / 4;
-            const uint8_t* own = codes + min(token_idx, num_tokens - 1) * L::kRowBytes + lane_idx % 4 * L::kOwnBytes;
+            const uint8_t* own = first + half_idx * bytes_to_second;
             if constexpr (L::kOwnBytes % 16 == 0) {
 #pragma unroll
                 for (int i = 0; i < L::kWords / 4; ++i) {
@@ -241,174 +249,6 @@ struct PageWeights {
         const float even_power = query.powers[even], odd_power = query.powers[odd];
         return {(minima[even] + sums[0] * unit) * even_power, (minima[odd] + sums[1] * unit) * odd_power,
                 (minima[even] + sums[2] * unit) * even_power, (minima[odd] + sums[3] * unit) * odd_power};
-    }
-};
-
-// For bounds in 8 bits there is a way with fewer steps, that of chain_by_codes.cu: keys as integers. In a block of
-// channels that share a scale a key is the scale over 3, the highest level of 2 bits, times the integer 3 minimum +
-// level (maximum - minimum); of 4 bits 15 stands for 3. These are below 2^11, so 16-bit floats hold them: a mask, an
-// addition and a product make two of them. The query is in 16-bit floats, too, which hold its 8 or 11 bits, in a power
-// of two that leaves the lowest of them to channels 2^28 times smaller than the largest.
-
-// The query of up to 8 heads, and what turns a sum of its products with keys into a logit, up to the scale of the page.
-template <int kHeadDim, int kBits>
-struct IntegerQuery {
-    using L = CodeLayout<kHeadDim, kBits>;
-    alignas(16) __half channels[L::kWeights];
-    float factors[kHeadTile];
-
-    // By all warps of the block, with a barrier before and after it. `query` is that of the first of `num_heads`.
-    template <typename T>
-    __device__ void load(const T* query, int64_t head_stride, int num_heads, float scaling) {
-        constexpr float kLargest = 16384.0f;
-        for (int head_idx = threadIdx.x / kWarpSize; head_idx < num_heads; head_idx += blockDim.x / kWarpSize) {
-            float largest = 0.0f, channel[kHeadDim / kWarpSize];
-#pragma unroll
-            for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
-                channel[i] = to_float(query[head_idx * head_stride + i * kWarpSize + threadIdx.x % kWarpSize]);
-                largest = fmaxf(largest, fabsf(channel[i]));
-            }
-            const float power = power_in(reduce_max(largest)), inverse = inverse_of(power);
-#pragma unroll
-            for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
-                const int place = L::find(head_idx, i * kWarpSize + threadIdx.x % kWarpSize);
-                channels[place] = __float2half_rn(channel[i] * inverse * kLargest);
-            }
-            if (threadIdx.x % kWarpSize == 0) {
-                factors[head_idx] = power * (scaling / (kLargest * float((1 << kBits) - 1)));
-            }
-        }
-    }
-
-    // Before load(), with a barrier between them: some channels are of no head.
-    __device__ void clear() {
-        for (int idx = threadIdx.x; idx < L::kWeights; idx += blockDim.x) channels[idx] = __float2half_rn(0.0f);
-    }
-};
-
-// What a lane has of a page: of its quarter of the channels the bounds, and all scales.
-template <int kHeadDim, int kBits>
-struct QuarterBounds {
-    using L = CodeLayout<kHeadDim, kBits>;
-    static constexpr int kOwn = L::kOwnChannels, kWords = ceil_div(kOwn, 4), kScales = kHeadDim / kChunk;
-    using Scales = std::conditional_t<(kScales > 4), uint64_t, uint32_t>;  // bytes
-    alignas(16) uint32_t minima[kWords], maxima[kWords];
-    Scales scales;
-
-    __device__ unsigned scale(int block_idx) const { return unsigned(scales >> 8 * block_idx) & 0xffu; }
-
-    // `page_idx` counts from the storage's first page on.
-    __device__ void load(const Storage& storage, int64_t page_idx) {
-        const uint8_t* lowest = static_cast<const uint8_t*>(storage.bounds) + page_idx * 2 * kHeadDim;
-        lowest += threadIdx.x % 4 * kOwn;
-        const auto load_own = [](uint32_t (&words)[kWords], const uint8_t* bytes) {
-            if constexpr (kOwn % 16 == 0) {
-#pragma unroll
-                for (int i = 0; i < kWords / 4; ++i) {
-                    reinterpret_cast<uint4*>(words)[i] = reinterpret_cast<const uint4*>(bytes)[i];
-                }
-            } else {
-                static_assert(kOwn % 8 == 0);
-#pragma unroll
-                for (int i = 0; i < kWords / 2; ++i) {
-                    reinterpret_cast<uint2*>(words)[i] = reinterpret_cast<const uint2*>(bytes)[i];
-                }
-            }
-        };
-        load_own(minima, lowest);
-        load_own(maxima, lowest + kHeadDim);
-        const uint8_t* bytes = storage.scales + page_idx * kScales;
-        if constexpr (kScales == 4 || kScales == 8) {
-            scales = *reinterpret_cast<const Scales*>(bytes);
-        } else {
-            scales = 0;
-#pragma unroll
-            for (int i = 0; i < kScales; ++i) scales |= Scales(bytes[i]) << 8 * i;
-        }
-    }
-};
-
-// A page as a lane multiplies its tokens: pairs of channels in the order of CodeLayout.
-template <int kHeadDim, int kBits>
-struct IntegerPage {
-    using L = CodeLayout<kHeadDim, kBits>;
-    static constexpr float kTop = (1 << kBits) - 1;
-    static constexpr int kShift = 10 - kBits;  // where a level lies in a float's fraction
-    __half2 ranges[L::kPairs], lowest[L::kPairs], query[L::kPairs];
-    float unit;  // the largest scale, infinite if a bound is
-
-    __device__ IntegerPage(const QuarterBounds<kHeadDim, kBits>& bounds, const IntegerQuery<kHeadDim, kBits>& all,
-                           int num_heads) {
-        constexpr int kScales = kHeadDim / kChunk;
-        unsigned largest = 0;
-#pragma unroll
-        for (int i = 0; i < kScales; ++i) largest = max(largest, bounds.scale(i));
-        unit = __uint_as_float(largest << 23);
-        const int quad_idx = threadIdx.x % 4, head_idx = min(int(threadIdx.x % kWarpSize / 4), num_heads - 1);
-        const auto* own = reinterpret_cast<const uint4*>(all.channels) + (head_idx * 4 + quad_idx) * L::kStride;
-#pragma unroll
-        for (int word_idx = 0; word_idx < L::kWords; ++word_idx) {
-            // 8 neighbouring channels share a scale; a pair's two channels lie less than 16 apart.
-            const int channel = quad_idx * L::kOwnChannels + word_idx * 2 * L::kPairsOfWord;
-            const auto shrink = [&](int channel) {  // the last pairs may have no second one
-                return power_of(largest - bounds.scale(min(channel / kChunk, kScales - 1)));
-            };
-            const __half2 by_scale = __halves2half2(shrink(channel), shrink(channel + L::kPairsOfWord));
-#pragma unroll
-            for (int i = 0; i < L::kPairsOfWord; ++i) {
-                const int pair_idx = word_idx * L::kPairsOfWord + i, first = word_idx * 2 * L::kPairsOfWord + i;
-                const int second = min(first + L::kPairsOfWord, L::kOwnChannels - 4 + first % 4);
-                const __half2 low = biased_pair(bounds.minima, first, second);
-                const __half2 high = biased_pair(bounds.maxima, first, second);
-                const __half2 range = __hsub2(high, low);
-                // kTop * minimum, and for 2 bits less what levels from 4 on add to it.
-                __half2 start = __hfma2(low, __float2half2_rn(kTop), __float2half2_rn(-kTop * 1152.0f));
-                if constexpr (kBits == 2) start = __hfma2(range, __float2half2_rn(-4.0f), start);
-                ranges[pair_idx] = range;
-                lowest[pair_idx] = start;
-                const uint4 quad = own[pair_idx / 4];
-                query[pair_idx] = __hmul2(as_pair<__half>((&quad.x)[pair_idx % 4]), by_scale);
-            }
-        }
-    }
-
-    // 2^-exponent, 0 below the smallest float.
-    static __device__ __half power_of(unsigned exponent) {
-        const unsigned bits = exponent < 15 ? (15 - exponent) << 10 : exponent <= 24 ? 1u << (24 - exponent) : 0u;
-        return __ushort_as_half(uint16_t(bits));
-    }
-
-    // Two bytes as signed integers above 1152.
-    template <int kWords>
-    static __device__ __half2 biased_pair(const uint32_t (&words)[kWords], int first, int second) {
-        const unsigned selector = first % 4 | (4 + second % 4) << 8;
-        const uint32_t bytes = __byte_perm(words[first / 4], words[second / 4], selector);
-        return as_pair<__half>(((bytes ^ 0x00800080u) & 0x00ff00ffu) | 0x64006400u);
-    }
-
-    // The keys of a token in a pair of channels, of a word of its code.
-    __device__ uint32_t key_pair(uint32_t word, int pair_idx) const {
-        constexpr uint32_t kMask = uint32_t(kTop) * 0x10001u << kShift;
-        constexpr uint32_t kFirst = kBits == 2 ? 0x44004400u : 0x4c004c00u;  // 4, 16: the first of those floats
-        const int right = pair_idx % L::kPairsOfWord * kBits - kShift;
-        const uint32_t moved = right > 0 ? word >> right : word << -right;
-        __half2 level = as_pair<__half>((moved & kMask) | kFirst);
-        if constexpr (kBits == 4) level = __hsub2(level, __float2half2_rn(16.0f));
-        return as_bits(__hfma2(level, ranges[pair_idx], lowest[pair_idx]));
-    }
-
-    // What are logits up to `unit` and a head's factor: of token group_idx in x and y, of token group_idx + 8 in z and
-    // w, of heads 2 * quad_idx and the next, or the last where there are fewer.
-    __device__ float4 multiply(const LaneCodes<kHeadDim, kBits>& codes) const {
-        float even[4] = {}, odd[4] = {};  // two sums, so that products wait less for each other
-#pragma unroll
-        for (int pair = 0; pair < L::kPairs; pair += 2) {
-            const uint32_t low = codes.words[0][pair / L::kPairsOfWord], high = codes.words[1][pair / L::kPairsOfWord];
-            multiply_add<__half>(pair % 4 == 0 ? even : odd, key_pair(low, pair), key_pair(high, pair),
-                                 key_pair(low, pair + 1), key_pair(high, pair + 1), as_bits(query[pair]),
-                                 as_bits(query[pair + 1]));
-        }
-        return {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]};
     }
 };
 

@@ -8,7 +8,7 @@ namespace hf_quest {
 // The largest share of `num` pages that a stripe has.
 __host__ __device__ constexpr int most_pages(int num) { return (num + kStripes - 1) / kStripes + 1; }
 
-// How the pages before a row's newest one are dealt to stripes: page p is one of stripe p % 18.
+// How the pages before a row's newest one are dealt to stripes: page p is one of stripe p % kStripes.
 struct Stripes {
     int num_pages, each, num_longer;
 
@@ -19,21 +19,28 @@ struct Stripes {
 
     // Of `num` pages, which are all there are or fewer, those that are chosen in a stripe.
     __device__ int count_chosen(int num, int stripe) const {
-        const int64_t own = count(stripe);
-        return own == 0 ? 0 : int(min(own, (num * own + num_pages - 1) / num_pages));
+        const int own = count(stripe);
+        return num_pages == 0 ? 0 : min(own, divide(int64_t(num) * own + num_pages - 1));
     }
 
     // Of `num` tokens, those that are chosen in the stripes before one.
     __device__ int first_token(int num, int stripe) const {
-        const int64_t before = stripe * each + min(stripe, num_longer);
-        return num_pages == 0 ? 0 : int(num * before / num_pages);
+        return num_pages == 0 ? 0 : divide(int64_t(num) * (stripe * each + min(stripe, num_longer)));
+    }
+
+    // By the number of pages, of what has a quotient below 2^22: so a float is off by one at most.
+    __device__ int divide(int64_t dividend) const {
+        const int quotient = int(__fdividef(float(dividend), float(num_pages)));
+        const int64_t rest = dividend - int64_t(quotient) * num_pages;
+        return quotient + (rest >= num_pages ? 1 : 0) - (rest < 0 ? 1 : 0);
     }
 };
 
 // Where a warp notes the candidates that may still be taken, as candidate_of() makes them.
 constexpr int kMaxOfStripe = 192;
-struct StripeList {
+struct alignas(16) StripeList {
     uint64_t candidates[kMaxOfStripe];
+    unsigned tops[2 * kWarpSize];  // of groups of keys the highest
 };
 
 __device__ inline unsigned lower_lanes() { return (1u << threadIdx.x % kWarpSize) - 1; }
@@ -47,45 +54,38 @@ struct StripeSelector {
 
     __device__ unsigned key(int idx) const { return idx < num_keys ? key_of(idx) : 0; }
 
-    // A lower bound of the keys that are taken, where no more than 64 are: the highest keys of as many groups, of which
-    // each lane has two, reach it.
-    __device__ unsigned find_bound() const {
+    // A lower bound of the keys that are taken, where no more than 64 are: the highest keys of as many groups reach it.
+    // A lane's keys are a group, or two if more than 16 keys are taken: the list would be long.
+    __device__ unsigned find_bound(StripeList& list) const {
         unsigned tops[2] = {};
-#pragma unroll 1
+#pragma unroll 2
         for (int first = 0; first < num_keys; first += 2 * kWarpSize) {
             tops[0] = max(tops[0], key(first + lane_idx));
             tops[1] = max(tops[1], key(first + kWarpSize + lane_idx));
         }
-        if (num_wanted <= kWarpSize) {  // of half as many groups, which takes half as long
-            tops[0] = max(tops[0], tops[1]);
-            tops[1] = 0;
-        }
-        int num_above[2] = {};
-        const int num_each = num_wanted <= kWarpSize ? 1 : 2;
-#pragma unroll 1
-        for (int which = 0; which < num_each; ++which) {
-#pragma unroll 8
-            for (int lane = 0; lane < kWarpSize; ++lane) {
-                const unsigned other = __shfl_sync(kWholeWarp, which == 0 ? tops[0] : tops[1], lane);
+        const bool has_one = num_wanted <= kWarpSize / 2;
+        if (has_one) tops[0] = max(tops[0], tops[1]);
+        list.tops[lane_idx] = tops[0];
+        list.tops[kWarpSize + lane_idx] = tops[1];
+        __syncwarp();
+        int num_reached[2] = {};  // by how many groups
+#pragma unroll 4
+        for (int i = 0; i < (has_one ? kWarpSize : 2 * kWarpSize) / 4; ++i) {
+            const uint4 quad = reinterpret_cast<const uint4*>(list.tops)[i];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const bool is_earlier = which < i || (which == i && lane < lane_idx);
-                    num_above[i] += other > tops[i] || (other == tops[i] && is_earlier);
-                }
+            for (int j = 0; j < 2; ++j) {
+                num_reached[j] += (quad.x >= tops[j]) + (quad.y >= tops[j]) + (quad.z >= tops[j]) + (quad.w >= tops[j]);
             }
         }
-        unsigned bound = 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (i < num_each && num_above[i] == num_wanted - 1) bound = tops[i];
-        }
+        unsigned bound = num_reached[0] >= num_wanted ? tops[0] : 0;
+        if (!has_one && num_reached[1] >= num_wanted) bound = max(bound, tops[1]);
         return max(__reduce_max_sync(kWholeWarp, bound), 1u);
     }
 
     // Notes the keys that reach the bound, in their order, and returns how many there are, noted or not.
-    __device__ int list(StripeList& list, unsigned bound) const {
+    __device__ int note(StripeList& list, unsigned bound) const {
         int num_listed = 0;
-#pragma unroll 1
+#pragma unroll 4
         for (int first = 0; first < num_keys; first += kWarpSize) {
             const unsigned own = key(first + lane_idx);
             const unsigned high = __ballot_sync(kWholeWarp, own >= bound);
@@ -93,6 +93,8 @@ struct StripeSelector {
             if (own >= bound && place < kMaxOfStripe) list.candidates[place] = candidate_of(own, first + lane_idx);
             num_listed += __popc(high);
         }
+        // To a multiple of 8, as many as are compared at once.
+        if (num_listed + lane_idx < kMaxOfStripe && lane_idx < 8) list.candidates[num_listed + lane_idx] = 0;
         __syncwarp();
         return num_listed;
     }
@@ -101,15 +103,32 @@ struct StripeSelector {
     __device__ void tell_best(const StripeList& list, int num_listed, Tell tell) const {
         int num_before = 0;  // that are taken
 #pragma unroll 1
-        for (int first = 0; first < num_listed; first += kWarpSize) {
-            const uint64_t own = first + lane_idx < num_listed ? list.candidates[first + lane_idx] : 0;
-            int num_above = 0;
-#pragma unroll 4
-            for (int i = 0; i < num_listed; ++i) num_above += list.candidates[i] > own;
-            const bool is_taken = own != 0 && num_above < num_wanted;
-            const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
-            if (is_taken) tell(page_of(own), num_before + __popc(taken & lower_lanes()));
-            num_before += __popc(taken);
+        for (int first = 0; first < num_listed; first += 2 * kWarpSize) {
+            uint64_t own[2];
+            int num_above[2] = {};
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                own[j] = list.candidates[min(first + j * kWarpSize + lane_idx, num_listed - 1)];
+            }
+#pragma unroll 1
+            for (int i = 0; i < num_listed; i += 8) {
+                ulonglong2 pairs[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) pairs[k] = reinterpret_cast<const ulonglong2*>(&list.candidates[i])[k];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) num_above[j] += (pairs[k].x > own[j]) + (pairs[k].y > own[j]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const bool is_there = first + j * kWarpSize + lane_idx < num_listed;
+                const bool is_taken = is_there && num_above[j] < num_wanted;
+                const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
+                if (is_taken) tell(page_of(own[j]), num_before + __popc(taken & lower_lanes()));
+                num_before += __popc(taken);
+            }
         }
         __syncwarp();  // before the list is another stripe's
     }
@@ -156,7 +175,7 @@ __device__ void choose_in_stripe(StripeList& list, int num_keys, int num_wanted,
     }
     if (num_wanted <= 0) return;
     if (num_wanted <= 2 * kWarpSize) {
-        const int num_listed = selector.list(list, selector.find_bound());
+        const int num_listed = selector.note(list, selector.find_bound(list));
         if (num_listed <= kMaxOfStripe) {
             selector.tell_best(list, num_listed, tell);
             return;

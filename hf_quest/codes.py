@@ -86,7 +86,7 @@ def find_candidates(
         [B, Hkv, T, X, W] int64, of each stripe W page ids, ascending, without the newest page; -1 fills up.
     """
     num_pages = scores.shape[-1]
-    num_earlier = num_pages if num_candidates == math.inf else int(num_candidates) - 1
+    num_earlier = num_pages if num_candidates == math.inf else int(num_candidates) - 1  # of which not all may be there
     page_idx = torch.arange(num_pages, device=scores.device)
     newest = newest_page(scores.shape[2], length, padding, page_size)[:, None, :, None]  # as many pages are before it
     rank = order_of(scores) - page_idx

@@ -1,4 +1,4 @@
-"""Stripes: every 18th page of a row, of which each stripe has a like share chosen. A part of the specification.
+"""Stripes: every 16th page of a row, of which each stripe has a like share chosen. A part of the specification.
 
 Blocks of a GPU that look after stripes of their own choose without a word to each other. What matters lies together in
 a text, so neighbours belong to different stripes.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 
-NUM_STRIPES = 18  # which two, three, six or nine blocks can share
+NUM_STRIPES = 16  # which two, four or eight blocks share evenly
 
 
 def starts(num_pages: Tensor) -> Tensor:

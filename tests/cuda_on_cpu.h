@@ -72,6 +72,13 @@ inline unsigned __ballot_sync(unsigned, bool is_set) {
 inline unsigned __reduce_min_sync(unsigned, unsigned value) { return std::ranges::min(exchange(value)); }
 inline unsigned __reduce_max_sync(unsigned, unsigned value) { return std::ranges::max(exchange(value)); }
 
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+    unsigned sum = 0;
+    for (const unsigned each : exchange(value)) sum += each;
+    return sum;
+}
+
+
 template <typename Value>
 Value atomicAdd(Value* target, Value value) {
     return std::atomic_ref(*target).fetch_add(value, std::memory_order_relaxed);

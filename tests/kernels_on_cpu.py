@@ -55,9 +55,14 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
 
 
 @operator
-def refine(query, bounds, scales, codes, page_ids, length, padding, page_size, scaling, num_tokens, group="sum"):
+def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False):
+    return codes_.find_candidates(scores, int(length), padding, num_candidates, page_size, keeps_first)
+
+
+@operator
+def refine(query, bounds, scales, codes, candidates, length, padding, page_size, scaling, num_tokens, group="sum"):
     how = (codes.shape[-1] * 8 // query.shape[-1], scaling, num_tokens, group)
-    return codes_.refine(query, bounds, scales, codes, page_ids, int(length), padding, page_size, *how)
+    return codes_.refine(query, bounds, scales, codes, candidates, int(length), padding, page_size, *how)
 
 
 def with_defaults(given, defaults):
@@ -75,11 +80,14 @@ def chain(query, keys, values, bounds, scales, length, padding, num_selected, pa
     bounds, scales = bounds[:, :, :num_pages], None if scales is None else scales[:, :, :num_pages]
     where = (length, padding, page_size)
     scores = reference.estimate(query, bounds, scales, scaling, score, where)
-    ids = reference.select(scores, length, padding, num_selected, page_size, score.keeps_first)
-    if codes is not None:
+    where_found = (length, padding, num_selected, page_size, score.keeps_first)
+    if codes is None:
+        ids = reference.select(scores, *where_found)
+    else:
         bits = codes.shape[-1] * 8 // keys.shape[-1]
         how = (bits, scaling, num_tokens, token_group)
-        ids, page_size = codes_.refine(query, bounds, scales, codes, ids, *where, *how), 1
+        candidates = codes_.find_candidates(scores, *where_found)
+        ids, page_size = codes_.refine(query, bounds, scales, codes, candidates, *where, *how), 1
     if told_ids is not None:
         told_ids.copy_(ids)
     return reference.attend(query, keys, values, ids, length, padding, page_size, scaling, softcap, sinks)

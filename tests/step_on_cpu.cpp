@@ -1,6 +1,6 @@
 // A decode step by codes with the threads of a block as threads of the CPU: append.cu, refine.cu and attend.cu. Reads
-// the members of Case below and what main() reads after them; writes bounds, scales, codes, token ids, logits and
-// output.
+// the members of Case below and what main() reads after them; writes bounds, scales, codes, page ids of candidates,
+// token ids, logits and output.
 
 #include <cstdio>
 
@@ -76,7 +76,20 @@ int main() {
     write(codes);
 
     auto query = read<uint16_t>(query_heads * head_dim);
-    const auto page_ids = read<int64_t>(heads * given.num_candidates);
+    auto page_scores = read<float>(heads * num_pages);
+    const int most = count_most_in_stripe(given.num_candidates);
+    std::vector<int64_t> page_ids(heads * kStripes * most, -2);
+    CandidatesParams find = {.launch = launch, .num_rows = given.num_rows, .num_kv_heads = given.num_kv_heads};
+    find.page_size = given.page_size;
+    find.num_candidates = given.num_candidates;
+    find.keeps_first = true;
+    find.length = &length;
+    find.padding = padding.data();
+    find.storage = {.scores = page_scores.data(), .capacity = given.capacity};
+    find.page_ids = page_ids.data();
+    check(launch_find_candidates(find));
+    write(page_ids);
+
     RefineParams params = {.launch = launch, .data_type = data_type};
     params.num_rows = given.num_rows;
     params.num_kv_heads = given.num_kv_heads;
@@ -84,7 +97,7 @@ int main() {
     params.head_dim = given.head_dim;
     params.page_size = given.page_size;
     params.code_bits = given.code_bits;
-    params.num_candidates = given.num_candidates;
+    params.most_in_stripe = most;
     params.num_tokens = given.num_tokens;
     params.scaling = given.scaling;
     params.agreement = Agreement(given.agreement);
@@ -96,7 +109,7 @@ int main() {
     params.storage = storage;
     params.page_ids = page_ids.data();
     params.num_blocks = count_refine_blocks(params);
-    const size_t num_slots = size_t(given.num_candidates) * given.page_size;
+    const size_t num_slots = size_t(kStripes) * most * given.page_size;
     const size_t num_tiles = (given.group_size + kHeadTile - 1) / kHeadTile;
     std::vector<float> logits(query_heads * num_slots);
     std::vector<float2> head_sums(heads * num_tiles * params.num_blocks * kHeadTile);

@@ -9,9 +9,10 @@ from small_llama import PROMPT, generate, make_model, on_any_device, tokens
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from hf_quest import QuestCache, QuestError, reference
-from hf_quest.codes import BITS, decode, encode, grid, refine, refresh_codes
+from hf_quest import QuestCache, QuestError, reference, stripes
+from hf_quest.codes import BITS, decode, encode, find_candidates, grid, refine, refresh_codes
 from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
+from hf_quest.stripes import NUM_STRIPES
 from hf_quest.watch import PageReads
 
 PAGE = 4
@@ -54,9 +55,9 @@ class Stored:
             [each[:, None] for each in grid(self.bounds[row, :, page], scales, self.bits)],
         )
 
-    def refine(self, query, page_ids, num_tokens, group="sum"):
+    def refine(self, query, candidates, num_tokens, group="sum"):
         where = (self.length, self.padding, PAGE, self.bits)
-        return refine(query, self.bounds, self.scales, self.codes, page_ids, *where, 0.25, num_tokens, group)
+        return refine(query, self.bounds, self.scales, self.codes, candidates, *where, 0.25, num_tokens, group)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -105,7 +106,42 @@ def test_codes_of_full_pages_do_not_hang_on_how_tokens_came(left_padding, length
         assert torch.equal(whole.codes[row, :, done], grown.codes[row, :, done])
 
 
-def chosen_by_formula(stored, query, page_ids, num_tokens, group):
+def stripes_of(num_pages):
+    """The pages of each stripe, of so many before the newest."""
+    return [list(range(stripe, num_pages, NUM_STRIPES)) for stripe in range(NUM_STRIPES)]
+
+
+@pytest.mark.parametrize("num_pages", [0, 1, 5, 16, 17, 40, 100])
+@pytest.mark.parametrize("num_candidates", [1, 2, 7, 30, 1000])
+@pytest.mark.parametrize("keeps_first", [True, False])
+def test_candidates_are_the_best_of_each_stripe(num_pages, num_candidates, keeps_first):
+    scores = torch.randn(1, 1, 1, num_pages + 3, generator=torch.Generator().manual_seed(num_pages)).round(decimals=1)
+    length = num_pages * PAGE + 2
+    found = find_candidates(scores, length, torch.tensor([0]), num_candidates, PAGE, keeps_first)[0, 0, 0]
+    num = min(num_candidates - 1, num_pages)
+    for own, pages in zip(found.tolist(), stripes_of(num_pages), strict=True):
+        share = -(-num * len(pages) // max(num_pages, 1))
+        by_score = sorted(pages, key=lambda page: (not (keeps_first and page == 0), -scores[0, 0, 0, page], page))
+        best = sorted(by_score[:share])
+        assert own == best + (len(own) - len(best)) * [-1]
+
+
+@pytest.mark.parametrize("num_pages", [1, 5, 16, 17, 40, 1000])
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 500])
+def test_shares_are_fair_and_add_up(num_pages, num_tokens):
+    """None is a token from its part of the whole, and candidates of as many pages hold what is chosen of them."""
+    num_tokens = min(num_tokens, num_pages * PAGE)
+    shares = stripes.shares_of_tokens(torch.tensor(num_tokens), torch.tensor(num_pages)).tolist()
+    assert sum(shares) == num_tokens
+    num_candidates = torch.tensor(-(-num_tokens // PAGE))
+    of_pages = stripes.shares_of_pages(num_candidates, torch.tensor(num_pages)).tolist()
+    for share, candidates, pages in zip(shares, of_pages, stripes_of(num_pages), strict=True):
+        assert abs(share - num_tokens * len(pages) / num_pages) < 1
+        assert share <= candidates * PAGE
+        assert candidates <= min(len(pages), stripes.most_pages(int(num_candidates)))
+
+
+def chosen_by_formula(stored, query, candidates, num_tokens, group):
     """For each row, KV head and query the tokens, in float64 and without a tensor of all."""
     batch_size, num_heads, num_queries, _ = query.shape
     num_kv_heads = stored.keys.shape[1]
@@ -116,8 +152,8 @@ def chosen_by_formula(stored, query, page_ids, num_tokens, group):
                 num_visible = stored.length - num_queries + idx + 1 - stored.left_padding[row]
                 newest = (num_visible - 1) // PAGE
                 logits = {}
-                for page in page_ids[row, head, idx].tolist():
-                    if not 0 <= page < newest:
+                for page in candidates[row, head, idx].flatten().tolist():
+                    if page < 0:
                         continue
                     _, slots, (lowest, step) = stored.page(row, page)
                     keys = decode(stored.codes[row, head, slots], lowest[head], step[head], stored.bits).double()
@@ -139,7 +175,13 @@ def chosen_by_formula(stored, query, page_ids, num_tokens, group):
                     scores = {token: max(each) for token, each in logits.items()}
                 else:
                     scores = {token: agree[group](each) for token, each in shares.items()}
-                best = sorted(scores, key=lambda token: (-scores[token], token))[: num_tokens - PAGE]
+                num_best, num_before = min(num_tokens - PAGE, newest * PAGE), 0
+                best = []
+                for pages in stripes_of(newest):
+                    num_before += len(pages)
+                    share = num_best * num_before // max(newest, 1) - len(best)
+                    own = [token for token in scores if token // PAGE in pages]
+                    best += sorted(own, key=lambda token: (-scores[token], token))[:share]
                 yield sorted(best) + list(range(newest * PAGE, num_visible))
 
 
@@ -148,24 +190,25 @@ def chosen_by_formula(stored, query, page_ids, num_tokens, group):
 @pytest.mark.parametrize("left_padding", ODD)
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_refine_is_its_formula(group, num_heads, left_padding, num_queries):
-    stored = Stored(left_padding, 37, seed=num_heads)
+    stored = Stored(left_padding, 157, seed=num_heads)
     query = torch.randn(len(left_padding), num_heads, num_queries, 16, generator=torch.Generator().manual_seed(1))
     where = (stored.length, stored.padding, PAGE)
     scores = reference.estimate(query, stored.bounds, stored.scales, 0.25, reference.DEFAULT, where)
-    page_ids = reference.select(scores, *where[:2], 6, PAGE, keeps_first=True)
+    candidates = find_candidates(scores, *where[:2], 20, PAGE, keeps_first=True)
     # Nothing else is read: neither other pages, nor keys.
     stored.keys.fill_(torch.nan)
-    found = stored.refine(query, page_ids, 12, group)
-    expected = list(chosen_by_formula(stored, query, page_ids, 12, group))
+    found = stored.refine(query, candidates, 44, group)
+    expected = list(chosen_by_formula(stored, query, candidates, 44, group))
     for ids, right in zip(found.flatten(0, 2).tolist(), expected, strict=True):
-        assert ids == right + (12 - len(right)) * [-1]
+        assert ids == right + (44 - len(right)) * [-1]
 
 
 def test_where_candidates_have_fewer_tokens_than_are_asked_for_all_are_chosen():
     stored = Stored((0,), 30)
-    page_ids = torch.tensor([[[[0, 3, 7, -1]]]]).expand(1, 2, 1, 4)
-    ids = stored.refine(torch.randn(1, 4, 1, 16), page_ids, 20)
-    assert ids[0, 0, 0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 28, 29] + 10 * [-1]
+    scores = torch.zeros(1, 2, 1, 9)
+    candidates = find_candidates(scores, 30, stored.padding, 8, PAGE, keeps_first=True)
+    ids = stored.refine(torch.randn(1, 4, 1, 16), candidates, 40)
+    assert ids[0, 0, 0].tolist() == [*range(30), *(10 * [-1])]
 
 
 @pytest.mark.parametrize("candidates", [2, 0])
@@ -225,7 +268,8 @@ def test_what_a_step_reads_is_counted_with_codes(model):
     with torch.no_grad():
         model(tokens(96), past_key_values=cache)
     token = 2 * 16 * 4  # bytes of a key and a value
-    bounds, codes = 24 * (2 * 16 + 1), 48 * 16 * 2 / 8
+    # Eleven of 23 pages, one of each stripe at least.
+    bounds, codes = 24 * (2 * 16 + 1), 16 * PAGE * 16 * 2 / 8
     assert cache.tokens_attended == 4 * [24]
     assert cache.read_share == pytest.approx((24 + (bounds + codes) / token) / 96)
 

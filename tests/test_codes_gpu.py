@@ -104,7 +104,9 @@ def assert_chosen_as_specified(stored, of_tokens, bits, candidates, ids, group="
         assert torch.equal(is_finite, chosen.isfinite())
         if is_finite.any():
             best = best[is_finite]
-            torch.testing.assert_close(chosen[is_finite], best, rtol=1e-4, atol=1e-5 * float(best.abs().max()))
+            # Shares below the smallest normal float are none.
+            atol = max(1e-5 * float(best.abs().max()), 1e-36)
+            torch.testing.assert_close(chosen[is_finite], best, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
@@ -200,9 +202,9 @@ def test_candidates_are_those_of_the_reference(num_tokens, num_candidates, keeps
     generator = torch.Generator(DEVICE).manual_seed(num_tokens)
     scores = torch.randn(len(left_padding), 3, 1, -(-num_tokens // 16) + 2, generator=generator, device=DEVICE)
     length = torch.tensor([num_tokens], device=DEVICE)
-    for scores in (scores, scores.round(), torch.zeros_like(scores)):
-        expected = codes.find_candidates(scores, num_tokens, padding, num_candidates, 16, keeps_first)
-        found = ops.find_candidates(scores.contiguous(), length, padding, num_candidates, 16, keeps_first)
+    for some_equal in (scores, scores.round(), torch.zeros_like(scores)):
+        expected = codes.find_candidates(some_equal, num_tokens, padding, num_candidates, 16, keeps_first)
+        found = ops.find_candidates(some_equal, length, padding, num_candidates, 16, keeps_first)
         assert torch.equal(found, expected)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_llama import BUDGET, PROMPT, make_model, tokens
+from small_llama import BUDGET, PROMPT, make_model, on_any_device, tokens
 from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM
 
 from hf_quest import CACHE_NAME, QuestCache
@@ -159,3 +159,31 @@ def test_a_preparation_of_inputs_is_a_models_own_or_that_of_all(model):
     """GenerationMixin.prepare_inputs_for_generation; Phi-3 has one of its own."""
     assert not seam.has_own_preparation(model)
     assert seam.has_own_preparation(make_model(Phi3ForCausalLM, pad_token_id=0))
+
+
+def test_on_a_cpu_the_masks_of_a_step_are_made_once(model, monkeypatch):
+    """`prepare_inputs_for_generation` makes them for a graph, and the forward once more where there was none to make.
+
+    The locals `generation_config` of the loops of `generate` say whether there are graphs on a CPU.
+    """
+    asked = []
+
+    class Asked(QuestCache):
+        def get_mask_sizes(self, query_length, layer_idx):
+            asked.append(query_length)
+            return super().get_mask_sizes(query_length, layer_idx)
+
+    for options in ({}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}):
+        asked.clear()
+        model.generate(tokens(PROMPT), **{CACHE_NAME: Asked(BUDGET)}, **{**OPTIONS, **options})
+        forwards = [num_new for num_new in asked if num_new != PROMPT]
+        assert len(forwards) <= 3  # of four new tokens, the first of which is the prompt's
+
+
+def test_a_graph_on_a_cpu_is_told_of(model):
+    """By `_compile_all_devices` of the CompileConfig, in the same locals."""
+    compiled = on_any_device(backend="eager", mode=None)
+    assert not any(answer for _, answer in told(model, seam.compiles_on_cpu))
+    prompt, *steps = told(model, seam.compiles_on_cpu, compile_config=compiled, disable_compile=True)
+    assert steps
+    assert all(answer for _, answer in [prompt, *steps])

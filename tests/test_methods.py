@@ -477,7 +477,7 @@ def stored_in(layer):
     if layer.evicts:
         return list(layer.storage.tensors().values())
     memories = layer.storage.memories.by_reader
-    return [*layer.storage.filled(), *(each for memory in memories for each in memory.recall(math.inf).values())]
+    return [*layer.up_to_date().filled(), *(each for memory in memories for each in memory.recall(math.inf).values())]
 
 
 class Interrupted(Exception):

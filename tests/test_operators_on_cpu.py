@@ -17,7 +17,7 @@ OPTIONS = {
     "pages": {},
     "the paper's pages": {"score": "published", "bounds_dtype": None},
     "tokens": {"codes": 2, "candidates": 2},
-    "tokens, 4 bits": {"codes": 4, "candidates": 1, "page_size": 8, "bounds_dtype": None},
+    "tokens, 4 bits": {"codes": 4, "candidates": 1, "page_size": 8},
 }
 MODES = {
     "greedy": {},

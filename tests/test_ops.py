@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 
 from hf_quest.kernels import build, ops
 from hf_quest.reference import GROUPS, Score
+from hf_quest.stripes import NUM_STRIPES
 
 B, Hkv, G, D, S, P, K = 2, 3, 4, 128, 16, 10, 4
+C, W = 40, 4  # candidates, and the most of a stripe
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def fake():
             "codes": torch.empty(B, Hkv, P * S, D // 4, dtype=torch.uint8, device="cuda"),
             "scores": torch.empty(B, Hkv, 1, P, device="cuda"),
             "page_ids": torch.empty(B, Hkv, 1, K, dtype=torch.int64, device="cuda"),
+            "candidates": torch.empty(B, Hkv, 1, NUM_STRIPES, W, dtype=torch.int64, device="cuda"),
             "length": torch.empty(1, dtype=torch.int64, device="cuda"),
             "padding": torch.empty(B, dtype=torch.int64, device="cuda"),
             "page_size": S,
@@ -43,7 +46,8 @@ ARGUMENTS = {
     "append": ["keys", "values", "bounds", "scales", "new_keys", "new_values", "length", "padding", "page_size"],
     "estimate": ["query", "bounds", "scales", "length", "padding", "page_size"],
     "select": ["scores", "length", "padding", "page_size"],
-    "refine": ["query", "bounds", "scales", "codes", "page_ids", "length", "padding", "page_size"],
+    "find_candidates": ["scores", "length", "padding", "page_size"],
+    "refine": ["query", "bounds", "scales", "codes", "candidates", "length", "padding", "page_size"],
     "chain": ["query", "keys", "values", "bounds", "scales", "length", "padding", "page_size"],
     "attend": ["query", "keys", "values", "page_ids", "length", "padding", "page_size"],
 }
@@ -51,6 +55,7 @@ OPTIONS = {
     "append": {},
     "estimate": {"scaling": 0.1},
     "select": {"num_selected": K},
+    "find_candidates": {"num_candidates": C},
     "refine": {"scaling": 0.1, "num_tokens": 24},
     "attend": {"scaling": 0.1},
     "chain": {"num_selected": K, "scaling": 0.1, "page_ids": None},
@@ -67,6 +72,7 @@ def call(op, tensors, **changes):
     [
         ("estimate", (B, Hkv, 1, P), torch.float32),
         ("select", (B, Hkv, 1, K), torch.int64),
+        ("find_candidates", (B, Hkv, 1, NUM_STRIPES, W), torch.int64),
         ("refine", (B, Hkv, 1, 24), torch.int64),
         ("attend", (B, Hkv * G, 1, D), torch.bfloat16),
         ("chain", (B, Hkv * G, 1, D), torch.bfloat16),
@@ -109,6 +115,7 @@ def test_schemas_declare_what_is_mutated():
         "append": ["keys", "values", "bounds", "scales", "codes"],
         "estimate": [],
         "select": [],
+        "find_candidates": [],
         "refine": [],
         "attend": ["counters"],
         "chain": ["page_ids"],
@@ -162,6 +169,7 @@ def test_every_argument_is_checked(fake, op, name, wrong):
     [
         ("append", {"page_size": 24}, "page_size"),
         ("select", {"num_selected": 0}, "num_selected"),
+        ("find_candidates", {"num_candidates": 0}, "1 or more"),
         ("refine", {"num_tokens": S - 1}, "num_tokens is 16 or more"),
         ("refine", {"group": "mean"}, "group must be one of"),
         ("refine", {"codes": torch.uint8}, "codes of .2, 4. bits, not 8"),
@@ -349,7 +357,7 @@ class TestBuild:
             "-gencode=arch=compute_90a,code=sm_90a"
         ]
         sources = {Path(source).name for source in options["sources"]}
-        stages = {"append.cu", "attend.cu", "chain.cu", "estimate.cu", "refine.cu", "select.cu"}
+        stages = {"append.cu", "attend.cu", "chain.cu", "chain_by_codes.cu", "estimate.cu", "refine.cu", "select.cu"}
         assert sources == {*stages, "prompt_attend.cu", "prompt_estimate.cu", "bindings.cpp"}
         assert re.fullmatch(
             r"hf_quest builds its CUDA kernels for sm_90a in \S+, once ... done in \d+ s\n", capsys.readouterr().err

@@ -92,8 +92,9 @@ class Step:
         query = torch.randn(case.num_rows, case.num_kv_heads * case.group_size, 1, case.head_dim)
         self.query = (2 * query).to(case.dtype)
         self.num_pages = case.capacity // case.page_size
-        scores = torch.randn(*self.shape, 1, self.num_pages)
-        self.page_ids = reference.select(scores, self.length, self.padding, case.num_candidates, case.page_size, True)
+        self.scores = torch.randn(*self.shape, 1, self.num_pages)
+        where = (self.length, self.padding, case.num_candidates, case.page_size, True)
+        self.page_ids = codes.find_candidates(self.scores, *where)
 
     def tensors(self):
         """Bounds, scales and codes before anything is stored."""
@@ -124,7 +125,7 @@ class Step:
         case = self.case
         parts = [struct.pack("14i", *(getattr(case, field.name) for field in fields(case)))]
         parts.append(struct.pack(f"f{1 + len(self.steps)}i", case.scaling, len(self.steps), *self.steps))
-        for tensor in (self.padding, self.keys, self.values, self.query, self.page_ids):
+        for tensor in (self.padding, self.keys, self.values, self.query, self.scores):
             parts.append(tensor.view(torch.uint8).numpy().tobytes())
         result = subprocess.run([program], input=b"".join(parts), capture_output=True)
         assert result.returncode == 0, result.stderr.decode()
@@ -137,8 +138,9 @@ class Step:
 
         bounds, scales, of_tokens = self.tensors()
         told = [take(bounds), None if scales is None else take(scales), take(of_tokens)]
+        assert torch.equal(take(self.page_ids), self.page_ids)
         token_ids = take(torch.empty(*self.shape, 1, case.num_tokens, dtype=torch.int64))
-        shape = (*self.shape, case.group_size, case.num_candidates, case.page_size)
+        shape = (*self.shape, case.group_size, self.page_ids[0, 0].numel(), case.page_size)
         logits = take(torch.empty(*shape, dtype=torch.float32))
         output = take(torch.empty_like(self.query))
         assert len(rest) == 0
@@ -153,13 +155,12 @@ class Step:
     def logits(self, told):
         """[B, Hkv, G, C, S] float64, of what the codes of the candidates stand for, NaN where there are none."""
         case = self.case
-        shape = (*self.shape, case.group_size, case.num_candidates, case.page_size)
+        shape = (*self.shape, case.group_size, self.page_ids[0, 0].numel(), case.page_size)
         logits = torch.full(shape, torch.nan, dtype=torch.float64)
         for row, head, _ in self.full_pages():
-            newest = (self.length - int(self.padding[row]) - 1) // case.page_size
             query = self.query[row, head * case.group_size :][: case.group_size, 0].double()
-            for place, page in enumerate(self.page_ids[row, head, 0].tolist()):
-                if not 0 <= page < newest:
+            for place, page in enumerate(self.page_ids[row, head].flatten().tolist()):
+                if page < 0:
                     continue
                 scales = None if told.scales is None else told.scales[row, head, page]
                 grid = codes.grid(told.bounds[row, head, page], scales, case.code_bits)
@@ -188,7 +189,7 @@ def check(step, program):
     there = ~of_codes.isnan()
     # Weights lose 2^-21 of the largest, which is no more than a few times the largest logit; float32 loses less.
     torch.testing.assert_close(told.logits[there].double(), of_codes[there], rtol=0, atol=2e-5)
-    assert torch.equal(told.token_ids, expected.token_ids)
+    assert torch.equal(reference.in_order(told.token_ids), expected.token_ids)
     has_tokens = (step.length > step.padding).nonzero().flatten()
     # Weights are rounded to the dtype of the values, and the sum as well.
     rounding = torch.finfo(case.dtype).eps

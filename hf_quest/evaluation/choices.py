@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference, stripes
+from ..codes import find_candidates
 from ..reference import DEFAULT, GROUPS, PUBLISHED, Score
 from .scores import (
     agreed,
@@ -57,6 +59,9 @@ class Choice:
         scales = 1 / reference.SCALE_BLOCK if self.bounds_bits == 8 else 0
         bounds = num_pages * (2 * self.bounds_bits / 8 + scales) if self.by != "keys" else 0
         num_coded = min(self.candidates * self.num_pages(budget), num_pages) if self.candidates else num_pages
+        if self.stripes and self.candidates:
+            num_earlier = torch.tensor(num_pages - 1)
+            num_coded = int(stripes.shares_of_pages(num_earlier.clamp(max=num_coded - 1), num_earlier).sum())
         codes = num_coded * self.page_size * self.bits / 8 if self.by == "codes" else 0
         return head_dim * (attended + bounds + codes)
 
@@ -69,12 +74,18 @@ CHOICES = {
     "default": Choice(*DEFAULT),
     "half": HALF,
     "codes-pages": CODES,
-    "codes-tokens": dataclasses.replace(CODES, unit="tokens"),
+    "codes-tokens": dataclasses.replace(CODES, unit="tokens", stripes=1),
     "best-pages": BEST,
     "best-tokens": dataclasses.replace(BEST, unit="tokens"),
 }
 KINDS = {"by": ("bounds", "codes", "keys"), "unit": ("pages", "tokens"), "group": GROUPS}
-NUMBERS = {"keeps_first": (0, 1), "bits": range(1, 9), "bounds_bits": (8, 16), "page_size": range(1, 1025)}
+NUMBERS = {
+    "keeps_first": (0, 1),
+    "bits": range(1, 9),
+    "bounds_bits": (8, 16),
+    "page_size": range(1, 1025),
+    "stripes": (0, 1),
+}
 
 
 def parse_choice(text: str) -> Choice:
@@ -91,6 +102,8 @@ def parse_choice(text: str) -> Choice:
         field, _, value = setting.partition("=")
         changes[field] = parse_setting(field, value)
     choice = dataclasses.replace(CHOICES[name], **changes)
+    if choice.stripes and (choice.by, choice.unit) != ("codes", "tokens"):
+        raise ValueError(f"{text}: in stripes, codes choose tokens, and nothing else is chosen.")
     if choice.by == "bounds" and choice.unit == "tokens":
         raise ValueError(f"{text}: bounds are of pages, so that only codes and keys choose tokens.")
     return choice
@@ -141,10 +154,8 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
         if choice.by == "bounds" or choice.candidates:
             scores = by_bounds(query, bounds, length, page_size, scaling, choice.score)
             num_found = num_pages if choice.by == "bounds" else choice.candidates * num_pages
-            if choice.stripes:
-                is_found = striped_pages(scores, length, num_found, page_size, choice.keeps_first)
-            else:
-                is_found = select_pages(scores, length, num_found, page_size, choice.keeps_first)
+            find = select_in_stripes if choice.stripes else select_pages
+            is_found = find(scores, length, num_found, page_size, choice.keeps_first)
             if choice.by == "bounds":
                 return of_tokens(is_found) & is_visible
             is_open = (is_open & is_found)[:, :, None]  # [B, Hkv, 1, T, P]
@@ -153,7 +164,7 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
     if choice.unit == "tokens":
         weights = agreed(estimated, group, of_tokens(is_open))
         if choice.stripes:
-            return striped_tokens(weights, budget - page_size, page_size) | own_page
+            return best_in_stripes(weights, budget - page_size, page_size) | own_page
         best = weights.topk(min(length, budget - page_size), dim=-1)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
         return chosen | own_page
@@ -167,25 +178,30 @@ def grouped_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return (grouped @ keys.float()[:, :, None].transpose(-1, -2)) * scaling
 
 
-def striped_pages(scores, length, num_found, page_size, keeps_first):
-    T, P = scores.shape[-2:]
-    newest = torch.arange(length - T, length) // page_size  # [T]
-    page = torch.arange(P)
-    rank = reference.order_of(scores) - page
-    if keeps_first:
-        rank = rank.masked_fill(page == 0, reference.INT64.max)
-    rank = rank.masked_fill(page >= newest[:, None], reference.INT64.min)
-    num = torch.minimum(torch.tensor(num_found - 1), newest)
-    shares = stripes.shares_of_pages(num, newest)
-    return stripes.are_best(rank[..., None], shares, stripes.most_in_stripe(num_found))[..., 0]
+def select_in_stripes(scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool) -> Tensor:
+    """[B, Hkv, T, P] bool of [B, Hkv, T, P] scores: the pages before each query's own that are candidates."""
+    padding = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    ids = find_candidates(scores, length, padding, num_selected, page_size, keeps_first).flatten(3)
+    return has_ids(ids, scores.shape[-1])
 
 
-def striped_tokens(weights, num, page_size):
-    T, N = weights.shape[-2:]
-    newest = torch.arange(N - T, N) // page_size
-    rank = reference.order_of(weights) - torch.arange(N)
-    rank = rank.masked_fill(weights <= 0, reference.INT64.min)
-    rank = torch.nn.functional.pad(rank, (0, -N % page_size), value=reference.INT64.min).unflatten(-1, (-1, page_size))
-    num = torch.minimum(torch.tensor(num), newest * page_size)
-    shares = stripes.shares_of_tokens(num, newest)
-    return stripes.are_best(rank, shares, int(shares.max())).flatten(-2)[..., :N]
+def best_in_stripes(weights: Tensor, num: int, page_size: int) -> Tensor:
+    """[B, Hkv, T, N] bool: of `num` tokens before each query's own page those of the highest weights in each stripe."""
+    num_queries, length = weights.shape[-2:]
+    position = torch.arange(length, device=weights.device)
+    num_earlier = position[-num_queries:] // page_size
+    rank = (reference.order_of(weights) - position).masked_fill(weights <= 0, reference.INT64.min)
+    of_pages = F.pad(rank, (0, -length % page_size), value=reference.INT64.min).unflatten(-1, (-1, page_size))
+    of_stripes = stripes.by_stripe(of_pages.transpose(-1, -2), reference.INT64.min)  # [..., S, X, P / X]
+    of_stripes = of_stripes.movedim(-3, -1).flatten(-2)  # [..., X, tokens]
+    shares = stripes.shares_of_tokens((num_earlier * page_size).clamp(max=num), num_earlier)
+    best = stripes.best(of_stripes, shares, int(shares.max()))
+    stripe = torch.arange(stripes.NUM_STRIPES, device=weights.device)[:, None]
+    ids = (best // page_size * stripes.NUM_STRIPES + stripe) * page_size + best % page_size
+    return has_ids(torch.where(best < 0, -1, ids).flatten(-2), length)
+
+
+def has_ids(ids: Tensor, num: int) -> Tensor:
+    """[..., num] bool: which of so many the `ids` [..., K] name, of which -1 names none."""
+    found = torch.zeros(*ids.shape[:-1], num + 1, dtype=torch.bool, device=ids.device)
+    return found.scatter(-1, ids.masked_fill(ids < 0, num), True)[..., :num]

@@ -166,7 +166,7 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
 
 
 def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False):
-    """Candidates [B, Hkv, 1, X, W] int64: `codes.find_candidates`. Scores of the newest page and later ones are not read.
+    """Candidates [B, Hkv, 1, X, W] int64: `codes.find_candidates`. No score of the newest page or a later one is read.
 
     Args:
         scores: [B, Hkv, 1, P] float32.
@@ -204,12 +204,12 @@ def refine(query, bounds, scales, codes, candidates, length, padding, page_size,
     if -(-codes.shape[2] // page_size) != num_pages:
         raise ValueError(f"{num_pages} pages of {page_size} do not hold codes of {codes.shape[2]} tokens.")
     shape = (batch_size, num_kv_heads, 1, NUM_STRIPES, candidates.shape[-1])
-    _check_rows("candidates", candidates, bounds.device, (torch.int64,), shape)
+    _check("candidates", candidates, bounds.device, (torch.int64,), shape)
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
     _check_num_tokens(num_tokens, page_size)
     _check_group(group)
-    where = (candidates.contiguous(), length, padding, page_size)
+    where = (candidates, length, padding, page_size)
     return torch.ops.hf_quest.refine(query, bounds, scales, codes, *where, scaling, num_tokens, group)
 
 
@@ -340,7 +340,8 @@ def decode(
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
         score: a `reference.Score`.
-        code_bits: of a channel in codes, beside which bounds are in 8 bits, or 0 where there are none. num_tokens, token_group: as in `chain`.
+        code_bits: of a channel in codes, beside which bounds are in 8 bits, or 0 where there are none. num_tokens,
+            token_group: as in `chain`.
 
     Returns:
         [B, Hq, 1, D].

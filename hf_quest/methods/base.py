@@ -83,6 +83,9 @@ class Method:
         `length` is an int, or in a graph, which does not know it, [1] int64.
         """
 
+    def catch_up(self, pages: Kept | Pages) -> None:
+        """What is beside the newest tokens is looked at, saved or copied: do what `stored` has put off."""
+
     def choose(self, pages: Pages, query: torch.Tensor, logits: Logits, length: Length) -> Choice | None:
         """What the queries [B, Hq, T, D] of the newest T of `length` tokens attend; None for everything."""
         return None

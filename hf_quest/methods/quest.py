@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import reference
+from .. import reference, stripes
 from ..codes import BITS, find_candidates, refine, refresh_codes
-from ..kernels import ops
+from ..kernels import cpu, ops
 from ..reference import Choice, Score
 from .base import Method, is_int
 
@@ -131,6 +131,18 @@ class Quest(Method):
         return {"bounds": ((2, head_dim), self.bounds_dtype), "scales": ((num_scales,), torch.uint8)}
 
     def stored(self, pages, num_new, length):
+        # The newest page is chosen whatever its bounds: on a CPU those of a page wait until it is full.
+        may_wait = num_new == 1 and isinstance(length, int) and is_on_cpu(pages)
+        if not may_wait or any((length - padding) % self.page_size == 0 for padding in pages.left_padding):
+            self.refresh(pages, num_new, length)
+
+    def catch_up(self, pages):
+        if is_on_cpu(pages):
+            with torch.inference_mode():  # in which a copy may have been made
+                self.refresh(pages, 1, pages.length)
+
+    def refresh(self, pages, num_new, length):
+        """Bring bounds and codes of the newest tokens' pages up to date."""
         bounds = (pages.beside["bounds"], pages.beside.get("scales"))
         where = (num_new, length, pages.padding, self.page_size)
         reference.refresh_bounds(pages.keys, *bounds, *where)
@@ -138,6 +150,10 @@ class Quest(Method):
             refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
+        if self.codes is None and cpu.serves(query, length, pages.left_padding):
+            bounds = pages.widened.of(pages)[..., : pages.num_pages(length)]
+            scores = cpu.estimate(query.detach(), bounds, logits.scaling, self.score)
+            return Choice(cpu.select(scores, self.num_selected, self.score.keeps_first), self.page_size)
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
@@ -154,8 +170,15 @@ class Quest(Method):
         if self.codes is None:
             return super().read_beside(pages)
         of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
-        num_looked_at = min(self.num_candidates * self.page_size, pages.length)
-        return pages.num_pages(pages.length) * of_pages + num_looked_at * pages.beside["codes"][0, 0, 0].nbytes
+        num_earlier = torch.tensor(pages.num_pages(pages.length) - 1)
+        num_candidates = stripes.shares_of_pages(num_earlier.clamp(max=self.num_candidates - 1), num_earlier).sum()
+        of_codes = int(num_candidates) * self.page_size * pages.beside["codes"][0, 0, 0].nbytes
+        return pages.num_pages(pages.length) * of_pages + of_codes
+
+
+def is_on_cpu(pages):
+    """Whether the stages run on a CPU, wherever the tokens are for the time being."""
+    return pages.device.type == "cpu" and not pages.has_kernels
 
 
 def score_named(score) -> Score:

@@ -164,9 +164,12 @@ def captured_attention(layer, module, query, attention_mask, **kwargs):
 
 def by_pages(layer, query, **kwargs):
     """The newest tokens' attention [B, T, Hq, D] by the layer's pages."""
-    logits = logits_of(query, **kwargs)
-    with torch.autocast(query.device.type, enabled=False):
-        output = attend(layer, query.to(layer.keys.dtype), logits)
+    logits, query = logits_of(query, **kwargs), query.to(layer.keys.dtype)
+    if torch.is_autocast_enabled(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
+            output = attend(layer, query, logits)
+    else:
+        output = attend(layer, query, logits)
     return output.transpose(1, 2).contiguous()
 
 

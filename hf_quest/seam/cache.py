@@ -75,6 +75,8 @@ class MethodCache(generate.Events, Saving, former.Cache):
         super().__init__(layers=[])
 
     def __getstate__(self):
+        for layer in self.layers:
+            layer.up_to_date()  # wherever the copy goes on
         return {**self.__dict__, "config": None, "reader": None}  # a copy is for whatever model has the same
 
     @classmethod

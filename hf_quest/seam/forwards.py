@@ -93,10 +93,11 @@ class Forwards(Cache):
         self.reader = None if model is None else weakref.ref(model)
 
     def _check_last_forward_was_whole(self):
-        length = min((layer.length for layer in self.layers), default=0)
+        lengths = [layer.storage.length for layer in self.layers]
+        length = min(lengths, default=0)
         if self.layers and self.layers[-1].handed.is_under_way:  # its attention never came
             length = min(length, self.layers[-1].length - self.layers[-1].handed.num_new)
-        num_ahead = sum(layer.length > length for layer in self.layers)
+        num_ahead = len(lengths) - lengths.count(length)
         if num_ahead or self.shared.is_broken:
             raise QuestError(
                 f"The last forward filled {num_ahead} of this cache's {len(self.layers)} layers and did not end: it "
@@ -138,7 +139,7 @@ class Forwards(Cache):
         check_room(self.layers[0], 1)
         if num_tokens > rows.room or cannot_be_written(self.layers[0].keys):
             for layer in self.layers:
-                layer.make_room(num_tokens)
+                layer.storage.make_room(num_tokens)
             addresses = [layer.storage.find_addresses() for layer in self.layers]
             rows.set_addresses(addresses, min(layer.storage.room for layer in self.layers))
         rows.set_length(num_tokens)

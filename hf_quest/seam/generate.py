@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
@@ -91,15 +92,26 @@ def prompt_under_way():
     return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
 
 
-def may_compile_for_caller():
+def compiles_on_cpu():
+    """Whether the `generate` under way compiles its steps on a CPU, too, as a private flag of CompileConfig says."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in LOOPS:
+        frame = frame.f_back
+    config = None if frame is None else frame.f_locals["generation_config"].compile_config
+    return config is not None and config._compile_all_devices
+
+
+def may_compile_for_caller(is_on_cpu):
     """Whether the function that asks our caller, a method of a model, would do well to compile.
 
     `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that cannot
     know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled, and the masks
-    that Transformers 5.17 would make for that fail.
+    that Transformers 5.17 would make for that fail. On a CPU `generate` compiles nothing, and would make the masks of
+    each step for it all the same.
     """
     caller = sys._getframe(2)
-    if called_from(PREFILL, stop_at=MODULE_CALL):
+    is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
+    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
         return False
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
@@ -161,6 +173,8 @@ def length_or_read_again(cache, length):
 class Events:
     """What `generate` does to a cache, of which it tells nothing else: a cache takes it for events."""
 
+    layers: list[Any]  # of Layer
+
     @property
     def _is_user_defined(self) -> bool:
         return True
@@ -177,7 +191,8 @@ class Events:
     @property
     def is_compileable(self) -> bool:
         """`generate` and models ask whether to compile the next forward."""
-        return self.can_be_compiled() and may_compile_for_caller()
+        is_on_cpu = bool(self.layers) and self.layers[0].storage.device == torch.device("cpu")
+        return self.can_be_compiled() and may_compile_for_caller(is_on_cpu)
 
     def generate_begins(self) -> None:
         """A `generate` begins that was given this cache."""

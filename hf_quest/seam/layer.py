@@ -14,7 +14,7 @@ def of_storage(name, doc=None):
 
 
 def beside(name):
-    return property(lambda layer: layer.storage.beside.get(name))
+    return property(lambda layer: layer.up_to_date().beside.get(name))
 
 
 class Layer(CacheLayerMixin):
@@ -28,8 +28,7 @@ class Layer(CacheLayerMixin):
         self.shared = shared
         self.layer_idx = layer_idx
         self.handed = Handed()
-        prefill = shared.prefill
-        self.prefill = None if prefill is None or layer_idx < prefill.dense_layers else prefill
+        self.prefill = None if shared.prefill is None or layer_idx < shared.prefill.dense_layers else shared.prefill
         self.is_dense = shared.is_dense(layer_idx)
         self.storage = shared.new_storage(layer_idx)
         self.evicts, self.is_sliding = self.storage.evicts, self.storage.is_local
@@ -121,6 +120,12 @@ class Layer(CacheLayerMixin):
         if not self.is_dense and num_new > 0 and not is_done:
             self.method.stored(self.storage, num_new, self.length)
 
+    def up_to_date(self):
+        """The storage, in which nothing is put off."""
+        if self.length and not self.is_dense:
+            self.method.catch_up(self.storage)
+        return self.storage
+
     def take(self, tokens):
         """Begin with what another cache's layer holds, a `stock.Tokens`."""
         keys, values = self._as_stored(tokens.keys.detach(), tokens.values.detach())
@@ -203,12 +208,12 @@ class Layer(CacheLayerMixin):
 
     def _as_stored(self, keys, values):
         """`keys` and `values` in the dtype of what is stored, which is widened where it cannot hold them."""
-        self.shared.note_autocast(keys.device.type)
+        is_cast = self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
-        keys, values = self.autocast(keys), self.autocast(values)
+        keys, values = (self.autocast(keys), self.autocast(values)) if is_cast else (keys, values)
         if self.length == 0:
             return keys, values
-        self.make_room(self.length)
+        self.storage.make_room(self.length)
         dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), self.keys.dtype)
         if dtype != self.keys.dtype:
             self.storage.move(slice(None), self.capacity, dtype)
@@ -219,10 +224,6 @@ class Layer(CacheLayerMixin):
         if not torch.is_autocast_enabled(tensor.device.type):
             return tensor
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-    def make_room(self, num_tokens):
-        """Have storage for `num_tokens` that can be written."""
-        self.storage.make_room(num_tokens)
 
     def set_left_padding(self, left_padding):
         """Take over how many slots at the start of each row hold no token: a tuple of B ints."""
@@ -241,7 +242,7 @@ class Layer(CacheLayerMixin):
 
     def saved(self):
         """Tensors by name, and facts, from which `restore` makes the same of a new layer."""
-        tensors, facts = self.storage.saved()
+        tensors, facts = self.up_to_date().saved()
         return tensors, {**facts, "is_plain": self.handed.is_plain}
 
     def restore(self, tensors, facts, device):

@@ -74,8 +74,11 @@ class State:
         """Know how many tokens of context the model is made for."""
         self.max_positions = max_positions
 
-    def note_autocast(self, device_type: str) -> None:
-        self.saw_autocast |= torch.is_autocast_enabled(device_type)
+    def note_autocast(self, device_type: str) -> bool:
+        """Whether autocast is on."""
+        is_on = torch.is_autocast_enabled(device_type)
+        self.saw_autocast |= is_on
+        return is_on
 
     def expect_drafts(self, start: int | None) -> None:
         """From slot `start` on several new tokens are drafts; from None on they are not."""

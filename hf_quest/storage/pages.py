@@ -4,11 +4,12 @@ import torch
 
 from .. import reference
 from ..errors import say_if_constant, say_once
-from ..kernels import ops
+from ..kernels import cpu, ops
 from .base import Storage
 from .copies import check_restored, copy_by_head, exchange_rows, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
+from .widened import Widened
 
 
 class Pages(Storage):
@@ -43,6 +44,7 @@ class Pages(Storage):
         self.beside_tokens = beside_tokens or nothing
         self.beside_pages = beside_pages or nothing
         self.memories = Memories()
+        self.widened = Widened()
         self.num_kv_heads = 0
         self.work = None  # [B, Hkv, 1, P] float32, page scores of a captured step with the kernels
         self.counters = None  # of the kernels, see ops.new_counters
@@ -68,6 +70,7 @@ class Pages(Storage):
             self.allocate(keys, values, keys.shape[0], self.with_headroom(end), keys.dtype)
         self.make_room(end)
         self.rows.set_length(end)
+        self.widened.forget(self.first_page(start))
         self.write(keys.detach(), values.detach(), end)
         self.length = end
         stored = self.keys[:, :, :end], self.values[:, :, :end]
@@ -94,12 +97,18 @@ class Pages(Storage):
             where = (self.on_device.length, self.padding, self.page_size)
             codes = self.kernel_tensor("codes")
             torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where, codes)
+        elif isinstance(end, int):
+            slots = slice(end - keys.shape[2], end)
+            self.keys[:, :, slots], self.values[:, :, slots] = keys, values
         else:
             reference.append(self.keys, self.values, None, None, keys, values, end, self.padding, self.page_size)
 
     def attend(self, query, choice, length, logits):
         """`reference.attend` of the newest T tokens, [B, Hq, T, D], over what a `Choice` names, or over all."""
         page_ids, page_size = (None, self.page_size) if choice is None else choice
+        is_plain = logits.softcap is None and logits.sinks is None
+        if page_ids is not None and is_plain and cpu.serves(query, length, self.left_padding):
+            return cpu.attend(query, self.keys, self.values, page_ids, length, page_size, logits.scaling)
         stored = (self.keys, self.values, page_ids)
         return reference.attend(query, *stored, length, self.padding, page_size, *logits)
 
@@ -136,6 +145,7 @@ class Pages(Storage):
         self.rows.are_others()
         self.make_room(self.length)
         self.memories.forget()  # it is of other tokens
+        self.widened.forget()
         self.begin_rows(left_padding)
 
     def padding_mask(self):
@@ -147,6 +157,7 @@ class Pages(Storage):
     def set_length(self, length):
         super().set_length(length)
         self.memories.crop(length)
+        self.widened.forget(self.first_page(length))
 
     def check_crop(self, num_removed, layer_idx):
         super().check_crop(num_removed, layer_idx)
@@ -165,6 +176,7 @@ class Pages(Storage):
 
     def reorder(self, sources, start=0):
         self.make_room(self.length)
+        self.widened.forget(self.first_page(start))
         for part in (part for tensor in self.filled(start) for part in self.parts(tensor)):
             exchange_rows(part, sources)
         self.memories.change(lambda tensor: tensor[sources])
@@ -204,9 +216,7 @@ class Pages(Storage):
     def filled(self, start=0):
         """Views of what is stored of the slots from `start` on: keys, values, and what is beside tokens and pages."""
         slots = slice(start, self.length)
-        # Of the most padded row, whose pages have the lowest numbers.
-        first_page = max(0, start - max(self.left_padding, default=0)) // self.page_size
-        pages = slice(first_page, self.num_pages(self.length))
+        pages = slice(self.first_page(start), self.num_pages(self.length))
         of_tokens = self.beside_tokens(self.keys.shape[-1], self.keys.dtype)
         of_their_pages = slice(
             max(0, start - self.page_size), self.length
@@ -233,6 +243,7 @@ class Pages(Storage):
         self.keys, self.values, self.beside = keys, values, beside
         self.has_kernels, self.counters, self.work = has_kernels, counters, work
         self.num_kv_heads = num_kv_heads
+        self.widened = Widened()
         self.has_moved()
 
     def parts(self, tensor):
@@ -249,6 +260,14 @@ class Pages(Storage):
 
     def in_blocks(self, num_slots):
         return -(-num_slots // self.block_size) * self.block_size
+
+    def took_step(self):
+        super().took_step()
+        self.widened.forget(self.first_page(self.length - 1))
+
+    def first_page(self, slot):
+        """The page of a slot in the most padded row, whose pages have the lowest numbers."""
+        return max(0, slot - max(self.left_padding, default=0)) // self.page_size
 
     def num_pages(self, num_tokens):
         return -(-num_tokens // self.page_size)
