@@ -353,7 +353,7 @@ class TestNothingIsCopied:
     def test_when_it_grows_and_rows_change(self, cache):
         layer = cache.layers[3]
         with Elsewhere() as elsewhere:
-            layer.make_room(2 * LONG)
+            layer.storage.make_room(2 * LONG)
             layer.batch_repeat_interleave(3)
             layer.reorder_cache(torch.tensor([2, 2, 0]))
             layer.batch_select_indices(torch.tensor([1]))
