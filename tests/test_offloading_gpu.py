@@ -257,6 +257,36 @@ class TestGraphs:
                 torch.cuda.set_sync_debug_mode("default")
 
 
+class TestComing:
+    """What comes to the GPU on a stream of its own, while the layer before computes."""
+
+    @pytest.mark.parametrize("prefill", [None, CritiPrefill(budget=512, segment_size=128, threshold=1024)], ids=str)
+    def test_long_prompts_in_parts_are_read_the_same_to_the_bit(self, prefill):
+        """Parts of a length at which copies take as long as the layers, so that a race would be seen."""
+        model = make_model(**SERVED | {"num_hidden_layers": 8}, max_position_embeddings=1 << 17).cuda()
+        ids, logits = tokens(1 << 15).cuda(), []
+        with torch.no_grad():
+            for cache in both(prefill=prefill):
+                outputs = [model(part, **{CACHE_NAME: cache}, logits_to_keep=8).logits for part in ids.split(2048, 1)]
+                logits.append(torch.cat(outputs))
+        assert torch.equal(*logits)
+
+    def test_what_nobody_took_is_not_written_over_others(self):
+        """The copy goes on while its memory has been given back."""
+        model = make_model(**SERVED, max_position_embeddings=1 << 18).cuda()
+        cache = QuestCache(256, offloading=True)
+        with torch.no_grad():
+            for part in tokens(1 << 17).cuda().split(8192, dim=1):
+                model(part, **{CACHE_NAME: cache}, logits_to_keep=1)
+        storage = cache.layers[3].storage
+        for _ in range(20):
+            storage.come(8)
+            storage.begin_forward()
+            others = [torch.full_like(storage.keys, 7.0, memory_format=torch.contiguous_format) for _ in range(3)]
+            torch.cuda.synchronize()
+            assert all(bool((other == 7).all()) for other in others)
+
+
 class TestMemory:
     def test_the_gpu_has_none_of_the_keys(self):
         """Of layers that choose: 65,536 tokens of 2 layers of 2 heads of 64 channels take 67 MB."""
