@@ -95,7 +95,7 @@ def prompt_under_way():
 def compiles_on_cpu():
     """Whether the `generate` under way compiles its steps on a CPU, too, as a private flag of CompileConfig says."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code not in LOOPS:
+    while frame is not None and frame.f_code is not GENERATE:  # whose loop may be ours
         frame = frame.f_back
     config = None if frame is None else frame.f_locals["generation_config"].compile_config
     return config is not None and config._compile_all_devices
