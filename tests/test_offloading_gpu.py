@@ -19,6 +19,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "drafts": {"prompt_lookup_num_tokens": 4},
+    "chunks": {"prefill_chunk_size": 37},
+    "ahead": {"custom_generate": decode_ahead},
+    "long": {"max_new_tokens": 300},
+}
 METHODS = {"pages": {}, "codes": {"codes": 2}, "wide bounds": {"bounds_dtype": None}}
 SERVED = {"hidden_size": 256, "num_hidden_layers": 4, "dtype": torch.bfloat16}  # whose head dim the kernels serve
 
@@ -129,19 +138,7 @@ class TestTheSameTokens:
             "gemma3": tiny_gemma(),
         }
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"do_sample": True, "top_k": 20},
-            {"num_beams": 3},
-            {"prompt_lookup_num_tokens": 4},
-            {"prefill_chunk_size": 37},
-            {"custom_generate": decode_ahead},
-            {"max_new_tokens": 300},
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("name", ["kernels", "pytorch", "gemma3"])
     def test_in_every_mode_of_generate(self, models, name, method, options):
