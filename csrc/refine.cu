@@ -20,7 +20,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 4;
 
 constexpr int kStripeThreads = kStripes * kWarpSize;  // of a block that chooses, a warp for each stripe
-constexpr int kMaxKeys = 5120;  // in shared memory; more lie in L2
+constexpr int kMaxKeys = 4864;  // in shared memory; more lie in L2
 
 __device__ inline bool has_shares(const RefineParams& params) {
     return params.agreement != Agreement::kMax && params.group_size > 1;
