@@ -6,7 +6,6 @@
 #include <sys/mman.h>
 
 #include <deque>
-#include <map>
 
 #include "cuda_on_cpu.h"
 
@@ -62,14 +61,14 @@ UNWATCHED inline CopyGroups& own_copies() {
     return copies.data()[fibers.current->block_idx * blockDim.x + threadIdx.x];
 }
 
-inline void copy_async(unsigned target, const void* source) {
+void copy_async(unsigned target, const void* source) {
     if (size_t(source) % 16 != 0) fail("a copy's source is not aligned");
     char* const place = find_shared(target, 16);
     std::memset(place, 0xff, 16);
     own_copies().back().push_back({place, source});
 }
-inline void copy_async_once(unsigned target, const void* source) { copy_async(target, source); }
-inline void commit_copies() { own_copies().emplace_back(); }
+void copy_async_once(unsigned target, const void* source) { copy_async(target, source); }
+void commit_copies() { own_copies().emplace_back(); }
 
 template <int kNumGroups>
 void wait_for_copies() {
@@ -82,6 +81,7 @@ void wait_for_copies() {
 
 // Barriers that count arrivals and bytes, by where they lie. Nothing else may write there.
 struct CountingBarrier {
+    const void* place = nullptr;
     int num_arrivals = 0, num_bytes = 0;  // that are still expected
     bool is_done = false;
     FiberQueue waiting;
@@ -94,18 +94,30 @@ struct CountingBarrier {
     }
 };
 constexpr uint64_t kBarrier = 0x5eba221e25eba221;
-inline std::map<const void*, CountingBarrier> counting_barriers;
+inline CountingBarrier counting_barriers[64];
+inline int num_counting_barriers = 0;
 
 UNWATCHED inline CountingBarrier& find_barrier(const void* place) {
-    const auto found = counting_barriers.find(place);
-    if (found == counting_barriers.end()) fail("there is no barrier");
-    if (*static_cast<const uint64_t*>(place) != kBarrier) fail("something has been written over a barrier");
-    return found->second;
+    if (*static_cast<const uint64_t*>(place) != kBarrier) fail("there is no barrier, or something is written over it");
+    for (int i = 0; i < num_counting_barriers; ++i) {
+        if (counting_barriers[i].place == place) return counting_barriers[i];
+    }
+    fail("there is no barrier");
+}
+
+UNWATCHED inline void add_barrier(const void* place, int num_arrivals) {
+    if (num_counting_barriers == 64) fail("too many barriers");
+    CountingBarrier& added = counting_barriers[num_counting_barriers++];
+    added.place = place;
+    added.num_arrivals = num_arrivals;
+    added.num_bytes = 0;
+    added.is_done = false;
+    added.waiting.first = nullptr;
 }
 
 inline void make_barrier(uint64_t& barrier, int num_arrivals) {
     barrier = kBarrier;
-    counting_barriers[&barrier] = {.num_arrivals = num_arrivals};
+    add_barrier(&barrier, num_arrivals);
 }
 inline void publish_barriers() {}
 
@@ -182,8 +194,7 @@ inline void wait_for_cluster() {
     }();
 }
 
-inline void multiply_add(int (&sums)[4], uint4 left, uint2 right);
-inline uint4 load_matrices(unsigned address) {
+uint4 load_matrices(unsigned address) {
     const auto addresses = exchange(address);
     uint4 data;
     for (int i = 0; i < 4; ++i) {  // matrix by matrix, of 8 rows
@@ -194,7 +205,7 @@ inline uint4 load_matrices(unsigned address) {
     return data;
 }
 
-UNWATCHED inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
+UNWATCHED void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
     const auto& words = own_warp().exchange<6>({left.x, left.y, left.z, left.w, right.x, right.y});
     const int group_idx = threadIdx.x % 32 / 4, quad_idx = threadIdx.x % 4;
     for (int i = 0; i < 4; ++i) {  // of row group_idx + i / 2 * 8 and column 2 * quad_idx + i % 2
@@ -206,7 +217,7 @@ UNWATCHED inline void multiply_add(int (&sums)[4], uint4 left, uint2 right) {
     }
 }
 
-inline unsigned spread_signs(uint32_t low_pair, uint32_t high_pair) {
+unsigned spread_signs(uint32_t low_pair, uint32_t high_pair) {
     const uint64_t both = uint64_t(high_pair) << 32 | low_pair;
     unsigned signs = 0;
     for (int i = 0; i < 4; ++i) signs |= (both >> (16 * i + 15) & 1 ? 0xffu : 0u) << 8 * i;
@@ -214,10 +225,7 @@ inline unsigned spread_signs(uint32_t low_pair, uint32_t high_pair) {
 }
 
 inline void (*when_prefetched)(const void*) = nullptr;
-inline void prefetch(const void* source) { when_prefetched(source); }
-
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_begin() {}
+void prefetch(const void* source) { when_prefetched(source); }
 
 }  // namespace hf_quest
 
@@ -244,7 +252,7 @@ void launch_clusters(const cudaLaunchConfig_t& config, void (*kernel)(Params), c
                 if (mprotect(shared_memory + guard, kPageBytes, PROT_NONE) != 0) std::abort();
             }
             copies.assign(num_blocks * num_threads, CopyGroups(1));
-            counting_barriers.clear();
+            num_counting_barriers = 0;
             cluster_barrier = {.num_expected = num_blocks * num_threads};
             cluster_barrier.own.assign(num_blocks * num_threads, 0);
             run_cluster(num_blocks, num_threads, [&] { kernel(params); });

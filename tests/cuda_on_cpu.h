@@ -70,7 +70,11 @@ UNWATCHED inline std::array<unsigned, 32> exchange(unsigned value, unsigned lane
 
 template <typename Value>
 Value __shfl_sync(unsigned lanes, Value value, int lane_idx) {
-    return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes).at(lane_idx));
+    if constexpr (std::is_integral_v<Value>) {
+        return Value(exchange(unsigned(value), lanes).at(lane_idx));
+    } else {
+        return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes).at(lane_idx));
+    }
 }
 
 template <typename Value>
@@ -150,7 +154,7 @@ void run_cluster(int num_blocks, int num_threads, Run run) {
         for (auto& warp : block.warps) warp.barrier.count = 32;
         for (auto& quad : block.quads) quad.barrier.count = 4;
     }
-    fibers.when_switched = become;
+    if (fibers.when_switched == nullptr) fibers.when_switched = become;
     fibers.run_all(num_blocks, num_threads, [](void* told) { (*static_cast<Run*>(told))(); }, &run);
 }
 
@@ -191,16 +195,50 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 }
 
 // Some inline functions of common.cuh are assembly.
-#define power_of_two power_of_two_in_assembly
+#define commit_copies commit_copies_in_assembly
+#define copy_async copy_async_in_assembly
+#define copy_async_once copy_async_once_in_assembly
+#define let_next_kernel_begin let_next_kernel_begin_in_assembly
+#define load_matrices load_matrices_in_assembly
 #define load_once load_once_in_assembly
+#define multiply_add multiply_add_in_assembly
+#define power_of_two power_of_two_in_assembly
+#define prefetch prefetch_in_assembly
+#define spread_signs spread_signs_in_assembly
+#define wait_for_copies wait_for_copies_in_assembly
+#define wait_for_previous_kernel wait_for_previous_kernel_in_assembly
 #include "common.cuh"
-#undef power_of_two
+#undef commit_copies
+#undef copy_async
+#undef copy_async_once
+#undef let_next_kernel_begin
+#undef load_matrices
 #undef load_once
+#undef multiply_add
+#undef power_of_two
+#undef prefetch
+#undef spread_signs
+#undef wait_for_copies
+#undef wait_for_previous_kernel
 #undef __shared__
 #define __shared__ static
 #define __launch_bounds__(...)
 
 namespace hf_quest {
+
+// In cluster_on_cpu.h.
+void commit_copies();
+void copy_async(unsigned target, const void* source);
+void copy_async_once(unsigned target, const void* source);
+uint4 load_matrices(unsigned address);
+void multiply_add(int (&sums)[4], uint4 left, uint2 right);
+void prefetch(const void* source);
+unsigned spread_signs(uint32_t low_pair, uint32_t high_pair);
+template <int kNumGroups>
+void wait_for_copies();
+
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_begin() {}
 
 inline float power_of_two(float exponent) { return exponent < -126.0f ? 0.0f : std::exp2(exponent); }
 
@@ -226,6 +264,10 @@ UNWATCHED void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_le
         sums[i] = float(sum);
     }
 }
+
+template <typename T>
+void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3, uint32_t right0,
+                  uint32_t right1);
 
 template <>
 inline void multiply_add<__half>(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3,

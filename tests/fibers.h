@@ -94,7 +94,7 @@ struct Fibers {
         setcontext(&next->context);
     }
 
-    UNWATCHED static void live();
+    static void live();
 
     UNWATCHED void add() {
         constexpr size_t kStackBytes = 1 << 18;
@@ -128,7 +128,7 @@ struct Fibers {
 };
 inline Fibers fibers;
 
-inline void Fibers::live() {
+UNWATCHED inline void Fibers::live() {
     while (true) {
         __tsan_acquire(&fibers.begin);
         fibers.run(fibers.told);
