@@ -157,3 +157,46 @@ def check(step, program):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_step_is_that_of_the_specification(program, case):
     check(Step(case, (0, 5)[-case.num_rows :]), program)
+
+
+@pytest.mark.parametrize(("length", "cluster_size"), [(1, 2), (16, 3), (17, 2), (64, 3), (65, 3), (81, 2)])
+def test_short_rows_are_taken_whole(program, length, cluster_size):
+    case = Case(cluster_size=cluster_size, capacity=96, num_tokens=64, num_candidates=5, seed=length)
+    told = check(Step(case, num_spare=96 - length), program)
+    if length <= 64:
+        assert told.flatten().tolist() == [*range(length), *[-1] * (64 - length)]
+
+
+def test_a_row_of_padding_alone_has_no_tokens(program):
+    told = check(Step(Case(num_rows=3, capacity=320), (0, 320, 319)), program)
+    assert (told[1] == -1).all()
+    assert told[2].flatten().tolist() == [0] + [-1] * 63
+
+
+@pytest.mark.parametrize("group", reference.GROUPS)
+def test_equal_keys_are_taken_from_the_first_on(program, group):
+    """Of each stripe."""
+    step = Step(Case(capacity=600, agreement=reference.GROUPS.index(group)))
+    step.keys[:] = step.keys[:, :, :1]
+    step.store()
+    told = check(step, program)
+    for stripe in range(16):
+        chosen = told[(told >= 0) & (told < 592) & (told // 16 % 16 == stripe)]
+        of_stripe = torch.cat([torch.arange(16) + 16 * page for page in range(stripe, 37, 16)])
+        assert chosen.tolist() == of_stripe[: len(chosen)].tolist()
+
+
+def test_what_is_chosen_need_not_be_told(program):
+    check(Step(Case(is_told=0, capacity=400)), program)
+
+
+@pytest.mark.parametrize("seed", range(3, 6))
+def test_the_order_of_threads_does_not_matter(program, seed):
+    """Of more pages than two rounds of warps score, and blocks of which the last has a stripe less."""
+    check(Step(Case(capacity=4000, num_candidates=60, num_tokens=320, cluster_size=3, seed=seed), num_spare=5), program)
+
+
+def test_lists_are_as_large_as_stripes_may_want(program):
+    """Of every number of pages, cluster and page size."""
+    result = subprocess.run([program, "sizes"], capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
