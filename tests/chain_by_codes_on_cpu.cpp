@@ -108,6 +108,7 @@ const char *first_code, *end_code;
 int run_case() {
     const Case given = read_one<Case>();
     is_at_end = given.at_end;
+    do_exchanges_publish = false;
     fibers.random = given.seed;
     fibers.when_switched = become_one_of_a_cluster;
     const size_t heads = size_t(given.num_rows) * given.num_kv_heads, query_heads = heads * given.group_size;

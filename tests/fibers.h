@@ -12,6 +12,11 @@
 // What switches is unknown to the sanitizer, which would see races in it.
 #define UNWATCHED __attribute__((noinline, no_sanitize("thread")))
 
+// It would wait for a second at the end for what other threads may still do.
+extern "C" __attribute__((weak, used)) const char* __tsan_default_options() {
+    return "atexit_sleep_ms=0:halt_on_error=1";
+}
+
 [[noreturn]] UNWATCHED inline void fail(const char* reason) {
     std::fprintf(stderr, "%s\n", reason);
     std::_Exit(3);

@@ -69,7 +69,7 @@ CASES = {
     ),
     "pages of 8 up to the storage's end": Case(page_size=8, num_candidates=40, num_rows=2, capacity=400, seed=2),
     "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
-    "more of a stripe than a list takes": Case(num_candidates=12, num_tokens=160, page_size=32, capacity=1600),
+    "more of a stripe than are compared": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568),
 }
 
 
@@ -168,21 +168,33 @@ def test_short_rows_are_taken_whole(program, length, cluster_size):
 
 
 def test_a_row_of_padding_alone_has_no_tokens(program):
-    told = check(Step(Case(num_rows=3, capacity=320), (0, 320, 319)), program)
+    told = check(Step(Case(num_rows=3, capacity=320), (0, 304, 303), num_spare=16), program)
     assert (told[1] == -1).all()
     assert told[2].flatten().tolist() == [0] + [-1] * 63
 
 
-@pytest.mark.parametrize("group", reference.GROUPS)
-def test_equal_keys_are_taken_from_the_first_on(program, group):
+EQUAL = {
+    "few": Case(capacity=600),
+    "more tokens than a list holds": Case(
+        page_size=64, capacity=4160, num_candidates=64, num_tokens=576, agreement=BY_SHARE
+    ),
+    "more pages than a list holds": Case(
+        page_size=8, capacity=26400, group_size=1, num_candidates=40, agreement=BY_LARGEST, keeps_first=0
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
+def test_equal_keys_are_taken_from_the_first_on(program, case):
     """Of each stripe."""
-    step = Step(Case(capacity=600, agreement=reference.GROUPS.index(group)))
+    step = Step(case)
     step.keys[:] = step.keys[:, :, :1]
     step.store()
-    told = check(step, program)
+    told, size = check(step, program), case.page_size
+    num_earlier = (case.capacity - 1) // size
     for stripe in range(16):
-        chosen = told[(told >= 0) & (told < 592) & (told // 16 % 16 == stripe)]
-        of_stripe = torch.cat([torch.arange(16) + 16 * page for page in range(stripe, 37, 16)])
+        chosen = told[(told >= 0) & (told < num_earlier * size) & (told // size % 16 == stripe)]
+        of_stripe = torch.cat([torch.arange(size) + size * page for page in range(stripe, num_earlier, 16)])
         assert chosen.tolist() == of_stripe[: len(chosen)].tolist()
 
 
