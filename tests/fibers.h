@@ -62,6 +62,7 @@ struct Fibers {
     FiberQueue ready;
     std::vector<Fiber*> all;
     unsigned random = 1;  // the seed, and then what comes of it
+    int favourite = -1;  // a block that goes first, if there is one
     int num_running = 0;
     void (*run)(void*) = nullptr;  // what each does, and what it is told
     void* told = nullptr;
@@ -70,10 +71,10 @@ struct Fibers {
 
     UNWATCHED void wake(Fiber* fiber) {
         random = random * 1664525u + 1013904223u;
-        if (random >> 31) {
-            ready.push(fiber);
-        } else {
+        if (favourite < 0 ? random >> 31 : fiber->block_idx == favourite) {
             ready.push_first(fiber);
+        } else {
+            ready.push(fiber);
         }
     }
 
@@ -119,6 +120,7 @@ struct Fibers {
         run = what;
         told = with;
         num_running = num_blocks * num_threads;
+        favourite = num_blocks > 1 ? int(random % (num_blocks + 1)) - 1 : -1;
         while (int(all.size()) < num_running) add();
         for (int idx = 0; idx < num_running; ++idx) {
             all[idx]->thread_idx = idx % num_threads;
