@@ -144,8 +144,8 @@ int run_case() {
     params.query_strides[1] = head_dim;
     params.storage = {.keys = keys.data(), .values = values.data(), .bounds = bounds.data()};
     params.storage.scales = scales.data();
-    params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
     params.storage.capacity = given.capacity;
+    params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
     params.storage.codes = codes.data();
     params.told_ids = given.is_told ? told.data() : nullptr;
     params.length = length.data();

@@ -1,5 +1,6 @@
-// What kernels use of CUDA, with the threads of a block as fibers, which take turns on the CPU. Built with -fsanitize=thread,bounds a
-// program ends at a race, and at an index that is too large, which a GPU may well get away with.
+// What kernels use of CUDA, with the threads of a block as fibers, which take turns on the CPU. Built with
+// -fsanitize=thread,bounds a program ends at a race, and at an index that is too large, which a GPU may well get away
+// with.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -102,7 +103,6 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
     for (const unsigned each : exchange(value)) sum += each;
     return sum;
 }
-
 
 template <typename Value>
 Value atomicAdd(Value* target, Value value) {
@@ -248,9 +248,9 @@ inline uint2 load_once(const uint2* source) { return *source; }
 // A product of tensor cores, of which value_of(pair, i) is a factor.
 template <typename ValueOf>
 UNWATCHED void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_left, std::array<uint32_t, 2> own_right,
-                      ValueOf value_of) {
-    const auto& [left0, left1, left2, left3, right0, right1] = own_warp().exchange<6>(
-        {own_left[0], own_left[1], own_left[2], own_left[3], own_right[0], own_right[1]});
+                                ValueOf value_of) {
+    const auto& [left0, left1, left2, left3, right0, right1] =
+        own_warp().exchange<6>({own_left[0], own_left[1], own_left[2], own_left[3], own_right[0], own_right[1]});
     const unsigned* const left[4] = {left0, left1, left2, left3};
     const unsigned* const right[2] = {right0, right1};
     const int group_idx = threadIdx.x % 32 / 4, quad_idx = threadIdx.x % 4;

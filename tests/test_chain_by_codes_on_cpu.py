@@ -208,6 +208,11 @@ def test_the_order_of_threads_does_not_matter(program, seed):
     check(Step(Case(capacity=4000, num_candidates=60, num_tokens=320, cluster_size=3, seed=seed), num_spare=5), program)
 
 
+def test_scores_that_shared_memory_does_not_hold(program):
+    case = Case(page_size=8, capacity=250_000, group_size=1, num_candidates=200, num_tokens=512)
+    check(Step(case, (3,), num_spare=5), program)
+
+
 def test_lists_are_as_large_as_stripes_may_want(program):
     """Of every number of pages, cluster and page size."""
     result = subprocess.run([program, "sizes"], capture_output=True)
