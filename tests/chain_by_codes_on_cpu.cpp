@@ -51,6 +51,7 @@ cudaError_t for_head_dim(DataType data_type, int head_dim, Run run) {
                                                 : run(__nv_bfloat16(), std::integral_constant<int, 64>());
         case 96: return run(__nv_bfloat16(), std::integral_constant<int, 96>());
         case 128: return run(__nv_bfloat16(), std::integral_constant<int, 128>());
+        case 256: return run(__nv_bfloat16(), std::integral_constant<int, 256>());
         default: return cudaErrorInvalidValue;
     }
 }
@@ -83,7 +84,7 @@ using namespace hf_quest;
 
 struct Case {
     int is_half, num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens,
-        capacity, agreement, keeps_first, cluster_size, is_told, at_end, seed;
+        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed;
     float scaling, width;
 };
 
@@ -147,6 +148,11 @@ int run_case() {
     params.storage.capacity = given.capacity;
     params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
     params.storage.codes = codes.data();
+    const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
+    const int64_t addresses[7] = {address(keys.data()),   address(values.data()), address(bounds.data()),
+                                  address(scales.data()), address(scores.data()), given.capacity,
+                                  address(codes.data())};
+    if (given.is_found) params.storage = {.addresses = addresses};
     params.told_ids = given.is_told ? told.data() : nullptr;
     params.length = length.data();
     params.padding = padding.data();

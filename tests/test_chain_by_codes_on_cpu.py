@@ -36,6 +36,7 @@ class Case:
     cluster_size: int = 2
     is_told: int = 1
     at_end: int = 1  # of memory tensors end, or begin
+    is_found: int = 0  # storage, on the device
     seed: int = 1
 
     @property
@@ -65,10 +66,11 @@ CASES = {
         group_size=5, head_dim=128, page_size=32, num_candidates=7, num_tokens=100, agreement=BY_LARGEST
     ),
     "by the largest share, 4 bits, float16, two rows and heads": Case(
-        num_rows=2, num_kv_heads=2, code_bits=4, is_half=1, agreement=BY_SHARE, keeps_first=0, capacity=400
+        num_rows=2, num_kv_heads=2, code_bits=4, is_half=1, agreement=BY_SHARE, keeps_first=0, capacity=400, is_found=1
     ),
     "pages of 8 up to the storage's end": Case(page_size=8, num_candidates=40, num_rows=2, capacity=400, seed=2),
     "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
+    "head dim 256": Case(head_dim=256, group_size=5, agreement=BY_SHARE),
     "more of a stripe than are compared": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568),
 }
 
