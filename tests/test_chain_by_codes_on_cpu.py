@@ -70,6 +70,7 @@ CASES = {
     ),
     "pages of 8 up to the storage's end": Case(page_size=8, num_candidates=40, num_rows=2, capacity=400, seed=2),
     "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
+    "head dim 96, 4 bits": Case(head_dim=96, group_size=3, code_bits=4),
     "head dim 256": Case(head_dim=256, group_size=5, agreement=BY_SHARE),
     "more of a stripe than are compared": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568),
 }
