@@ -172,7 +172,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     // Has the candidates' codes brought to L2: more than is on its way while they are scored.
     __device__ void fetch_codes() const {
         constexpr int kLine = 128;
-        const int lines_of_page = ceil_div(params.page_size * Layout::kRowBytes, kLine);
+        const int lines_of_page = params.page_size * Layout::kRowBytes / kLine;
         const int num_lines = shared.first_candidate[num_stripes] * lines_of_page;
         const uint8_t* codes = storage.codes + Block::row_slot * Layout::kRowBytes;
         for (int idx = threadIdx.x; idx < num_lines; idx += kThreads) {
@@ -194,7 +194,6 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     __device__ void score_tokens(int num_slots) {
         const int unit_shift = max(page_shift - 5, 0), num_units = shared.first_candidate[num_stripes] << unit_shift;
         const bool has_second = params.page_size > 8;
-        const int bytes_to_second = has_second ? 8 * Layout::kRowBytes : 0;
         const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
         const uint8_t* own_codes =
             storage.codes + Block::row_slot * Layout::kRowBytes + LaneCodes<kHeadDim, kBits>::find_own();
@@ -205,7 +204,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 const unsigned first_byte = (first_token + i * kCodeTile) * Layout::kRowBytes;  // MAX_SLOTS of ops.py
-                unit.codes[i].load_from(own_codes + first_byte, bytes_to_second);
+                unit.codes[i].load_from(own_codes + first_byte, has_second ? 8 * Layout::kRowBytes : 0);
             }
         };
         const int first_head = lane_idx % 4 * 2, num_heads = params.group_size;

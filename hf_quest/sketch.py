@@ -75,7 +75,13 @@ class Sketch:
         held, on_host = held_by(cache)
         grows = last < num_tokens and cache.max_cache_len is None  # a layer at a time, beside what it was
         largest = max(sum(tensor.nbytes for _, tensor in on_device(layer.storage)) for layer in cache.layers)
-        prompt = asked.most - sum(held.values()) - sum(on_host.values()) + largest * grows + at_hand(cache)
+        prompt = (
+            asked.most
+            - sum(held.values())
+            - sum(on_host.values())
+            + largest * grows
+            + at_hand(cache, last < num_tokens)
+        )
         return held, on_host, prompt
 
     def empty(self, like):
@@ -222,10 +228,13 @@ def on_device(storage):
     return [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
 
 
-def at_hand(cache):
-    """Bytes of the keys and values of a layer that a prompt's attention brings to the device."""
+def at_hand(cache, is_in_parts):
+    """Bytes of keys and values that a prompt's attention brings to the device: those of a layer, and those of the next
+    meanwhile, if it is read in parts.
+    """
     filled = [layer.storage.saved()[0] for layer in cache.layers if layer.storage.offloading]
-    return max((tensors["keys"].nbytes + tensors["values"].nbytes for tensors in filled), default=0)
+    sizes = sorted(tensors["keys"].nbytes + tensors["values"].nbytes for tensors in filled)
+    return sum(sizes[-1 - is_in_parts :])
 
 
 def sketched_attention(module, query, key, value, attention_mask=None, **kwargs):

@@ -258,7 +258,7 @@ class TestChain:
     @pytest.mark.parametrize("page_size", [8, 16, 32, 64])
     @pytest.mark.parametrize("num_rows", [1, 4, 8])
     def test_a_budget_of_a_real_layer(self, page_size, num_rows, bounds_dtype):
-        """By clusters of nine, four and two blocks."""
+        """By clusters of eight, four and two blocks."""
         stored = store(
             (8, 4, 128, page_size), 40_000, (0, 9, 100, 7, 0, 0, 33, 1)[:num_rows], bounds_dtype=bounds_dtype
         )

@@ -5,6 +5,7 @@ import torch
 from small_llama import PROMPT, feed, generate, make_model, tokens
 
 from hf_quest import QuestCache, QuestError, reference
+from hf_quest.storage import Pages
 
 
 @pytest.fixture(scope="module")
@@ -186,16 +187,16 @@ def test_model_of_one_layer_loaded_with_another_attention():
 
 @pytest.mark.parametrize("layer_idx", [0, 1, 3])
 def test_append_that_fails(model, prefilled, monkeypatch, layer_idx):
-    append = reference.append
+    write = Pages.write
     calls = []
 
     def run_out_of_memory(*arguments):
         calls.append(arguments)
         if len(calls) == layer_idx + 1:
             raise MemoryError
-        append(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(reference, "append", run_out_of_memory)
+    monkeypatch.setattr(Pages, "write", run_out_of_memory)
     with pytest.raises(MemoryError):
         model(tokens(20), past_key_values=prefilled)
     monkeypatch.undo()

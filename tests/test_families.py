@@ -23,8 +23,8 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import hf_quest
 from hf_quest import H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest.methods.quest import Quest
 
 PAGE_SIZE = 4
 SMALL_BUDGET = 4 * PAGE_SIZE
@@ -257,13 +257,13 @@ def assert_same(result, expected):
 @pytest.fixture
 def selections(monkeypatch):
     """The length at which each selection of pages was made."""
-    select, lengths = hf_quest.reference.select, []
+    choose, lengths = Quest.choose, []
 
-    def counting_select(scores, length, *args):
+    def counting_choose(method, pages, query, logits, length):
         lengths.append(length)
-        return select(scores, length, *args)
+        return choose(method, pages, query, logits, length)
 
-    monkeypatch.setattr(hf_quest.reference, "select", counting_select)
+    monkeypatch.setattr(Quest, "choose", counting_choose)
     return lengths
 
 

@@ -353,29 +353,66 @@ class TestNothingIsCopied:
     def test_when_it_grows_and_rows_change(self, cache):
         layer = cache.layers[3]
         with Elsewhere() as elsewhere:
-            layer.make_room(2 * LONG)
+            layer.storage.make_room(2 * LONG)
             layer.batch_repeat_interleave(3)
             layer.reorder_cache(torch.tensor([2, 2, 0]))
             layer.batch_select_indices(torch.tensor([1]))
             layer.crop(-5)
         assert elsewhere.most <= self.of_keys / 2  # a head, while rows change places
 
-    def test_a_chunk_of_a_prompt_has_the_keys_of_one_layer_at_a_time(self, long_model, cache):
-        live = []
-        at_hand = Offloaded.at_hand
+    def test_a_chunk_of_a_prompt_has_the_keys_of_a_layer_and_the_next_at_a_time(self, long_model, cache, monkeypatch):
+        live, came, at_hand = [], [], Offloaded.at_hand
 
         def counted(storage, keys, values):
+            came.append(storage.coming is not None)
             assert not any(reference() is not None for reference in live)
             copies = at_hand(storage, keys, values)
+            assert torch.equal(copies[0], keys)
+            assert torch.equal(copies[1], values)
             assert not any(host.holds(tensor) for tensor in copies)
             live.extend(weakref.ref(tensor.untyped_storage()) for tensor in copies)
             return copies
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Offloaded, "at_hand", counted)
-            read(long_model, cache, tokens(500, seed=3))
+        monkeypatch.setattr(Offloaded, "at_hand", counted)
+        read(long_model, cache, tokens(500, seed=3))
+        assert came == [True, True]
         assert len(live) == 4
         assert not any(reference() is not None for reference in live)
+
+    def test_what_came_for_a_forward_that_did_not_end_is_not_attended(self, model):
+        expected, cache = (read(model, cache) for cache in both())
+        for each in (expected, cache):
+            with pytest.raises(Stopped):
+                stopped(model, each, tokens(20, seed=3))
+            with pytest.raises(QuestError, match="did not end"):
+                read(model, each, tokens(20, seed=3))
+            each.crop(-50)
+            read(model, each, tokens(50, seed=4))
+        assert cache.get_seq_length() == PROMPT
+        assert torch.equal(*(read_logits(model, each, tokens(20, seed=5)) for each in (expected, cache)))
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped(model, cache, ids):
+    """A forward that ends in the MLP of layer 2, when the keys of layer 3 have come."""
+
+    def stop(*arguments):
+        assert not isinstance(cache.layers[3].storage, Offloaded) or cache.layers[3].storage.coming is not None
+        raise Stopped
+
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(stop)
+    try:
+        read(model, cache, ids)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def read_logits(model, cache, ids):
+    return model(ids, **{CACHE_NAME: cache}).logits
 
 
 def step_of(layer, query):

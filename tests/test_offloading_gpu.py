@@ -19,6 +19,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "drafts": {"prompt_lookup_num_tokens": 4},
+    "chunks": {"prefill_chunk_size": 37},
+    "ahead": {"custom_generate": decode_ahead},
+    "long": {"max_new_tokens": 300},
+}
 METHODS = {"pages": {}, "codes": {"codes": 2}, "wide bounds": {"bounds_dtype": None}}
 SERVED = {"hidden_size": 256, "num_hidden_layers": 4, "dtype": torch.bfloat16}  # whose head dim the kernels serve
 
@@ -129,19 +138,7 @@ class TestTheSameTokens:
             "gemma3": tiny_gemma(),
         }
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"do_sample": True, "top_k": 20},
-            {"num_beams": 3},
-            {"prompt_lookup_num_tokens": 4},
-            {"prefill_chunk_size": 37},
-            {"custom_generate": decode_ahead},
-            {"max_new_tokens": 300},
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("name", ["kernels", "pytorch", "gemma3"])
     def test_in_every_mode_of_generate(self, models, name, method, options):
@@ -255,6 +252,36 @@ class TestGraphs:
                     model(token, **{CACHE_NAME: cache})
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+class TestComing:
+    """What comes to the GPU on a stream of its own, while the layer before computes."""
+
+    @pytest.mark.parametrize("prefill", [None, CritiPrefill(budget=512, segment_size=128, threshold=1024)], ids=str)
+    def test_long_prompts_in_parts_are_read_the_same_to_the_bit(self, prefill):
+        """Parts of a length at which copies take as long as the layers, so that a race would be seen."""
+        model = make_model(**SERVED | {"num_hidden_layers": 8}, max_position_embeddings=1 << 17).cuda()
+        ids, logits = tokens(1 << 15).cuda(), []
+        with torch.no_grad():
+            for cache in both(prefill=prefill):
+                outputs = [model(part, **{CACHE_NAME: cache}, logits_to_keep=8).logits for part in ids.split(2048, 1)]
+                logits.append(torch.cat(outputs))
+        assert torch.equal(*logits)
+
+    def test_what_nobody_took_is_not_written_over_others(self):
+        """The copy goes on while its memory has been given back."""
+        model = make_model(**SERVED, max_position_embeddings=1 << 18).cuda()
+        cache = QuestCache(256, offloading=True)
+        with torch.no_grad():
+            for part in tokens(1 << 17).cuda().split(8192, dim=1):
+                model(part, **{CACHE_NAME: cache}, logits_to_keep=1)
+        storage = cache.layers[3].storage
+        for _ in range(20):
+            storage.come(8)
+            storage.begin_forward()
+            others = [torch.full_like(storage.keys, 7.0, memory_format=torch.contiguous_format) for _ in range(3)]
+            torch.cuda.synchronize()
+            assert all(bool((other == 7).all()) for other in others)
 
 
 class TestMemory:

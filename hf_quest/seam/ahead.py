@@ -75,7 +75,9 @@ def decode_ahead(
             notes.add(text.is_unfinished, tokens)
             if notes.is_over() or text.is_full:
                 break
-            output = steps.take(text.sequence, output)
+            inputs = steps.next_inputs(text.sequence, output)
+            del output  # or a compiled step would have to leave its logits where they are, and write elsewhere
+            output = steps.take(inputs)
     num_kept = notes.finish()
     text.keep(num_kept)
     steps.keep(num_kept - 1)
@@ -217,8 +219,8 @@ class Steps:
     def read_prompt(self, input_ids):
         return self.model._prefill(input_ids, self.config, self.model_kwargs, is_first_iteration=True)
 
-    def take(self, sequence, output):
-        """The model's output for the last token of a [B, tokens] sequence, after `output` for the one before."""
+    def next_inputs(self, sequence, output):
+        """What the model is given for the last token of a [B, tokens] sequence, after `output` for the one before."""
         foreseen = self.foresee(sequence)
         if self.can_be_foreseen:
             self.cache.go_on()
@@ -228,6 +230,9 @@ class Steps:
             if foreseen is not None:
                 self.can_be_foreseen = self.cache.can_go_on and are_equal(foreseen, inputs)
         self.inputs = inputs
+        return inputs
+
+    def take(self, inputs):
         self.num_taken += 1
         return self.forward(**inputs, return_dict=True)
 

@@ -48,9 +48,10 @@ class QuestCache(MethodCache):
         codes: bits per channel, 1, 2, 4 or 8, in which each key is kept a second time, on the grid of its page's
             bounds; or None. With codes single tokens are chosen, `budget` of them, those of the newest page included: a
             step looks at the codes of candidate pages, which the bounds find. At equal budget that loses several times
-            less, and it costs 2 bits beside the 32 of a key's and a value's channel. There are no CUDA kernels for it:
-            the layers that choose run in PyTorch, and no step is compiled.
-        candidates: how many times the budget's pages are candidates, or None for all pages.
+            less, and it costs 2 bits beside the 32 of a key's and a value's channel. There are CUDA kernels for 2 and 4
+            bits with bounds in 8; otherwise the layers that choose run in PyTorch, and no step is compiled.
+        candidates: how many times the budget's pages are candidates, or None for all pages. They, and tokens, are
+            chosen in 16 stripes of pages, of each a like share.
 
     Raises:
         ValueError, QuestError: as `MethodCache`.

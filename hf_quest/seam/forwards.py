@@ -60,12 +60,19 @@ class Forwards(Cache):
         if layer_idx == 0:
             self.shared.rows.expect(generate.prompt_under_way())
             reserve_host(self, layer.autocast(key_states), layer.autocast(value_states))
-        length = layer.length
+            for each in self.layers:
+                if each.storage.offloading:
+                    each.storage.begin_forward()
+        length, num_new = layer.length, key_states.shape[2]
         try:
-            return layer.update(key_states, value_states)
+            reached = layer.update(key_states, value_states)
         except QuestError:
             self._put_back(length)
             raise
+        is_prompt = num_new > 1 and self.shared.draft_start is None
+        if is_prompt and layer_idx + 1 < len(self.layers) and self.layers[layer_idx + 1].storage.offloading:
+            self.layers[layer_idx + 1].storage.come(num_new)
+        return reached
 
     _update_outside_of_graph = outside_of_graphs(_update)
 

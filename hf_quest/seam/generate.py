@@ -83,15 +83,6 @@ def prompt_length_of_caller():
     return max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
 
 
-def compiles_on_cpu():
-    """Whether the `generate` under way compiles its steps on a CPU, too, as a private flag of CompileConfig says."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code not in LOOPS:
-        frame = frame.f_back
-    config = None if frame is None else frame.f_locals["generation_config"].compile_config
-    return config is not None and config._compile_all_devices
-
-
 def prompt_under_way():
     """Tokens of the prompt that `generate` has read, in chunks as it may be; 0 where it reads none or does not know."""
     frame = sys._getframe(1)
@@ -99,6 +90,15 @@ def prompt_under_way():
         frame = frame.f_back
     ids = None if frame is None else frame.f_locals.get("input_ids")
     return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
+
+
+def compiles_on_cpu():
+    """Whether the `generate` under way compiles its steps on a CPU, too, as a private flag of CompileConfig says."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not GENERATE:  # whose loop may be ours
+        frame = frame.f_back
+    config = None if frame is None else frame.f_locals["generation_config"].compile_config
+    return config is not None and config._compile_all_devices
 
 
 def may_compile_for_caller(is_on_cpu):

@@ -3,7 +3,7 @@
 import torch
 
 from . import host
-from .copies import copy_by_head
+from .coming import Coming
 from .pages import Pages
 
 
@@ -15,6 +15,7 @@ class Offloaded(Pages):
     """
 
     offloading = True
+    coming: Coming | None = None  # copies for the attention of the forward under way
 
     def new_slots(self, like, slots, dtype):
         return host.empty((*slots, like.shape[-1]), dtype, like.device, self.rows.reserved)
@@ -37,14 +38,20 @@ class Offloaded(Pages):
     def at_hand(self, keys, values):
         if not host.holds(keys):
             return keys, values
-        num_tokens = keys.shape[2]
-        num_slots = self.in_blocks(num_tokens)  # as the segments of a prompt want them
-        found = []
-        for tokens in (keys, values):
-            copy = tokens.new_empty(*tokens.shape[:2], num_slots, tokens.shape[3])[:, :, :num_tokens]
-            copy_by_head(copy, host.seen_by_cpu(tokens, waits=False), non_blocking=True)
-            found.append(copy)
-        return found
+        num_tokens, coming = keys.shape[2], self.coming
+        self.coming = None
+        if coming is None or not coming.serves(num_tokens):
+            coming = Coming(self, 0, self.in_blocks(num_tokens))  # whole ones, as the segments of a prompt want them
+        return coming.arrive(num_tokens)
+
+    def come(self, num_new):
+        """Bring what is stored to the device, for a forward of `num_new` tokens that will attend it."""
+        if self.length:
+            self.coming = Coming(self, self.length, self.in_blocks(self.length + num_new))
+
+    def begin_forward(self):
+        """Forget what came for a forward that did not attend it."""
+        self.coming = None
 
     def move(self, batch_rows, num_slots, dtype=None):
         """As of Pages, without a copy of all of it on the way."""
@@ -78,7 +85,7 @@ class Offloaded(Pages):
         return {name: host.seen_by_cpu(tensors[name]) for name in self.names if tensors.get(name) is not None}
 
     def __getstate__(self):
-        return {**self.__dict__, **self.seen_by_cpu(self.__dict__)}
+        return {**self.__dict__, **self.seen_by_cpu(self.__dict__), "coming": None}
 
     def __setstate__(self, state):
         """Of a copy or a pickle, whose keys and values are where such things are put."""

@@ -258,6 +258,9 @@ class Pages(Storage):
         """One of `beside` that the kernels know, or None where a method means something else by its name."""
         return self.beside.get(name) if self.keeps_bounds else None
 
+    def in_blocks(self, num_slots):
+        return -(-num_slots // self.block_size) * self.block_size
+
     def took_step(self):
         super().took_step()
         self.widened.forget(self.first_page(self.length - 1))
@@ -265,9 +268,6 @@ class Pages(Storage):
     def first_page(self, slot):
         """The page of a slot in the most padded row, whose pages have the lowest numbers."""
         return max(0, slot - max(self.left_padding, default=0)) // self.page_size
-
-    def in_blocks(self, num_slots):
-        return -(-num_slots // self.block_size) * self.block_size
 
     def num_pages(self, num_tokens):
         return -(-num_tokens // self.page_size)
