@@ -82,7 +82,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     static constexpr int kTokensOfUnit = 2 * kCodeTile;
     const int lane_idx = threadIdx.x % kWarpSize;
     const int num_stripes = ceil_div(kStripes - rank, cluster_size);  // of this block
-    const bool has_shares = params.group_size > 1 && params.choice.agreement != Agreement::kMax;
+    const bool has_shares = Block::params.group_size > 1 && Block::params.choice.agreement != Agreement::kMax;
     int* page_ids;   // candidates
     int* token_ids;  // that this block attends
     int num_own;     // how many these are

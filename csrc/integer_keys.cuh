@@ -100,12 +100,14 @@ struct SharedGrid {
         __syncwarp();  // until all lanes have taken that of the last page
 #pragma unroll
         for (int i = 0; i < grid.kEach; ++i) {
+            const int idx = grid.pair_of(i);
+            // The last pair is one lane's, where some have none.
+            if (4 * L::kPairs % kWarpSize > 0 && threadIdx.x % kWarpSize + i * kWarpSize > idx) continue;
             const __half2 low = biased_pair(grid.lowest[i]), high = biased_pair(grid.highest[i]);
             const __half2 range = __hsub2(high, low);
             // kTop * minimum, and for 2 bits less what levels from 4 on add to it.
             __half2 start = __hfma2(low, __float2half2_rn(kTop), __float2half2_rn(-kTop * 1152.0f));
             if constexpr (kBits == 2) start = __hfma2(range, __float2half2_rn(-4.0f), start);
-            const int idx = grid.pair_of(i);
             ranges[idx / L::kPairs][idx % L::kPairs] = as_bits(range);
             lowest[idx / L::kPairs][idx % L::kPairs] = as_bits(start);
         }

@@ -1,5 +1,6 @@
-// What kernels use of CUDA, with the threads of a block as threads of the CPU. Built with -fsanitize=thread,bounds a
-// program ends at a race, and at an index that is too large, which a GPU may well get away with.
+// What kernels use of CUDA, with the threads of a block as fibers, which take turns on the CPU. Built with
+// -fsanitize=thread,bounds a program ends at a race, and at an index that is too large, which a GPU may well get away
+// with.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,47 +10,72 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
-#include <optional>
-#include <thread>
+#include <cstring>
 #include <vector>
+
+#include "fibers.h"
 
 using std::max, std::min;
 
-inline thread_local uint3 threadIdx, blockIdx;
+inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
-inline std::optional<std::barrier<>> block_barrier;
 
-struct Warp {
-    std::barrier<> barrier{32};
-    std::array<std::barrier<>, 8> quad_barriers = {B(4), B(4), B(4), B(4), B(4), B(4), B(4), B(4)};
-    std::array<std::atomic<unsigned>, 32> values;
+// A GPU does not publish, with the values that go from lane to lane, what lanes wrote; but what depends on those values
+// comes after what the lanes read, which the sanitizer would have to know.
+inline bool do_exchanges_publish = true;
 
-    using B = std::barrier<>;
+template <int kLanes>
+struct Lanes {
+    FiberBarrier barrier;
+    unsigned num_exchanges[kLanes] = {}, values[2][6][kLanes] = {};  // in turn
+
+    template <int kNum>
+    UNWATCHED const unsigned (&exchange(const std::array<unsigned, kNum>& own))[6][kLanes] {
+        const int lane_idx = threadIdx.x % kLanes, turn = num_exchanges[lane_idx]++ % 2;
+        for (int i = 0; i < kNum; ++i) values[turn][i][lane_idx] = own._M_elems[i];
+        barrier.arrive_and_wait(do_exchanges_publish);
+        return values[turn];
+    }
 };
-inline std::array<Warp, 32> warps;
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+struct Block {
+    FiberBarrier barrier;
+    std::array<Lanes<32>, 32> warps;
+    std::array<Lanes<4>, 256> quads;
+};
+inline std::vector<Block> blocks;  // of a cluster
+inline bool is_cluster = false;
+
+UNWATCHED inline Block& own_block() { return blocks.data()[fibers.current->block_idx]; }
+UNWATCHED inline Lanes<32>& own_warp() { return (&own_block().warps._M_elems)[0][threadIdx.x / 32]; }
+UNWATCHED inline Lanes<4>& own_quad() { return (&own_block().quads._M_elems)[0][threadIdx.x / 4]; }
+
+inline void __syncthreads() { own_block().barrier.arrive_and_wait(); }
+inline void __syncwarp() { own_warp().barrier.arrive_and_wait(); }
 
 // The values of all lanes, or of the four of a quad, as `lanes` says.
-inline std::array<unsigned, 32> exchange(unsigned value, unsigned lanes = ~0u) {
-    Warp& warp = warps[threadIdx.x / 32];
-    std::barrier<>& barrier = lanes == ~0u ? warp.barrier : warp.quad_barriers[threadIdx.x % 32 / 4];
-    warp.values[threadIdx.x % 32] = value;
-    barrier.arrive_and_wait();
-    std::array<unsigned, 32> values;
-    std::copy(warp.values.begin(), warp.values.end(), values.begin());
-    barrier.arrive_and_wait();
+UNWATCHED inline std::array<unsigned, 32> exchange(unsigned value, unsigned lanes = ~0u) {
+    std::array<unsigned, 32> values = {};
+    if (lanes == ~0u) {
+        const auto& of_lanes = own_warp().exchange<1>({value});
+        for (int i = 0; i < 32; ++i) values._M_elems[i] = of_lanes[0][i];
+    } else {
+        const auto& of_lanes = own_quad().exchange<1>({value});
+        const int first = threadIdx.x % 32 / 4 * 4;
+        for (int i = 0; i < 4; ++i) values._M_elems[first + i] = of_lanes[0][i];
+    }
     return values;
 }
 
-inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
-
 template <typename Value>
 Value __shfl_sync(unsigned lanes, Value value, int lane_idx) {
-    return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes).at(lane_idx));
+    if constexpr (std::is_integral_v<Value>) {
+        return Value(exchange(unsigned(value), lanes).at(lane_idx));
+    } else {
+        return std::bit_cast<Value>(exchange(std::bit_cast<unsigned>(value), lanes).at(lane_idx));
+    }
 }
 
 template <typename Value>
@@ -77,7 +103,6 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
     for (const unsigned each : exchange(value)) sum += each;
     return sum;
 }
-
 
 template <typename Value>
 Value atomicAdd(Value* target, Value value) {
@@ -114,20 +139,28 @@ Value __ldcg(const Value* source) {
     return *source;
 }
 
-// Runs what a thread does in all threads of a block.
+UNWATCHED inline void become(const Fiber& fiber) {
+    threadIdx.x = fiber.thread_idx;
+    if (is_cluster) blockIdx.x = fiber.block_idx;
+}
+
+// Runs what a thread does in all threads of the blocks of a cluster.
+template <typename Run>
+void run_cluster(int num_blocks, int num_threads, Run run) {
+    blocks = std::vector<Block>(num_blocks);
+    is_cluster = num_blocks > 1;
+    for (Block& block : blocks) {
+        block.barrier.count = num_threads;
+        for (auto& warp : block.warps) warp.barrier.count = 32;
+        for (auto& quad : block.quads) quad.barrier.count = 4;
+    }
+    if (fibers.when_switched == nullptr) fibers.when_switched = become;
+    fibers.run_all(num_blocks, num_threads, [](void* told) { (*static_cast<Run*>(told))(); }, &run);
+}
+
 template <typename Run>
 void run_block(int num_threads, Run run) {
-    block_barrier.emplace(num_threads);
-    std::vector<std::thread> threads;
-    const uint3 block = blockIdx;
-    for (int idx = 0; idx < num_threads; ++idx) {
-        threads.emplace_back([&, idx] {
-            threadIdx = {unsigned(idx), 0, 0};
-            blockIdx = block;
-            run();
-        });
-    }
-    for (std::thread& thread : threads) thread.join();
+    run_cluster(1, num_threads, run);
 }
 
 // Runs a kernel, whose shared memory is static, block after block.
@@ -162,16 +195,50 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 }
 
 // Some inline functions of common.cuh are assembly.
-#define power_of_two power_of_two_in_assembly
+#define commit_copies commit_copies_in_assembly
+#define copy_async copy_async_in_assembly
+#define copy_async_once copy_async_once_in_assembly
+#define let_next_kernel_begin let_next_kernel_begin_in_assembly
+#define load_matrices load_matrices_in_assembly
 #define load_once load_once_in_assembly
+#define multiply_add multiply_add_in_assembly
+#define power_of_two power_of_two_in_assembly
+#define prefetch prefetch_in_assembly
+#define spread_signs spread_signs_in_assembly
+#define wait_for_copies wait_for_copies_in_assembly
+#define wait_for_previous_kernel wait_for_previous_kernel_in_assembly
 #include "common.cuh"
-#undef power_of_two
+#undef commit_copies
+#undef copy_async
+#undef copy_async_once
+#undef let_next_kernel_begin
+#undef load_matrices
 #undef load_once
+#undef multiply_add
+#undef power_of_two
+#undef prefetch
+#undef spread_signs
+#undef wait_for_copies
+#undef wait_for_previous_kernel
 #undef __shared__
 #define __shared__ static
 #define __launch_bounds__(...)
 
 namespace hf_quest {
+
+// In cluster_on_cpu.h.
+void commit_copies();
+void copy_async(unsigned target, const void* source);
+void copy_async_once(unsigned target, const void* source);
+uint4 load_matrices(unsigned address);
+void multiply_add(int (&sums)[4], uint4 left, uint2 right);
+void prefetch(const void* source);
+unsigned spread_signs(uint32_t low_pair, uint32_t high_pair);
+template <int kNumGroups>
+void wait_for_copies();
+
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_begin() {}
 
 inline float power_of_two(float exponent) { return exponent < -126.0f ? 0.0f : std::exp2(exponent); }
 
@@ -180,12 +247,12 @@ inline uint2 load_once(const uint2* source) { return *source; }
 
 // A product of tensor cores, of which value_of(pair, i) is a factor.
 template <typename ValueOf>
-void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_left, std::array<uint32_t, 2> own_right,
-                      ValueOf value_of) {
-    std::array<std::array<unsigned, 32>, 4> left;
-    std::array<std::array<unsigned, 32>, 2> right;
-    for (int i = 0; i < 4; ++i) left[i] = exchange(own_left[i]);
-    for (int i = 0; i < 2; ++i) right[i] = exchange(own_right[i]);
+UNWATCHED void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_left, std::array<uint32_t, 2> own_right,
+                                ValueOf value_of) {
+    const auto& [left0, left1, left2, left3, right0, right1] =
+        own_warp().exchange<6>({own_left[0], own_left[1], own_left[2], own_left[3], own_right[0], own_right[1]});
+    const unsigned* const left[4] = {left0, left1, left2, left3};
+    const unsigned* const right[2] = {right0, right1};
     const int group_idx = threadIdx.x % 32 / 4, quad_idx = threadIdx.x % 4;
     for (int i = 0; i < 4; ++i) {  // of row group_idx + i / 2 * 8 and column 2 * quad_idx + i % 2
         double sum = sums[i];
@@ -197,6 +264,10 @@ void multiply_in_warp(float (&sums)[4], std::array<uint32_t, 4> own_left, std::a
         sums[i] = float(sum);
     }
 }
+
+template <typename T>
+void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3, uint32_t right0,
+                  uint32_t right1);
 
 template <>
 inline void multiply_add<__half>(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3,

@@ -1,6 +1,6 @@
 """A decode step by codes, csrc's append, refine and attend, against the specification without a GPU.
 
-Threads of the CPU do what those of a GPU would, watched for races and bounds.
+Fibers do what the threads of a GPU would, watched for races and bounds.
 """
 
 import struct

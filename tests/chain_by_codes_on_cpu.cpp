@@ -1,0 +1,202 @@
+// The cluster kernel of chain_by_codes.cu with its threads as fibers of the CPU. Reads the members of Case below and
+// what main() reads after them; writes what main() writes in the end. `chain_by_codes_on_cpu sizes` checks the sizes of
+// lists instead.
+
+#include "cluster_on_cpu.h"
+
+// The functions that are assembly, and what asks for them.
+#define address_at address_at_in_assembly
+#define arrive arrive_in_assembly
+#define arrive_at_cluster arrive_at_cluster_in_assembly
+#define arrive_expecting arrive_expecting_in_assembly
+#define make_barrier make_barrier_in_assembly
+#define publish_barriers publish_barriers_in_assembly
+#define send send_in_assembly
+#define wait_for_cluster wait_for_cluster_in_assembly
+#define wait_for_first_phase wait_for_first_phase_in_assembly
+#include "barrier.cuh"
+#undef address_at
+#undef arrive
+#undef arrive_at_cluster
+#undef arrive_expecting
+#undef make_barrier
+#undef publish_barriers
+#undef send
+#undef wait_for_cluster
+#undef wait_for_first_phase
+
+#define for_head_dim for_few_head_dims
+#define __CUDA_ARCH__ 900
+#undef __shared__
+#define __shared__
+
+namespace hf_quest {
+namespace {
+
+uint4* shared_of_block[1];  // of the one whose turn it is
+
+UNWATCHED void become_one_of_a_cluster(const Fiber& fiber) {
+    become(fiber);
+    shared_of_block[0] = reinterpret_cast<uint4*>(shared_of(fiber.block_idx));
+}
+
+}  // namespace
+
+// Fewer than there are: each takes a while to compile.
+template <typename Run>
+cudaError_t for_head_dim(DataType data_type, int head_dim, Run run) {
+    switch (head_dim) {
+        case 64:
+            return data_type == DataType::kHalf ? run(__half(), std::integral_constant<int, 64>())
+                                                : run(__nv_bfloat16(), std::integral_constant<int, 64>());
+        case 96: return run(__nv_bfloat16(), std::integral_constant<int, 96>());
+        case 128: return run(__nv_bfloat16(), std::integral_constant<int, 128>());
+        case 256: return run(__nv_bfloat16(), std::integral_constant<int, 256>());
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+inline cudaError_t launch_one(const cudaLaunchConfig_t* config, void (*kernel)(AttendParams),
+                              const AttendParams& params) {
+    launch_clusters(*config, kernel, params);
+    return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t set_attribute(Kernel, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t count_clusters(int*, Kernel, const cudaLaunchConfig_t*) {
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace hf_quest
+
+#define cudaFuncSetAttribute set_attribute
+#define cudaGetLastError() cudaSuccess
+#define cudaLaunchKernelEx launch_one
+#define cudaOccupancyMaxActiveClusters count_clusters
+#define dynamic *shared_of_block
+#include "chain_by_codes.cu"
+#undef dynamic
+
+using namespace hf_quest;
+
+struct Case {
+    int is_half, num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens,
+        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed;
+    float scaling, width;
+};
+
+template <typename Value>
+Value read_one() {
+    Value value;
+    if (std::fread(&value, sizeof(value), 1, stdin) != 1) std::abort();
+    return value;
+}
+
+bool is_at_end;
+
+template <typename Value>
+struct Stored : Guarded<Value> {
+    explicit Stored(size_t count) : Guarded<Value>(count, is_at_end) {
+        if (std::fread(this->data(), sizeof(Value), count, stdin) != count) std::abort();
+    }
+};
+
+const char *first_code, *end_code;
+
+int run_case() {
+    const Case given = read_one<Case>();
+    is_at_end = given.at_end;
+    do_exchanges_publish = false;
+    fibers.random = given.seed;
+    fibers.when_switched = become_one_of_a_cluster;
+    const size_t heads = size_t(given.num_rows) * given.num_kv_heads, query_heads = heads * given.group_size;
+    const size_t head_dim = given.head_dim, num_pages = (given.capacity + given.page_size - 1) / given.page_size;
+    Stored<int64_t> length(1), padding(given.num_rows);
+    Stored<uint16_t> keys(heads * given.capacity * head_dim), values(keys.size());
+    Stored<int8_t> bounds(heads * num_pages * 2 * head_dim);
+    Stored<uint8_t> scales(heads * num_pages * head_dim / 32);
+    Stored<uint8_t> codes(heads * given.capacity * head_dim * given.code_bits / 8);
+    Stored<uint16_t> query(query_heads * head_dim);
+    Guarded<float> scores(heads * num_pages, is_at_end);
+    Guarded<int64_t> told(heads * given.num_tokens, is_at_end);
+    Guarded<uint16_t> output(query_heads * head_dim, is_at_end);
+    std::fill_n(told.data(), told.size(), -7);
+    first_code = reinterpret_cast<const char*>(codes.data());
+    end_code = first_code + codes.size();
+    when_prefetched = [](const void* source) {
+        if (source < first_code || source >= end_code) fail("a prefetch of what is no code");
+    };
+
+    AttendParams params = {.data_type = given.is_half ? DataType::kHalf : DataType::kBFloat16};
+    params.num_rows = given.num_rows;
+    params.num_kv_heads = given.num_kv_heads;
+    params.group_size = given.group_size;
+    params.head_dim = given.head_dim;
+    params.page_size = given.page_size;
+    params.num_selected = given.num_candidates;
+    params.scaling = given.scaling;
+    params.score = {given.width, given.keeps_first != 0, Agreement::kMax};
+    params.choice = {given.code_bits, given.num_candidates, given.num_tokens, Agreement(given.agreement)};
+    params.query = query.data();
+    params.query_strides[0] = int64_t(given.num_kv_heads) * given.group_size * head_dim;
+    params.query_strides[1] = head_dim;
+    params.storage = {.keys = keys.data(), .values = values.data(), .bounds = bounds.data()};
+    params.storage.scales = scales.data();
+    params.storage.capacity = given.capacity;
+    params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
+    params.storage.codes = codes.data();
+    const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
+    const int64_t addresses[7] = {address(keys.data()),   address(values.data()), address(bounds.data()),
+                                  address(scales.data()), address(scores.data()), given.capacity,
+                                  address(codes.data())};
+    if (given.is_found) params.storage = {.addresses = addresses};
+    params.told_ids = given.is_told ? told.data() : nullptr;
+    params.length = length.data();
+    params.padding = padding.data();
+    params.output = output.data();
+    if (launch_chain_by_codes(params, given.cluster_size) != cudaSuccess) return 1;
+    std::fwrite(told.data(), sizeof(int64_t), told.size(), stdout);
+    std::fwrite(output.data(), sizeof(uint16_t), output.size(), stdout);
+    return 0;
+}
+
+// Whether lists hold what stripes may get, whatever the number of pages.
+int check_sizes() {
+    for (const int page_size : {8, 16, 32, 64}) {
+        for (const int num_candidates : {1, 2, 3, 16, 17, 18, 33, 40, 100}) {
+            for (int num_tokens = page_size; num_tokens <= num_candidates * page_size; num_tokens += page_size / 8) {
+                for (int cluster_size = 2; cluster_size <= 16; ++cluster_size) {
+                    AttendParams params = {.page_size = page_size};
+                    params.choice = {2, num_candidates, num_tokens, Agreement::kMax};
+                    const ListSizes sizes(params, cluster_size);
+                    for (int num_earlier = 1; num_earlier < 130; ++num_earlier) {
+                        const int num_wanted = num_tokens - page_size;
+                        if (num_earlier * page_size <= num_wanted) continue;  // all are attended
+                        const Stripes stripes(num_earlier);
+                        const int num_found = std::min(num_candidates - 1, num_earlier);
+                        for (int rank = 0; rank < cluster_size; ++rank) {
+                            int num_pages = 0, num_chosen = 0;
+                            for (int stripe = rank; stripe < kStripes; stripe += cluster_size) {
+                                const int found = stripes.count_chosen(num_found, stripe);
+                                const int chosen = stripes.first_token(num_wanted, stripe + 1) -
+                                                   stripes.first_token(num_wanted, stripe);
+                                if (chosen > found * page_size) fail("more tokens are wanted than candidates have");
+                                num_pages += found;
+                                num_chosen += chosen;
+                            }
+                            if (num_earlier % kStripes % cluster_size == rank) num_chosen += page_size;
+                            if (num_pages > sizes.num_pages) fail("more candidates than their list holds");
+                            if (num_chosen > sizes.num_tokens) fail("more tokens than their list holds");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+int main(int num_arguments, char**) { return num_arguments > 1 ? check_sizes() : run_case(); }

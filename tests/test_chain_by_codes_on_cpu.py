@@ -1,0 +1,222 @@
+"""csrc's decode step by codes in one kernel of a cluster, against the specification without a GPU.
+
+Fibers do what the threads of a GPU would, in an order that a seed decides, watched for races and bounds. What lies
+beside the tensors cannot be read, and what is not stored yet is NaN.
+"""
+
+import struct
+import subprocess
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from on_cpu import build_program, needs_nvcc
+
+from hf_quest import codes, reference
+
+pytestmark = needs_nvcc
+
+
+@dataclass
+class Case:
+    """What the program reads first; each field is a number."""
+
+    is_half: int = 0
+    num_rows: int = 1
+    num_kv_heads: int = 1
+    group_size: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    code_bits: int = 2
+    num_candidates: int = 20
+    num_tokens: int = 64
+    capacity: int = 640
+    agreement: int = reference.GROUPS.index("sum")
+    keeps_first: int = 1
+    cluster_size: int = 2
+    is_told: int = 1
+    at_end: int = 1  # of memory tensors end, or begin
+    is_found: int = 0  # storage, on the device
+    seed: int = 1
+
+    @property
+    def group(self):
+        return reference.GROUPS[self.agreement]
+
+    @property
+    def dtype(self):
+        return torch.float16 if self.is_half else torch.bfloat16
+
+    @property
+    def scaling(self):
+        return struct.unpack("f", struct.pack("f", self.head_dim**-0.5))[0]
+
+    @property
+    def score(self):
+        return reference.Score(width=0.5, keeps_first=bool(self.keeps_first), group="max")
+
+
+BY_LARGEST, BY_SHARE = reference.GROUPS.index("max"), reference.GROUPS.index("share")
+CASES = {
+    "as it is by default": Case(),
+    "a head alone, 4 bits, pages of 8, a cluster of 3": Case(
+        group_size=1, code_bits=4, page_size=8, num_candidates=30, cluster_size=3, at_end=0
+    ),
+    "five heads by the largest, head dim 128, pages of 32": Case(
+        group_size=5, head_dim=128, page_size=32, num_candidates=7, num_tokens=100, agreement=BY_LARGEST
+    ),
+    "by the largest share, 4 bits, float16, two rows and heads": Case(
+        num_rows=2, num_kv_heads=2, code_bits=4, is_half=1, agreement=BY_SHARE, keeps_first=0, capacity=400, is_found=1
+    ),
+    "pages of 8 up to the storage's end": Case(page_size=8, num_candidates=40, num_rows=2, capacity=400, seed=2),
+    "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
+    "head dim 96, 4 bits": Case(head_dim=96, group_size=3, code_bits=4),
+    "head dim 256": Case(head_dim=256, group_size=5, agreement=BY_SHARE),
+    "more of a stripe than are compared": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568),
+}
+
+
+class Step:
+    """Random tokens of rows with left padding, which fill the storage but for `num_spare` slots, and a query."""
+
+    def __init__(self, case, left_padding=(0,), num_spare=0):
+        torch.manual_seed(case.seed)
+        self.case, self.length = case, case.capacity - num_spare
+        self.padding = torch.tensor(left_padding)
+        self.shape = (case.num_rows, case.num_kv_heads)
+        self.keys = torch.randn(*self.shape, case.capacity, case.head_dim).to(case.dtype)
+        self.values = torch.randn(*self.shape, case.capacity, case.head_dim).to(case.dtype)
+        query = torch.randn(case.num_rows, case.num_kv_heads * case.group_size, 1, case.head_dim)
+        self.query = (2 * query).to(case.dtype)
+        self.store()
+
+    def store(self):
+        """Bounds, scales and codes of the keys as they are; what stands for nothing is of anything."""
+        case = self.case
+        num_pages = -(-case.capacity // case.page_size)
+        self.bounds = torch.full((*self.shape, num_pages, 2, case.head_dim), 77, dtype=torch.int8)
+        self.scales = torch.full((*self.shape, num_pages, case.head_dim // 32), 255, dtype=torch.uint8)
+        self.codes = torch.full((*self.shape, case.capacity, case.head_dim * case.code_bits // 8), 255).byte()
+        where = (self.length, self.length, self.padding, case.page_size)
+        reference.refresh_bounds(self.keys, self.bounds, self.scales, *where)
+        codes.refresh_codes(self.keys, self.bounds, self.scales, self.codes, *where, case.code_bits)
+        slot = torch.arange(case.capacity)
+        is_stored = (slot >= self.padding[:, None]) & (slot < self.length)
+        for tokens in (self.keys, self.values):
+            tokens.masked_fill_(~is_stored[:, None, :, None], torch.nan)
+
+    def token_ids(self):
+        """By the specification."""
+        case, bounds = self.case, (self.bounds, self.scales)
+        where = (self.length, self.padding, case.page_size)
+        scores = reference.estimate(self.query, *bounds, case.scaling, case.score)
+        chosen = (*where[:2], case.num_candidates, case.page_size, bool(case.keeps_first))
+        candidates = codes.find_candidates(scores, *chosen)
+        how = (case.code_bits, case.scaling, case.num_tokens, case.group)
+        return codes.refine(self.query, *bounds, self.codes, candidates, *where, *how)
+
+    def attend(self, token_ids):
+        """Over these tokens, in float32."""
+        stored = (torch.nn.functional.pad(each.float(), (0, 0, 0, 1)) for each in (self.keys, self.values))
+        return reference.attend(self.query.float(), *stored, token_ids, self.length, self.padding, 1, self.case.scaling)
+
+    def by_kernel(self, program):
+        case = self.case
+        names = [field.name for field in fields(case)]
+        parts = [struct.pack(f"{len(names)}i2f", *(getattr(case, name) for name in names), case.scaling, 0.5)]
+        parts.append(struct.pack("q", self.length))
+        stored = (self.padding, self.keys, self.values, self.bounds, self.scales, self.codes, self.query)
+        parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in stored]
+        result = subprocess.run([program], input=b"".join(parts), capture_output=True)
+        assert result.returncode == 0, result.stderr.decode()
+        told = torch.empty(*self.shape, 1, case.num_tokens, dtype=torch.int64)
+        assert len(result.stdout) == told.nbytes + self.query.nbytes
+        rest = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
+        told, output = rest[: told.nbytes].view(torch.int64).view(told.shape), rest[told.nbytes :]
+        return told, output.view(case.dtype).view(self.query.shape)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build_program("chain_by_codes_on_cpu", tmp_path_factory)
+
+
+def check(step, program):
+    told, output = step.by_kernel(program)
+    expected = step.token_ids()
+    if step.case.is_told:
+        assert (told >= -1).all(), "some ids have not been told"
+        assert torch.equal(reference.in_order(told), expected)
+    else:
+        assert (told == -7).all()
+    has_tokens = (step.length > step.padding).nonzero().flatten()
+    # Weights are rounded to the dtype of the values, and the sum as well.
+    rounding = torch.finfo(step.case.dtype).eps
+    attended = step.attend(expected)[has_tokens]
+    torch.testing.assert_close(output[has_tokens].float(), attended, rtol=2 * rounding, atol=2 * rounding)
+    return told
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_step_is_that_of_the_specification(program, case):
+    check(Step(case, (0, 5)[-case.num_rows :]), program)
+
+
+@pytest.mark.parametrize(("length", "cluster_size"), [(1, 2), (16, 3), (17, 2), (64, 3), (65, 3), (81, 2)])
+def test_short_rows_are_taken_whole(program, length, cluster_size):
+    case = Case(cluster_size=cluster_size, capacity=96, num_tokens=64, num_candidates=5, seed=length)
+    told = check(Step(case, num_spare=96 - length), program)
+    if length <= 64:
+        assert told.flatten().tolist() == [*range(length), *[-1] * (64 - length)]
+
+
+def test_a_row_of_padding_alone_has_no_tokens(program):
+    told = check(Step(Case(num_rows=3, capacity=320), (0, 304, 303), num_spare=16), program)
+    assert (told[1] == -1).all()
+    assert told[2].flatten().tolist() == [0] + [-1] * 63
+
+
+EQUAL = {
+    "few": Case(capacity=600),
+    "more tokens than a list holds": Case(
+        page_size=64, capacity=4160, num_candidates=64, num_tokens=576, agreement=BY_SHARE
+    ),
+    "more pages than a list holds": Case(
+        page_size=8, capacity=26400, group_size=1, num_candidates=40, agreement=BY_LARGEST, keeps_first=0
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
+def test_equal_keys_are_taken_from_the_first_on(program, case):
+    """Of each stripe."""
+    step = Step(case)
+    step.keys[:] = step.keys[:, :, :1]
+    step.store()
+    told, size = check(step, program), case.page_size
+    num_earlier = (case.capacity - 1) // size
+    for stripe in range(16):
+        chosen = told[(told >= 0) & (told < num_earlier * size) & (told // size % 16 == stripe)]
+        of_stripe = torch.cat([torch.arange(size) + size * page for page in range(stripe, num_earlier, 16)])
+        assert chosen.tolist() == of_stripe[: len(chosen)].tolist()
+
+
+def test_what_is_chosen_need_not_be_told(program):
+    check(Step(Case(is_told=0, capacity=400)), program)
+
+
+@pytest.mark.parametrize("seed", range(3, 6))
+def test_the_order_of_threads_does_not_matter(program, seed):
+    """Of more pages than two rounds of warps score, and blocks of which the last has a stripe less."""
+    check(Step(Case(capacity=4000, num_candidates=60, num_tokens=320, cluster_size=3, seed=seed), num_spare=5), program)
+
+
+def test_scores_that_shared_memory_does_not_hold(program):
+    case = Case(page_size=8, capacity=250_000, group_size=1, num_candidates=200, num_tokens=512)
+    check(Step(case, (3,), num_spare=5), program)
+
+
+def test_lists_are_as_large_as_stripes_may_want(program):
+    """Of every number of pages, cluster and page size."""
+    result = subprocess.run([program, "sizes"], capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
