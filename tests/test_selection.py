@@ -156,11 +156,15 @@ class TestChoices:
         query, keys, logits = layer
         masses = []
         for bits in (1, 2, 4, 8):
-            choice = parse_choice(f"codes-tokens,candidates=0,bits={bits}")
+            choice = parse_choice(f"codes-tokens,candidates=0,stripes=0,bits={bits}")
             masses.append(mass_of(logits, attended_tokens(choice, 64, query, keys, logits, 0.25)).mean().item())
         assert masses == sorted(masses)
         best = mass_of(logits, attended_tokens(CHOICES["best-tokens"], 64, query, keys, logits, 0.25)).mean().item()
         assert masses[-1] == pytest.approx(best, abs=1e-3)
+        # A like share of each stripe is not the best of all, least of a dozen random pages.
+        choice = parse_choice("codes-tokens,candidates=0,bits=8")
+        in_stripes = mass_of(logits, attended_tokens(choice, 64, query, keys, logits, 0.25)).mean().item()
+        assert 0.95 * best < in_stripes < best
 
     def test_codes_stay_within_half_a_step_of_their_page(self, layer):
         keys = layer[1]
