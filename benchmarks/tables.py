@@ -58,6 +58,22 @@ def stages_table(report):
     return table
 
 
+def codes_table(report):
+    """µs per layer of a step that chooses tokens by codes, beside the one by pages and the best dense attention."""
+    ways = {
+        "chain": "by pages",
+        "chain by codes": "by codes",
+        "chain by codes of larger pages": "by codes, pages of 32",
+    }
+    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), "append that ends a page")
+    for case in report["cases"]:
+        stages = {name: stage["us"] for name, stage in case["stages"].items() if "us" in stage}
+        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), stages["append with codes"]]
+        heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
+        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times))
+    return table
+
+
 def generate_table(report):
     """ms per token of every model shape and context, and for every way, with what its first call took."""
     ways = list(dict.fromkeys(result["way"] for result in report["results"]))
@@ -183,6 +199,10 @@ def tables():
     for kind, as_table in KINDS.items():
         for path in sorted(RESULTS.glob(f"{kind}*.json")):
             found[path.stem] = markdown(as_table(json.loads(path.read_text())))
+    for path in sorted(RESULTS.glob("stages*.json")):
+        report = json.loads(path.read_text())
+        if "chain by codes of larger pages" in report["cases"][0]["stages"]:
+            found[path.stem.replace("stages", "codes")] = markdown(codes_table(report))
     for path in sorted(RESULTS.glob("selection*.json")):
         found[path.stem.replace("selection", "loss")] = markdown(loss_table(json.loads(path.read_text())))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]

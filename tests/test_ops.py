@@ -98,6 +98,8 @@ def test_a_chain_by_codes_tells_tokens(fake):
     assert call("chain", fake, page_ids=told, **by_codes).shape == (B, Hkv * G, 1, D)
     with pytest.raises(ValueError, match="page_ids must have the shape"):
         call("chain", fake, page_ids=fake["page_ids"], **by_codes)
+    with pytest.raises(ValueError, match="4 candidates of 16 tokens do not hold num_tokens=65"):
+        call("chain", fake, codes=fake["codes"], num_tokens=K * S + 1)
 
 
 def test_attend_takes_tokens_for_pages_of_one(fake):

@@ -156,12 +156,7 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
         length: [1] int64. padding: [B] int64.
         keeps_first: as in `reference.Score`.
     """
-    batch_size, num_kv_heads, _, num_pages = scores.shape
-    _check_page_size(page_size)
-    _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
-    _check("length", length, scores.device, (torch.int64,), (1,))
-    _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
-    _check_num_selected(num_selected)
+    _check_scores(scores, length, padding, num_selected, page_size)
     return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size, keeps_first)
 
 
@@ -174,12 +169,7 @@ def find_candidates(scores, length, padding, num_candidates, page_size, keeps_fi
         num_candidates: pages, the newest among them.
         keeps_first: as in `reference.Score`.
     """
-    batch_size, num_kv_heads, _, num_pages = scores.shape
-    _check_page_size(page_size)
-    _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
-    _check("length", length, scores.device, (torch.int64,), (1,))
-    _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
-    _check_num_selected(num_candidates)
+    _check_scores(scores, length, padding, num_candidates, page_size)
     return torch.ops.hf_quest.find_candidates(scores, length, padding, num_candidates, page_size, keeps_first)
 
 
@@ -294,7 +284,7 @@ def chain(
         _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
     if codes is not None:
         _check_codes(codes, keys, (batch_size, num_kv_heads))
-        _check_num_tokens(num_tokens, page_size)
+        _check_num_tokens(num_tokens, page_size, num_selected)
     if page_ids is not None:
         shape = (batch_size, num_kv_heads, 1, num_selected if codes is None else num_tokens)
         _check("page_ids", page_ids, keys.device, (torch.int64,), shape)
@@ -358,7 +348,7 @@ def decode(
     _check_score(score)
     if code_bits:
         _check_code_bits(code_bits)
-        _check_num_tokens(num_tokens, page_size)
+        _check_num_tokens(num_tokens, page_size, num_selected or None)  # a dense layer chooses nothing
     _check_group(token_group)
     return torch.ops.hf_quest.decode(
         query,
@@ -484,9 +474,24 @@ def _check_num_selected(num_selected):
         raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
 
 
-def _check_num_tokens(num_tokens, page_size):
+def _check_scores(scores, length, padding, num_selected, page_size):
+    """Raise unless so many pages can be chosen by these [B, Hkv, 1, P] scores."""
+    batch_size, num_kv_heads, _, num_pages = scores.shape
+    _check_page_size(page_size)
+    _check("scores", scores, scores.device, (torch.float32,), (batch_size, num_kv_heads, 1, num_pages))
+    _check("length", length, scores.device, (torch.int64,), (1,))
+    _check("padding", padding, scores.device, (torch.int64,), (batch_size,))
+    _check_num_selected(num_selected)
+
+
+def _check_num_tokens(num_tokens, page_size, num_candidates=None):
     if num_tokens < page_size:
         raise ValueError(f"num_tokens is {page_size} or more, those of the newest page, not {num_tokens}.")
+    if num_candidates is not None and num_tokens > num_candidates * page_size:
+        raise ValueError(
+            f"{num_candidates} candidates of {page_size} tokens do not hold num_tokens={num_tokens}: give more, "
+            "or fewer tokens."
+        )
 
 
 def _check_group(group):
