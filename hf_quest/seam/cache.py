@@ -277,6 +277,9 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     def generate_begins(self) -> None:
         self.masks.forget()
+        num_rows, num_sequences = generate.rows_of_generate()
+        if num_sequences > 1 and num_rows == len(self.left_padding):  # the ids are repeated, and what was read is not
+            self.batch_repeat_interleave(num_sequences)
 
     def assisted_begins(self, num_prompt: int) -> None:
         """What follows the prompt is drafts, each of which selects for itself."""

@@ -126,6 +126,12 @@ def given_to_generate(name):
     return None if frame is None else frame.f_locals.get(name)
 
 
+def rows_of_generate():
+    """(rows that were given to the `generate` that is under way, sequences that it makes of each)."""
+    rows, config = given_to_generate("batch_size"), given_to_generate("generation_config")
+    return rows, 1 if config is None else max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
 def has_own_preparation(model):
     """Whether a model prepares the inputs of a step in a way of its own."""
     method = vars(model).get("prepare_inputs_for_generation", type(model).prepare_inputs_for_generation)
