@@ -105,6 +105,16 @@ def offload_table(report):
     return table
 
 
+def shared_table(report):
+    """Of every case and way, ms per token step, and the GB that the whole device lacks."""
+    sizes = {"read_gb": "GB, prompt read", "repeat_gb": "at most while repeated", "end_gb": "at the end"}
+    table = Table("shape", "rows", "tokens", "way", "ms per token step", *sizes.values())
+    for result in report["results"]:
+        cells = [f"{result[name]:.1f}" if name in result else "-" for name in ("ms_per_token", *sizes)]
+        table.add_row(result["shape"], str(result["rows"]), f"{result['context']:,}", result["way"], *cells)
+    return table
+
+
 def first_token_table(report):
     """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over dense ways."""
     titles = {result["kind"]: result["way"] for result in report["results"]}
@@ -189,6 +199,7 @@ KINDS = {
     "generate": generate_table,
     "first_token": first_token_table,
     "offload": offload_table,
+    "shared": shared_table,
     "selection": selection_table,
 }
 
