@@ -85,7 +85,7 @@ class Choice:
 
 
 HALF = Choice(width=0.5, keeps_first=True, group="sum")
-CODES = dataclasses.replace(HALF, by="codes", candidates=8)
+CODES = Choice(*DEFAULT, by="codes", candidates=8)
 BEST = Choice(by="keys", group="sum")
 CHOICES = {
     "published": Choice(),
