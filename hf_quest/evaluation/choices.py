@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference, stripes
-from ..codes import find_candidates
+from ..codes import LEAST, find_candidates, is_held
 from ..reference import DEFAULT, GROUPS, PUBLISHED, Score
 from .scores import (
     agreed,
@@ -96,7 +96,6 @@ CHOICES = {
     "best-pages": BEST,
     "best-tokens": dataclasses.replace(BEST, unit="tokens"),
 }
-LEAST = 8  # the part of a budget that is attended however little of it holds the mass
 KINDS = {"by": ("bounds", "codes", "keys"), "unit": ("pages", "tokens"), "group": GROUPS, "agreement": ("sum", "share")}
 NUMBERS = {
     "keeps_first": (0, 1),
@@ -205,10 +204,8 @@ def best_tokens(choice: Choice, budget: int, weights: Tensor) -> Tensor:
 
 def holding(weights: Tensor, chosen: Tensor, mass: float, least: int) -> Tensor:
     """[..., N] bool: of the `chosen` those, best first, that hold a share of all `weights`, and the first `least`."""
-    best, order = weights.masked_fill(~chosen, 0.0).sort(dim=-1, descending=True, stable=True)
-    before = best.double().cumsum(dim=-1) - best
-    rank = torch.arange(weights.shape[-1], device=weights.device)
-    is_needed = (rank < least) | (before < mass * weights.double().sum(dim=-1, keepdim=True))
+    best, order = weights.masked_fill(~chosen, 0.0).double().sort(dim=-1, descending=True, stable=True)
+    is_needed = is_held(best, weights.double().sum(dim=-1, keepdim=True), mass, least)
     return chosen & torch.zeros_like(chosen).scatter(-1, order, is_needed)
 
 
