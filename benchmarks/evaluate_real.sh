@@ -15,13 +15,15 @@ folder=${1:-benchmarks/results}
 models=${HF_QUEST_MODELS:-build/models}
 mkdir -p "$folder"
 
-# Pages in two ways and of three sizes, and the best there is; tokens by codes as a QuestCache does it, and with each of its settings changed:
-# candidates, what finds them, stripes, pages, bits, values in 8 bits, and as many tokens as hold a share of the mass.
+# Pages in two ways and of three sizes, and the best there is; tokens by codes as a QuestCache does it, and with each of
+# its settings changed: candidates, what finds them, stripes, pages, bits, values in 8 bits, and as many tokens as hold a
+# share of the mass.
 more=codes-tokens,candidates=16
 methods=(
   published default default,page_size=8 default,page_size=32 best-pages best-tokens
   codes-tokens,candidates=4 codes-tokens $more codes-tokens,candidates=32 codes-tokens,candidates=0 codes-tokens,share=0.25
-  codes-tokens,width=0.25 codes-tokens,group=sum codes-tokens,stripes=0,candidates=0
+  codes-tokens,width=0.25 codes-tokens,group=sum
+  codes-tokens,stripes=0 codes-tokens,stripes=0,candidates=0
   codes-tokens,page_size=32 $more,page_size=32
   $more,bits=1.6 $more,bits=3 $more,value_bits=8 $more,mass=0.9 $more,mass=0.95 $more,mass=0.98
 )
