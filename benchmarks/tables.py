@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from hf_quest.evaluation.commands import TABLES
@@ -192,6 +193,36 @@ def loss_table(report):
     return table
 
 
+def mass_table(report):
+    """Of the ways to choose as many tokens as hold a share of the mass: what a fixed budget of their mean would lose.
+
+    It is interpolated between the budgets that were measured of the same way, on logarithms of both.
+    """
+    table = Table("tokens", "at most", "mass", "attended, mean / most", "KL, nats", "KL of as many in each step")
+    rows = means(report)
+    for (length, way), values in rows.items():
+        fixed, mass = without_mass(way.method)
+        if way.budget is None or mass is None:
+            continue
+        ways = (each for (n, other), each in rows.items() if (n, other.method) == (length, fixed))
+        budgets = sorted((each["attended"], each["kl"]) for each in ways)
+        if not budgets or not budgets[0][0] <= values["attended"] <= budgets[-1][0]:
+            as_many = "-"
+        else:
+            as_many = f"{math.exp(np.interp(math.log(values['attended']), *np.log(np.array(budgets).T))):.4f}"
+        attended = f"{values['attended']:,.0f} / {values['most']:,.0f}"
+        table.add_row(f"{length:,}", f"{way.budget:,}", mass, attended, f"{values['kl']:.4f}", as_many)
+    return table
+
+
+def without_mass(method):
+    """A method's settings but its `mass`, and that, or None."""
+    settings = method.split(",")
+    mass = next((setting for setting in settings if setting.startswith("mass=")), None)
+    settings = [setting for setting in settings if setting != mass]
+    return ",".join(settings), mass and mass.removeprefix("mass=")
+
+
 KINDS = {
     **TABLES,
     "decode": decode_table,
@@ -215,7 +246,9 @@ def tables():
         if "chain by codes of larger pages" in report["cases"][0]["stages"]:
             found[path.stem.replace("stages", "codes")] = markdown(codes_table(report))
     for path in sorted(RESULTS.glob("selection*.json")):
-        found[path.stem.replace("selection", "loss")] = markdown(loss_table(json.loads(path.read_text())))
+        report = json.loads(path.read_text())
+        found[path.stem.replace("selection", "loss")] = markdown(loss_table(report))
+        found[path.stem.replace("selection", "mass")] = markdown(mass_table(report))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
