@@ -4,7 +4,8 @@
     python benchmarks/bench_shared.py --cases llama-3.1-8b:16:131072 --ways recorded
 
 Weights are random, and the prompt is put into the cache of one row as random keys and values, as in bench_generate.py,
-which also says what a time is. Then the rows begin alike, and each writes an answer of its own.
+which also says what a time is. Then the rows begin alike, and each writes an answer of its own. The context is that of
+both, and the cache has room for so much: `max_cache_len`.
 
 Bytes are those that the whole device lacks, CUDA's own included, by `cudaMemGetInfo`: with the prompt read by one row,
 at most while it is repeated, and at the end. `beams` has a QuestCache of one row repeat itself, `beams-copied` begins
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_generate import AHEAD, SHAPES, SHORT, answer, fill, make_model
+from bench_generate import AHEAD, HEADROOM, SHAPES, SHORT, answer, fill, make_model
 from environment import describe
 from rich.console import Console
 from tables import RESULTS, markdown, shared_table
@@ -71,7 +72,8 @@ def measure(model, way, num_rows, context, arguments):
     if compiles is not None:
         capture(model, compile=compiles)
     codes = {"codes": 2} if arguments.codes else {}
-    cache = QuestCache(arguments.budget, **codes)
+    cache = QuestCache(arguments.budget, max_cache_len=context, **codes)
+    context -= HEADROOM
     fill(cache, model.config, num_beams if way == "beams-copied" else 1, context)
     result = {"read_gb": round(used_now() / GB, 2)}
     if num_beams is None:

@@ -460,7 +460,7 @@ class TestMemory:
 @pytest.mark.parametrize("head_dims", [(96, 96), (64, 128), (80, 48)], ids=str)
 @pytest.mark.parametrize("length", [4095, 4096, 5001])
 def test_any_head_dim_and_length(head_dims, length):
-    """Every token of a prompt is shared, and room for no more than a unit is left at its end."""
+    """No row has more of its own than the tokens to come take, in whole units."""
     pages = Pages(Rows(), None, 16, 48)
     generator = torch.Generator().manual_seed(0)
     new = [torch.randn(2, 2, length, dim, generator=generator) for dim in head_dims]
@@ -468,7 +468,8 @@ def test_any_head_dim_and_length(head_dims, length):
     pages.append(*new)
     pages.select_rows(torch.tensor([0, 0, 1, 1, 1]))
     prefix = pages.prefix
-    assert (prefix.end, pages.length) == (length, length)
+    assert length - prefix.unit // 2 <= prefix.end <= pages.length == length
+    assert pages.capacity - prefix.offset - prefix.end == prefix.unit * -(-shared.SPARE // prefix.unit)
     assert pages.left_padding == (0, 0, 5, 5, 5)
     assert pages.room - length >= shared.SPARE
     assert pages.capacity % 48 == 0
@@ -553,6 +554,16 @@ def test_questions_of_different_length_on_one_document(model):
     output = generate(model, ids, cache, attention_mask=mask, max_new_tokens=answer)
     assert torch.equal(output[:, -answer:], torch.cat(alone))
     assert has_prefix(cache)
+
+
+def test_room_that_was_asked_for_decides_what_is_shared(model):
+    """Of a prompt that ends within a unit, the last part is copied if the row has room enough then."""
+    whole, part = 5 * 64, PROMPT - 5 * 64
+    for room, expected in ((PROMPT + 20, whole), (6 * 64, whole), (6 * 64 + 1, PROMPT), (7 * 64, whole)):
+        cache = read(model, QuestCache(BUDGET, max_cache_len=room))
+        cache.batch_repeat_interleave(ROWS)
+        assert all(layer.storage.first_own == expected for layer in cache.layers)
+        assert all(room <= layer.storage.room < room + 64 + part for layer in cache.layers)
 
 
 def test_a_step_in_a_graph_does_not_write_into_a_prefix(model):

@@ -34,8 +34,8 @@ class Prefix:
         like: keys and values of any number of slots, whose heads, dims and dtypes these have.
         chains: B tuples, the stretches with which each row begins, in all rows of the same sizes.
         unit: slots that are whole granules of memory in keys and in values.
-        offset: slots that are left out before the first, so that the end of a prefix of any length is that of a unit.
-            So many at the end of a row are no room for tokens: the next head's begin there.
+        offset: slots that are left out before the first, so that a prefix of any length may end where a unit does. So
+            many at the end of a row are no room for tokens: the next head's begin there.
         num_units: of a row, with those that are its own.
     """
 
@@ -131,10 +131,13 @@ def prefix_of(pages, sources, num_slots, dtype):
 
 
 def where_to_begin(pages, like, granule):
-    """(unit, offset) of a Prefix for what Pages hold."""
+    """(unit, offset) of a Prefix for what Pages hold: as many slots are left out as give each row less of its own."""
     sizes = (each.shape[3] * each.element_size() for each in like)
     unit = math.lcm(pages.block_size, *(granule // math.gcd(granule, size) for size in sizes))
-    return unit, -pages.length % unit
+    end = pages.max_cache_len or pages.length + max(unit // 2, SPARE)
+    own_without = -(-end // unit) - pages.length // unit
+    own_with = -(-(end - pages.length) // unit)
+    return unit, -pages.length % unit if own_with < own_without else 0
 
 
 def levels_of(old, sources, whole, is_kept):
