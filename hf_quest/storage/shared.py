@@ -114,8 +114,10 @@ def prefix_of(pages, sources, num_slots, dtype):
     unit, offset = (old.unit, old.offset) if old is not None else where_to_begin(pages, like, memory.granule)
     whole = (pages.length + offset) // unit
     levels = list(levels_of(old, sources, whole, is_kept=dtype == pages.keys.dtype))
-    is_too_short = old is None and whole < LEAST
-    if is_too_short or not levels or len(set(levels[0][1])) == len(sources):
+    if not levels or (old is None and whole < LEAST):
+        return None
+    _, keys, is_kept = levels[0]
+    if not is_kept and len(set(keys)) == len(keys):
         return None
     chains = [()] * len(sources)
     try:
