@@ -567,6 +567,25 @@ def test_room_that_was_asked_for_decides_what_is_shared(model):
         assert all(room <= layer.storage.room < room + 64 + part for layer in cache.layers)
 
 
+@pytest.mark.parametrize("at", range(1, 4))
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, copying], ids=["shared", "copied"])
+def test_memory_that_runs_out_in_a_layer_leaves_the_rows_that_there_were(model, monkeypatch, mode, at):
+    expected, cache = (read(model, QuestCache(BUDGET, codes=2)) for _ in range(2))
+    allocate, calls = Pages.allocate, []
+
+    def run_out(storage, *arguments):
+        calls.append(storage)
+        if len(calls) == at:
+            raise torch.OutOfMemoryError
+        allocate(storage, *arguments)
+
+    monkeypatch.setattr(Pages, "allocate", run_out)
+    with mode(), pytest.raises(torch.OutOfMemoryError):
+        cache.batch_repeat_interleave(ROWS)
+    assert_same([cache, expected])
+    assert_go_on_alike(model, [cache, expected])
+
+
 def test_a_step_in_a_graph_does_not_write_into_a_prefix(model):
     """After a crop a prepared step asks for room, though there is some."""
     caches = repeated(model, KINDS["quest"])

@@ -267,7 +267,14 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._settle()
-        super().batch_repeat_interleave(repeats)
+        num_rows = len(self.left_padding)
+        try:
+            super().batch_repeat_interleave(repeats)
+        except (RuntimeError, MemoryError):  # of memory, in one of the layers
+            for layer in self.layers:
+                if len(layer.left_padding) != num_rows:
+                    layer.batch_select_indices(torch.arange(num_rows) * repeats)
+            raise
         self.masks.forget()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
