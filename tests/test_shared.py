@@ -396,10 +396,9 @@ def proportional_bytes():
 class TestMemory:
     NUM_TOKENS, HEADS, DIM = 2**17, 2, 64  # so that the system has what PyTorch frees back at once
 
-    def pages(self):
-        rows = Rows()
-        pages = Pages(rows, None, 16, 16)
-        new = torch.ones(1, self.HEADS, self.NUM_TOKENS, self.DIM)
+    def pages(self, num_tokens=NUM_TOKENS):
+        pages = Pages(Rows(), None, 16, 16)
+        new = torch.ones(1, self.HEADS, num_tokens, self.DIM)
         pages.begin_rows((0,))
         pages.append(new, new)
         return pages, 2 * new.nbytes
@@ -439,8 +438,8 @@ class TestMemory:
         assert proportional_bytes() - before < 0.1 * num_bytes
 
     def test_a_prefix_that_is_short_is_copied(self, monkeypatch):
-        monkeypatch.setattr(mapped.memory_of(CPU), "granule", self.NUM_TOKENS * self.DIM * 4)
-        pages, _ = self.pages()
+        monkeypatch.setattr(mapped.memory_of(CPU), "granule", 8192 * self.DIM * 4)
+        pages, _ = self.pages(8192)
         pages.select_rows(torch.zeros(2, dtype=torch.int64))
         assert pages.prefix is None
         assert float(pages.keys[:, :, : pages.length].mean()) == 1
@@ -449,7 +448,7 @@ class TestMemory:
         def refuse(*arguments):
             raise OSError
 
-        pages, _ = self.pages()
+        pages, _ = self.pages(8192)
         pages.select_rows(torch.zeros(2, dtype=torch.int64))
         monkeypatch.setattr(mapped.OfSystem, "mapped", refuse)
         for other in (copy.deepcopy(pages), pages):

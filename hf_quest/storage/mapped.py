@@ -22,7 +22,9 @@ def memory_of(device):
     try:
         memory = kinds[device.type](device)
         return memory if holds_once(memory) else None
-    except (OSError, AttributeError):  # there is no such library, no such function in it, or it refuses
+    except QuestError:  # of too little memory, which may be another time
+        raise
+    except (OSError, AttributeError, RuntimeError):  # there is no such library or function, or something refuses
         return None
 
 
