@@ -20,7 +20,8 @@ mkdir -p "$folder"
 # share of the mass.
 more=codes-tokens,candidates=16
 methods=(
-  published default default,page_size=8 default,page_size=32 best-pages best-tokens
+  published published,keeps_first=1 default default,keeps_first=0 default,width=0.25 default,page_size=8 default,page_size=32
+  half half,group=share best-pages best-tokens
   codes-tokens,candidates=4 codes-tokens $more codes-tokens,candidates=32 codes-tokens,candidates=0 codes-tokens,share=0.25
   codes-tokens,width=0.25 codes-tokens,group=sum
   codes-tokens,stripes=0 codes-tokens,stripes=0,candidates=0

@@ -170,6 +170,7 @@ class Pages(Storage):
     def crop(self, length):
         if length < self.length:
             self.make_room(self.length)
+            self.widened.forget(self.first_page(length))
             self.set_length(length)
             if length == 0:
                 self.begin_rows((0,) * self.keys.shape[0])
@@ -260,10 +261,6 @@ class Pages(Storage):
 
     def in_blocks(self, num_slots):
         return -(-num_slots // self.block_size) * self.block_size
-
-    def took_step(self):
-        super().took_step()
-        self.widened.forget(self.first_page(self.length - 1))
 
     def first_page(self, slot):
         """The page of a slot in the most padded row, whose pages have the lowest numbers."""
