@@ -16,8 +16,8 @@ models=${HF_QUEST_MODELS:-build/models}
 mkdir -p "$folder"
 
 # Pages in two ways and of three sizes, and the best there is; tokens by codes as a QuestCache does it, and with each of
-# its settings changed: candidates, what finds them, stripes, pages, bits, values in 8 bits, and as many tokens as hold a
-# share of the mass.
+# its settings changed: candidates, what finds them, stripes, pages, bounds of 16 pages together, bits, values in 8 bits,
+# and as many tokens as hold a share of the mass.
 more=codes-tokens,candidates=16
 methods=(
   published published,keeps_first=1 default default,keeps_first=0 default,width=0.25 default,page_size=8 default,page_size=32
@@ -26,7 +26,8 @@ methods=(
   codes-tokens,width=0.25 codes-tokens,group=sum
   codes-tokens,stripes=0 codes-tokens,stripes=0,candidates=0
   codes-tokens,page_size=32 $more,page_size=32
-  $more,bits=1.6 $more,bits=3 $more,value_bits=8 $more,mass=0.9 $more,mass=0.95 $more,mass=0.98
+  $more,fold=16 $more,bits=1.6 $more,bits=3 $more,value_bits=8
+  $more,mass=0.9 $more,mass=0.95 $more,mass=0.98
 )
 names=(smollm2 gemma3)
 smollm2=(--length 2048 --length 4096 --length 8192 --windows 20 --steps 128 --batch-size 10)

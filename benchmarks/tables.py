@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from hf_quest.evaluation.choices import parse_choice
 from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.compare_report import method_table
 from hf_quest.evaluation.report import markdown
@@ -193,30 +194,62 @@ def loss_table(report):
     return table
 
 
-def mass_table(report):
-    """Of the ways to choose as many tokens as hold a share of the mass: what a fixed budget of their mean would lose.
-
-    It is interpolated between the budgets that were measured of the same way, on logarithms of both.
-    """
-    table = Table("tokens", "at most", "mass", "attended, mean / most", "KL, nats", "KL of as many in each step")
-    rows = means(report)
-    for (length, way), values in rows.items():
-        fixed, mass = without_mass(way.method)
-        if way.budget is None or mass is None:
-            continue
-        ways = (each for (n, other), each in rows.items() if (n, other.method) == (length, fixed))
-        budgets = sorted((each["attended"], each["kl"]) for each in ways)
-        if not budgets or not budgets[0][0] <= values["attended"] <= budgets[-1][0]:
-            as_many = "-"
-        else:
-            as_many = f"{math.exp(np.interp(math.log(values['attended']), *np.log(np.array(budgets).T))):.4f}"
-        attended = f"{values['attended']:,.0f} / {values['most']:,.0f}"
-        table.add_row(f"{length:,}", f"{way.budget:,}", mass, attended, f"{values['kl']:.4f}", as_many)
+def codes_settings_table(reports):
+    """KL of tokens chosen by codes with each of their settings, of every model at its longest context."""
+    budgets = (128, 256, 512, 1024)
+    table = Table("model", "tokens", "method", "read at 256", *(f"KL at {budget:,}" for budget in budgets))
+    for name, report in reports.items():
+        rows = means(report)
+        longest = max(length for length, _ in rows)
+        methods = dict.fromkeys(way.method for length, way in rows if length == longest and way.budget)
+        for method in methods:
+            choice = parse_choice(method)
+            is_shown = choice.by == "codes" or method in ("published", "default", "best-tokens")
+            found = {
+                way.budget: values
+                for (length, way), values in rows.items()
+                if (length, way.method) == (longest, method)
+            }
+            if not is_shown or choice.mass or 256 not in found:
+                continue
+            cells = [f"{found[budget]['kl']:.4f}" if budget in found else "-" for budget in budgets]
+            table.add_row(name, f"{longest:,}", method, f"{100 * found[256]['read_share']:.1f} %", *cells)
     return table
 
 
+def mass_table(reports):
+    """Of as many tokens as hold a share of the mass: what a fixed budget of as many, or of as many bytes, would lose.
+
+    That is interpolated between the budgets that were measured of the same way, on logarithms of both.
+    """
+    beside = ("KL of as many in each step", "KL of as many bytes")
+    table = Table("model", "tokens", "at most", "mass", "attended, mean / most", "read", "KL", *beside)
+    for name, report in reports.items():
+        rows = means(report)
+        for (length, way), values in rows.items():
+            fixed, mass = without_mass(way.method)
+            if way.budget is None or mass is None:
+                continue
+            others = [each for (n, other), each in rows.items() if (n, other.method) == (length, fixed)]
+            cells = [f"{values['attended']:,.0f} / {values['most']:,.0f}", f"{100 * values['read_share']:.1f} %"]
+            cells += [
+                f"{values['kl']:.4f}",
+                *(interpolated(others, values, over) for over in ("attended", "read_share")),
+            ]
+            table.add_row(name, f"{length:,}", f"{way.budget:,}", mass, *cells)
+    return table
+
+
+def interpolated(rows, values, over):
+    """The KL of `rows` at the place of `values`, or a dash outside of what was measured."""
+    places = sorted((row[over], row["kl"]) for row in rows)
+    if not places or not places[0][0] <= values[over] <= places[-1][0]:
+        return "-"
+    return f"{math.exp(np.interp(math.log(values[over]), *np.log(np.array(places)).T)):.4f}"
+
+
 def without_mass(method):
-    """A method's settings but its `mass`, and that, or None."""
+    """A method's other settings, and its `mass` or None."""
     settings = method.split(",")
     mass = next((setting for setting in settings if setting.startswith("mass=")), None)
     settings = [setting for setting in settings if setting != mass]
@@ -248,7 +281,10 @@ def tables():
     for path in sorted(RESULTS.glob("selection*.json")):
         report = json.loads(path.read_text())
         found[path.stem.replace("selection", "loss")] = markdown(loss_table(report))
-        found[path.stem.replace("selection", "mass")] = markdown(mass_table(report))
+    paths = [path for model in COMPARED if (path := RESULTS / f"selection_{model}.json").exists()]
+    reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
+    found["codes_settings"] = markdown(codes_settings_table(reports))
+    found["codes_mass"] = markdown(mass_table(reports))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():

@@ -1,5 +1,6 @@
 """The teacher-forced measurement is what decode steps do, and its oracles are the best there is."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_quest import CACHE_NAME, QuestCache, tiny
 from hf_quest.cli import app
-from hf_quest.evaluation import evaluate_selection, scores
+from hf_quest.evaluation import choices, evaluate_selection, scores
 from hf_quest.evaluation.choices import CHOICES, LEAST, Choice, attended_tokens, grouped_logits, parse_choice
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.evaluation.forced import Forced, chosen_attention, is_causal
@@ -114,6 +115,7 @@ VARIANTS = [
     "codes-tokens,candidates=0,bits=3",
     "codes-tokens,candidates=4,group=share,agreement=share",
     "codes-tokens,candidates=2,share=0.5,bits=1.6,value_bits=8",
+    "codes-tokens,candidates=2,fold=4,stripes=0",
 ]
 
 
@@ -201,6 +203,21 @@ class TestChoices:
         assert choice.num_candidates(64, num_pages) == max(8, math.ceil(num_pages / 4))
         assert parse_choice("codes-tokens,candidates=0").num_candidates(64, num_pages) == num_pages
 
+    def test_pages_of_a_fold_are_candidates_together(self, layer):
+        """Those of the folds with the best bounds: of a fold all pages are chosen from, or none."""
+        query, keys, logits = layer
+        choice = parse_choice("codes-tokens,candidates=2,fold=3,bits=8")
+        is_found = choices.found_pages(choice, 48, query, keys, scores.bounds_of(keys, 16, 8), 0.25)
+        of_folds = torch.nn.functional.pad(is_found, (0, 2)).unflatten(-1, (5, 3))
+        assert ((of_folds.sum(dim=-1) % 3 == 0) | (torch.arange(5) == 4)).all()
+        assert (of_folds.any(dim=-1).sum(dim=-1) == 3).all()  # six pages, and the newest fold, of a single one
+        large = parse_choice("half,page_size=48")
+        expected = attended_tokens(dataclasses.replace(large, group="max"), 144, query, keys, logits, 0.25)
+        assert torch.equal(of_folds[..., 0].repeat_interleave(48, dim=-1)[..., :203] & expected, expected)
+        chosen = attended_tokens(choice, 48, query, keys, logits, 0.25)
+        assert not (chosen & ~is_found.repeat_interleave(16, dim=-1)[..., :203]).any()
+        assert choice.bytes_of(512, 2**17, 128) < parse_choice("codes-tokens,candidates=2").bytes_of(512, 2**17, 128)
+
     def test_codes_choose_as_a_quest_cache_does(self):
         method, choice = QuestCache(codes=2).method, CHOICES["codes-tokens"]
         assert choice.score == method.score
@@ -238,6 +255,7 @@ class TestChoices:
             ("half,group=mean", "group is one of max, sum, share, not 'mean'"),
             ("half,unit=tokens", "bounds are of pages"),
             ("default,mass=0.9", "only single tokens are attended as far as"),
+            ("default,fold=4", "pages are found together as candidates"),
             ("codes-tokens,mass=1.5", "mass=1.5 is out of range"),
             ("codes-tokens,bits=1.5", "bits=1.5 is out of range"),
             ("codes-tokens,group=max,agreement=max", "agreement is one of sum, share, not 'max'"),

@@ -50,6 +50,7 @@ class Choice:
     stripes: int = 0
     mass: float = 0.0
     value_bits: int = 16
+    fold: int = 0
 
     @property
     def score(self) -> Score:
@@ -69,6 +70,10 @@ class Choice:
             return num_pages
         return min(max(self.candidates * self.num_pages(budget), math.ceil(self.share * num_pages)), num_pages)
 
+    def num_folds(self, budget: int, num_pages: int) -> int:
+        """Folds that hold all candidates, besides the newest, of which there may be a single page."""
+        return min(-(-self.num_candidates(budget, num_pages) // self.fold) + 1, -(-num_pages // self.fold))
+
     def bytes_of(self, budget: int, length: int, head_dim: int, num_attended: float | None = None) -> float:
         """What a step reads of one KV head, with keys in 16 bits: of `num_attended` tokens, by default its budget."""
         num_pages = -(-length // self.page_size)
@@ -76,6 +81,8 @@ class Choice:
         attended = (num_attended or min(budget, length)) * (2 + self.value_bits / 8 + scale)
         scales = 1 / reference.SCALE_BLOCK if self.bounds_bits == 8 else 0
         bounds = num_pages * (2 * self.bounds_bits / 8 + scales) if self.by != "keys" else 0
+        if self.fold:
+            bounds *= (-(-num_pages // self.fold) + self.fold * self.num_folds(budget, num_pages)) / num_pages
         num_coded = self.num_candidates(budget, num_pages)
         if self.stripes and self.candidates:
             num_earlier = torch.tensor(num_pages - 1)
@@ -125,6 +132,8 @@ def parse_choice(text: str) -> Choice:
         raise ValueError(f"{text}: in stripes, codes choose tokens, and nothing else is chosen.")
     if choice.by == "bounds" and choice.unit == "tokens":
         raise ValueError(f"{text}: bounds are of pages, so that only codes and keys choose tokens.")
+    if choice.fold and (choice.by != "codes" or not choice.candidates):
+        raise ValueError(f"{text}: pages are found together as candidates, among which codes choose.")
     if choice.mass and choice.unit != "tokens":
         raise ValueError(f"{text}: only single tokens are attended as far as they hold a share of the mass.")
     return choice
@@ -174,12 +183,7 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
         if choice.by == "codes":
             estimated = grouped_logits(query, rounded(keys, bounds, math.log2(choice.num_levels), page_size), scaling)
         if choice.by == "bounds" or choice.candidates:
-            scores = by_bounds(query, bounds, length, page_size, scaling, choice.score)
-            num_found = num_pages
-            if choice.by == "codes":
-                num_found = choice.num_candidates(budget, scores.shape[-1])
-            find = select_in_stripes if choice.stripes else select_pages
-            is_found = find(scores, length, num_found, page_size, choice.keeps_first)
+            is_found = found_pages(choice, budget, query, keys, bounds, scaling)
             if choice.by == "bounds":
                 return of_tokens(is_found) & is_visible
             is_open = (is_open & is_found)[:, :, None]  # [B, Hkv, 1, T, P]
@@ -189,6 +193,20 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
         return best_tokens(choice, budget, weights) | own_page
     weights = agreed(page_mass(estimated, page_size), choice.agreement, is_open)
     return of_tokens(select_pages(weights, length, num_pages, page_size, choice.keeps_first)) & is_visible
+
+
+def found_pages(choice: Choice, budget: int, query: Tensor, keys: Tensor, bounds: Tensor, scaling: float) -> Tensor:
+    """[B, Hkv, T, P] bool: the pages that bounds find, or with a fold those of the folds that theirs find."""
+    length, size, num_pages = keys.shape[2], choice.page_size, bounds.shape[2]
+    num_found = choice.num_candidates(budget, num_pages) if choice.by == "codes" else choice.num_pages(budget)
+    find = select_in_stripes if choice.stripes else select_pages
+    if choice.fold:
+        size *= choice.fold
+        bounds, num_found = bounds_of(keys, size, choice.bounds_bits), choice.num_folds(budget, num_pages)
+        find = select_pages
+    scores = by_bounds(query, bounds, length, size, scaling, choice.score)
+    is_found = find(scores, length, num_found, size, choice.keeps_first)
+    return is_found.repeat_interleave(choice.fold, dim=-1)[..., :num_pages] if choice.fold else is_found
 
 
 def best_tokens(choice: Choice, budget: int, weights: Tensor) -> Tensor:
