@@ -12,8 +12,10 @@ demo: $(VENV)/demo
 app: $(VENV)/app
 	$(VENV)/bin/hf-quest app
 
+# A thread for each of the two workers, or they wait for each other. A file is run by one of them, so that what its tests
+# share is made once. With another Transformers, what does not depend on its version is left out.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2  # a thread for each of the two, or they wait for each other
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(TRANSFORMERS),-m "not any_transformers")
 
 # The site, in build/docs. Any warning fails it, as does a public name that no page documents.
 docs: $(VENV)/docs

@@ -1,5 +1,24 @@
 """No test asks the hub: before anything imports huggingface_hub, which reads this once."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The files that take longest, in this order before all others, or one worker would wait for the other in the end.
+LONGEST = (
+    "test_methods test_compile test_saved test_fuzz test_generate test_families test_prefill test_ops test_browser "
+    "test_evaluation test_offloading test_step_on_cpu test_harness test_cli test_compare test_chain_by_codes_on_cpu "
+    "test_operators_on_cpu test_ahead test_docs test_masks test_modes"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """What has been imported stays: no collection of garbage need look through it again."""
+    gc.collect()
+    gc.freeze()

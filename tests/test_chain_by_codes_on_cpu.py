@@ -14,7 +14,7 @@ from on_cpu import build_program, needs_nvcc
 
 from hf_quest import codes, reference
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.any_transformers]
 
 
 @dataclass

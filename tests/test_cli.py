@@ -209,16 +209,17 @@ def test_an_unforeseen_error_is_one_line_too(document, monkeypatch):
         run("demo", document)
 
 
-def test_import_of_the_package_is_lean():
+def test_import_of_the_package_is_lean_and_builds_no_kernels():
     heavy = "{'rich', 'typer', 'matplotlib', 'datasets', 'torchmetrics', 'hf_quest.cli', 'hf_quest.demo'} | "
     heavy += "{'hf_quest.evaluation', 'hf_quest.tiny'}"
     needed = (
         "transformers, transformers.cache_utils, transformers.models.auto.modeling_auto, transformers.masking_utils"
     )
     code = f"import sys, {needed}; before = set(sys.modules); import hf_quest; "
-    code += f"print(sorted(({heavy}) & (set(sys.modules) - before)))"
+    code += f"print(sorted(({heavy}) & (set(sys.modules) - before))); "
+    code += "print([name in sys.modules for name in ('hf_quest.kernels.ops', 'torch.utils.cpp_extension')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "[]\n"
+    assert result.stdout == "[]\n[True, False]\n"
 
 
 def test_the_dense_answer_is_stock_generate(models, document, encoded):

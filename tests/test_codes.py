@@ -362,7 +362,8 @@ def test_wrong_arguments(options, message):
         QuestCache(**options)
 
 
-def test_it_is_compiled_in_one_graph(model):
+def test_it_is_compiled_in_one_graph():
+    model = make_model(num_hidden_layers=2)
     cache = QuestCache(48, codes=2, candidates=2, dense_layers=1)
     expected = generate(model, tokens(PROMPT), cache)
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness are answered by each method, and only tasks that generate are taken."""
 
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from hf_quest.evaluation.methods import Way, answer, new_cache, prefill
 
 pytest.importorskip("lm_eval")
 
+from hf_quest.evaluation import harness
 from hf_quest.evaluation.harness import MethodLM, evaluate_harness, harness_table
 from hf_quest.models import load
 
@@ -32,6 +34,14 @@ metric_list:
     higher_is_better: true
 """
 GENERATION = 'generation_kwargs:\n  until: ["\\n", "."]\n  max_gen_toks: 8\n  do_sample: false\n'
+
+
+@pytest.fixture(autouse=True, scope="module")
+def indexed_once():
+    """The harness reads some thousand files to know its tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Every evaluation runs with a pretrained model, and with any tokenizer's vocabulary and way to mark words."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import hf_quest.models
 from hf_quest.cli import app
 from hf_quest.demo import tokens_attended
 from hf_quest.evaluation import real_models
@@ -147,6 +149,12 @@ COMMANDS = {
 
 
 class TestCommands:
+    @pytest.fixture(autouse=True, scope="class")
+    def loaded_once(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_quest.models, "load", functools.cache(hf_quest.models.load))
+            yield
+
     @pytest.mark.parametrize("name", COMMANDS)
     def test_runs_with_a_pretrained_model(self, smollm2, tmp_path, name):
         output = tmp_path / f"{name}.json"
@@ -168,6 +176,7 @@ class TestCommands:
         options = ["--max-tokens", 400, "--scored", 4, "--device", "cpu", "--output", tmp_path / "page.html"]
         assert "QuestCache(budget=" in run("calibrate", "--model", smollm2, "--text", tmp_path / "text.txt", *options)
 
+    @pytest.mark.any_transformers
     @pytest.mark.timeout(900)  # two processes that each load everything
     def test_one_command_writes_all_tables(self, smollm2, tmp_path):
         pytest.importorskip("matplotlib")
