@@ -15,13 +15,19 @@ folder=${1:-benchmarks/results}
 models=${HF_QUEST_MODELS:-build/models}
 mkdir -p "$folder"
 
-# Every part of the estimate by itself, page sizes, a second look at candidates, and the best there is.
+# Pages in two ways and of three sizes, and the best there is; tokens by codes as a QuestCache does it, and with each of
+# its settings changed: candidates, what finds them, stripes, pages, bounds of 16 pages together, bits, values in 8 bits,
+# and as many tokens as hold a share of the mass.
+more=codes-tokens,candidates=16
 methods=(
-  published published,keeps_first=1 published,keeps_first=1,group=sum published,keeps_first=1,group=share
-  published,page_size=8 published,page_size=32
-  default default,keeps_first=0 half half,group=share default,width=0.25 default,page_size=8 default,page_size=32
-  codes-pages,candidates=4 codes-tokens,candidates=4 codes-tokens codes-tokens,candidates=16 codes-tokens,candidates=0
-  best-pages best-tokens
+  published published,keeps_first=1 default default,keeps_first=0 default,width=0.25 default,page_size=8 default,page_size=32
+  half half,group=share best-pages best-tokens
+  codes-tokens,candidates=4 codes-tokens $more codes-tokens,candidates=32 codes-tokens,candidates=0 codes-tokens,share=0.25
+  codes-tokens,width=0.25 codes-tokens,group=sum
+  codes-tokens,stripes=0 codes-tokens,stripes=0,candidates=0
+  codes-tokens,page_size=32 $more,page_size=32
+  $more,fold=16 $more,bits=1.6 $more,bits=3 $more,value_bits=8
+  $more,mass=0.9 $more,mass=0.95 $more,mass=0.98
 )
 names=(smollm2 gemma3)
 smollm2=(--length 2048 --length 4096 --length 8192 --windows 20 --steps 128 --batch-size 10)
@@ -30,7 +36,7 @@ ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samp
 ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512)
 budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
 if [ -n "${QUICK:-}" ]; then
-  names=(smollm2) methods=(published default codes-tokens best-pages best-tokens)
+  names=(smollm2) methods=(published default codes-tokens codes-tokens,mass=0.95 best-pages best-tokens)
   smollm2=(--length 384 --windows 2 --steps 16 --batch-size 2) budgets=(--budget 128)
   ruler_smollm2=(--length 512 --samples 2 --task niah_single_1 --max-new-tokens 12 --budget 128)
 fi

@@ -10,8 +10,10 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
+from hf_quest.evaluation.choices import parse_choice
 from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.compare_report import method_table
 from hf_quest.evaluation.report import markdown
@@ -105,6 +107,16 @@ def offload_table(report):
     return table
 
 
+def shared_table(report):
+    """Of every case and way, ms per token step, and the GB that the whole device lacks."""
+    sizes = {"read_gb": "GB, prompt read", "repeat_gb": "at most while repeated", "end_gb": "at the end"}
+    table = Table("shape", "rows", "tokens", "way", "ms per token step", *sizes.values())
+    for result in report["results"]:
+        cells = [f"{result[name]:.1f}" if name in result else "-" for name in ("ms_per_token", *sizes)]
+        table.add_row(result["shape"], str(result["rows"]), f"{result['context']:,}", result["way"], *cells)
+    return table
+
+
 def first_token_table(report):
     """Seconds to the first token of every model shape and context, and CritiPrefill's speedup over dense ways."""
     titles = {result["kind"]: result["way"] for result in report["results"]}
@@ -182,6 +194,68 @@ def loss_table(report):
     return table
 
 
+def codes_settings_table(reports):
+    """KL of tokens chosen by codes with each of their settings, of every model at its longest context."""
+    budgets = (128, 256, 512, 1024)
+    table = Table("model", "tokens", "method", "read at 256", *(f"KL at {budget:,}" for budget in budgets))
+    for name, report in reports.items():
+        rows = means(report)
+        longest = max(length for length, _ in rows)
+        methods = dict.fromkeys(way.method for length, way in rows if length == longest and way.budget)
+        for method in methods:
+            choice = parse_choice(method)
+            is_shown = choice.by == "codes" or method in ("published", "default", "best-tokens")
+            found = {
+                way.budget: values
+                for (length, way), values in rows.items()
+                if (length, way.method) == (longest, method)
+            }
+            if not is_shown or choice.mass or 256 not in found:
+                continue
+            cells = [f"{found[budget]['kl']:.4f}" if budget in found else "-" for budget in budgets]
+            table.add_row(name, f"{longest:,}", method, f"{100 * found[256]['read_share']:.1f} %", *cells)
+    return table
+
+
+def mass_table(reports):
+    """Of as many tokens as hold a share of the mass: what a fixed budget of as many, or of as many bytes, would lose.
+
+    That is interpolated between the budgets that were measured of the same way, on logarithms of both.
+    """
+    beside = ("KL of as many in each step", "KL of as many bytes")
+    table = Table("model", "tokens", "at most", "mass", "attended, mean / most", "read", "KL", *beside)
+    for name, report in reports.items():
+        rows = means(report)
+        for (length, way), values in rows.items():
+            fixed, mass = without_mass(way.method)
+            if way.budget is None or mass is None:
+                continue
+            others = [each for (n, other), each in rows.items() if (n, other.method) == (length, fixed)]
+            cells = [f"{values['attended']:,.0f} / {values['most']:,.0f}", f"{100 * values['read_share']:.1f} %"]
+            cells += [
+                f"{values['kl']:.4f}",
+                *(interpolated(others, values, over) for over in ("attended", "read_share")),
+            ]
+            table.add_row(name, f"{length:,}", f"{way.budget:,}", mass, *cells)
+    return table
+
+
+def interpolated(rows, values, over):
+    """The KL of `rows` at the place of `values`, or a dash outside of what was measured."""
+    places = sorted((row[over], row["kl"]) for row in rows)
+    if not places or not places[0][0] <= values[over] <= places[-1][0]:
+        return "-"
+    return f"{math.exp(np.interp(math.log(values[over]), *np.log(np.array(places)).T)):.4f}"
+
+
+def without_mass(method):
+    """A method's other settings, and its `mass` or None."""
+    settings = method.split(",")
+    mass = next((setting for setting in settings if setting.startswith("mass=")), None)
+    settings = [setting for setting in settings if setting != mass]
+    return ",".join(settings), mass and mass.removeprefix("mass=")
+
+
 KINDS = {
     **TABLES,
     "decode": decode_table,
@@ -189,6 +263,7 @@ KINDS = {
     "generate": generate_table,
     "first_token": first_token_table,
     "offload": offload_table,
+    "shared": shared_table,
     "selection": selection_table,
 }
 
@@ -204,7 +279,12 @@ def tables():
         if "chain by codes of larger pages" in report["cases"][0]["stages"]:
             found[path.stem.replace("stages", "codes")] = markdown(codes_table(report))
     for path in sorted(RESULTS.glob("selection*.json")):
-        found[path.stem.replace("selection", "loss")] = markdown(loss_table(json.loads(path.read_text())))
+        report = json.loads(path.read_text())
+        found[path.stem.replace("selection", "loss")] = markdown(loss_table(report))
+    paths = [path for model in COMPARED if (path := RESULTS / f"selection_{model}.json").exists()]
+    reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
+    found["codes_settings"] = markdown(codes_settings_table(reports))
+    found["codes_mass"] = markdown(mass_table(reports))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():

@@ -1,6 +1,7 @@
 """Quest sparse attention for Hugging Face Transformers: `attn_implementation="quest"` and `QuestCache`."""
 
 from . import former
+from .auditing import Audit, audit
 from .errors import QuestError
 from .methods import Method
 from .planning import MemoryPlan, plan_memory
@@ -27,6 +28,7 @@ from .watch import PageReads
 
 __all__ = [
     "CACHE_NAME",
+    "Audit",
     "CascadingCache",
     "CritiPrefill",
     "H2OCache",
@@ -43,6 +45,7 @@ __all__ = [
     "TOVACache",
     "ThinKCache",
     "TokenSelectCache",
+    "audit",
     "capture",
     "decode_ahead",
     "plan_memory",

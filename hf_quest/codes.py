@@ -14,6 +14,7 @@ from . import reference, stripes
 from .reference import Length, in_order, newest_page, order_of, reduce_group, visible_tokens
 
 BITS = (1, 2, 4, 8)
+LEAST = 8  # the part of a budget that a query attends however little of it holds the mass
 
 
 def grid(bounds: Tensor, scales: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,7 @@ def refine(
     scaling: float,
     num_tokens: int,
     group: str,
+    mass: float | None = None,
 ) -> Tensor:
     """Choose, for every query, the tokens of its newest page and of each stripe the highest-scoring of its candidates.
 
@@ -126,6 +128,8 @@ def refine(
         length, padding: as in `reference.select`.
         num_tokens: tokens to choose, those of the newest page included. Equal scores resolve to the earlier token.
         group: of `reference.GROUPS`.
+        mass: of the tokens before the newest page choose no more, best first, than hold this share of the estimated
+            attention of all candidates, and at least `num_tokens` / LEAST. None for all that are chosen.
 
     Returns:
         [B, Hkv, T, num_tokens] int64, ascending, counted from each row's first token; -1 fills up.
@@ -149,11 +153,40 @@ def refine(
     rank = (order_of(scores) - position).masked_fill(~is_open, reference.INT64.min).unflatten(-1, (num_stripes, -1))
     num_best = max(num_tokens - page_size, 0)
     shares = stripes.shares_of_tokens((newest * page_size).clamp(max=num_best), newest)
+    visible = visible_tokens(num_queries, length, padding)[:, None, :, None]
     # No stripe has more pages than its share of all, and one.
     best = stripes.best(rank, shares, min(rank.shape[-1], -(-num_best // num_stripes) + page_size))
+    if mass is not None:
+        is_logit = group == "max" or grouped.shape[3] == 1
+        weights = scores.masked_fill(~is_open, -torch.inf).softmax(dim=-1).nan_to_num(0.0) if is_logit else scores
+        weights = weights.masked_fill(~is_open, 0.0).unflatten(-1, (num_stripes, -1))
+        # Where no more is stored than the budget, all is attended, whatever other rows do.
+        least = torch.where(visible <= num_tokens, num_tokens, num_tokens // LEAST)
+        best = best.masked_fill(~holding(weights, rank, best, mass, least), -1)
     chosen = position.unflatten(-1, (num_stripes, -1)).gather(-1, best.clamp(min=0)).masked_fill(best < 0, -1)
-    visible = visible_tokens(num_queries, length, padding)[:, None, :, None]
     own = newest[..., None] * page_size + torch.arange(page_size, device=page.device)  # all that are there
     own = own.masked_fill(own >= visible, -1).expand(*candidates.shape[:3], -1)
     ids = in_order(torch.cat([chosen.flatten(3), own], dim=-1))[..., :num_tokens]
     return F.pad(ids, (0, num_tokens - ids.shape[-1]), value=-1)
+
+
+def holding(weights: Tensor, rank: Tensor, best: Tensor, mass: float, least: Tensor) -> Tensor:
+    """[..., X, K] bool: which of the `best`, indices [..., X, K] of which -1 is none, hold the mass: see `refine`.
+
+    Args:
+        weights, rank: [..., X, M], of tokens in their stripes.
+        least: [..., 1], how many do in any case.
+    """
+    total = weights.double().sum(dim=(-2, -1))[..., None]
+    of_best, order = (each.gather(-1, best.clamp(min=0)) for each in (weights, rank))
+    is_one = best >= 0
+    of_best = of_best.masked_fill(~is_one, 0.0).flatten(-2).double()
+    order = order.masked_fill(~is_one, reference.INT64.min).flatten(-2).argsort(dim=-1, descending=True)
+    is_needed = is_held(of_best.gather(-1, order), total, mass, least)
+    return torch.zeros_like(is_needed).scatter(-1, order, is_needed).view_as(best)
+
+
+def is_held(best_first: Tensor, total: Tensor, mass: float, least: int | Tensor) -> Tensor:
+    """[..., K] bool: of float64 weights, the largest first, the first `least` and the others up to the mass."""
+    before = best_first.cumsum(dim=-1) - best_first
+    return (torch.arange(best_first.shape[-1], device=total.device) < least) | (before < mass * total)

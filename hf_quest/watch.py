@@ -14,6 +14,8 @@ from transformers import Cache
 from . import reference
 from .reference import Choice, Logits
 
+WEIGHED = 2**14  # tokens whose keys are in float32 at a time
+
 
 @dataclass
 class Read:
@@ -35,6 +37,26 @@ class Read:
         grouped = self.query[:, :, -1].float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, D]
         return (grouped @ keys.transpose(-1, -2)).flatten(1, 2) * self.logits.scaling
 
+    def dense_weights(self, query_idx: int = -1) -> torch.Tensor:
+        """[B, Hq, N] float32: what one of the queries would give each key that the layer holds in dense attention.
+
+        It is 0 in left padding and for later tokens. With sinks, which get the rest, a row's sum is below 1.
+        """
+        keys, (scaling, softcap, sinks) = self.keys(), self.logits
+        query = self.query[:, :, query_idx].float().unflatten(1, (keys.shape[1], -1))  # [B, Hkv, G, D]
+        parts = keys.split(WEIGHED, dim=2)  # not all keys in float32 at once
+        logits = torch.cat([query @ part.float().transpose(-1, -2) for part in parts], dim=-1) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        newest = self.length - self.query.shape[2] + query_idx % self.query.shape[2]
+        is_visible = (slot >= self.layer.storage.padding[:, None]) & (slot <= newest)
+        logits = logits.masked_fill(~is_visible[:, None, None], -torch.inf).flatten(1, 2)
+        if sinks is not None:
+            sink = sinks.float().view(1, -1, 1).expand(*logits.shape[:2], 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        return logits.softmax(dim=-1)[..., : keys.shape[2]]
+
     def num_bytes(self) -> float:
         """Bytes that the step has read of this layer in all rows: keys, values, and what it was chosen by.
 
@@ -50,9 +72,9 @@ class Read:
             num_bytes += num_heads * self.layer.method.read_to_choose(storage, self.length)
         return num_bytes
 
-    def tokens(self) -> torch.Tensor:
-        """[B, Hkv, N] bool: which of these, or with a method that evicts of all seen, the newest query attends, padding
-        included where all are.
+    def tokens(self, query_idx: int = -1) -> torch.Tensor:
+        """[B, Hkv, N] bool: which of these, or with a method that evicts of all seen, a query attends, by default the
+        newest; padding included where all are.
         """
         storage = self.layer.storage
         num_tokens = self.layer.length if self.layer.evicts else self.keys().shape[2]
@@ -62,7 +84,7 @@ class Read:
             return tokens.scatter(2, storage.positions, True)
         if self.choice is None:
             return torch.ones(shape, dtype=torch.bool, device=self.query.device)
-        ids, size = self.choice.ids[:, :, -1, :, None], self.choice.size
+        ids, size = self.choice.ids[:, :, query_idx, :, None], self.choice.size
         slot = ids * size + torch.arange(size, device=ids.device) + storage.padding[:, None, None, None]
         slot = slot.masked_fill(ids < 0, shape[2]).clamp(max=shape[2]).flatten(2)  # the last one is cut off
         tokens = torch.zeros(*shape[:2], shape[2] + 1, dtype=torch.bool, device=ids.device)

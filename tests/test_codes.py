@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from hf_quest import QuestCache, QuestError, reference, stripes
-from hf_quest.codes import BITS, decode, encode, find_candidates, grid, refine, refresh_codes
+from hf_quest.codes import BITS, LEAST, decode, encode, find_candidates, grid, refine, refresh_codes
 from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
 from hf_quest.stripes import NUM_STRIPES
 from hf_quest.watch import PageReads
@@ -55,9 +55,9 @@ class Stored:
             [each[:, None] for each in grid(self.bounds[row, :, page], scales, self.bits)],
         )
 
-    def refine(self, query, candidates, num_tokens, group="sum"):
+    def refine(self, query, candidates, num_tokens, group="sum", mass=None):
         where = (self.length, self.padding, PAGE, self.bits)
-        return refine(query, self.bounds, self.scales, self.codes, candidates, *where, 0.25, num_tokens, group)
+        return refine(query, self.bounds, self.scales, self.codes, candidates, *where, 0.25, num_tokens, group, mass)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -141,7 +141,7 @@ def test_shares_are_fair_and_add_up(num_pages, num_tokens):
         assert candidates <= min(len(pages), stripes.most_pages(int(num_candidates)))
 
 
-def chosen_by_formula(stored, query, candidates, num_tokens, group):
+def chosen_by_formula(stored, query, candidates, num_tokens, group, mass=None):
     """For each row, KV head and query the tokens, in float64 and without a tensor of all."""
     batch_size, num_heads, num_queries, _ = query.shape
     num_kv_heads = stored.keys.shape[1]
@@ -182,14 +182,27 @@ def chosen_by_formula(stored, query, candidates, num_tokens, group):
                     share = num_best * num_before // max(newest, 1) - len(best)
                     own = [token for token in scores if token // PAGE in pages]
                     best += sorted(own, key=lambda token: (-scores[token], token))[:share]
+                if mass is not None:
+                    best = those_that_hold(mass, best, scores, num_tokens // LEAST, group == "max" or len(heads) == 1)
                 yield sorted(best) + list(range(newest * PAGE, num_visible))
+
+
+def those_that_hold(mass, chosen, scores, least, are_logits):
+    """Of the tokens that are chosen the fewest that hold so much of what all get."""
+    weights = {token: math.exp(score) for token, score in scores.items()} if are_logits else scores
+    held = []
+    for token in sorted(chosen, key=lambda token: (-scores[token], token)):
+        if len(held) < least or sum(weights[each] for each in held) < mass * sum(weights.values()):
+            held.append(token)
+    return held
 
 
 @pytest.mark.parametrize("group", reference.GROUPS)
 @pytest.mark.parametrize("num_heads", [2, 6])
 @pytest.mark.parametrize("left_padding", ODD)
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_refine_is_its_formula(group, num_heads, left_padding, num_queries):
+@pytest.mark.parametrize("mass", [None, 0.2, 0.7])
+def test_refine_is_its_formula(group, num_heads, left_padding, num_queries, mass):
     stored = Stored(left_padding, 157, seed=num_heads)
     query = torch.randn(len(left_padding), num_heads, num_queries, 16, generator=torch.Generator().manual_seed(1))
     where = (stored.length, stored.padding, PAGE)
@@ -197,8 +210,9 @@ def test_refine_is_its_formula(group, num_heads, left_padding, num_queries):
     candidates = find_candidates(scores, *where[:2], 20, PAGE, keeps_first=True)
     # Nothing else is read: neither other pages, nor keys.
     stored.keys.fill_(torch.nan)
-    found = stored.refine(query, candidates, 44, group)
-    expected = list(chosen_by_formula(stored, query, candidates, 44, group))
+    found = stored.refine(query, candidates, 44, group, mass)
+    expected = list(chosen_by_formula(stored, query, candidates, 44, group, mass))
+    assert mass != 0.2 or min(map(len, expected)) < 44 - PAGE
     for ids, right in zip(found.flatten(0, 2).tolist(), expected, strict=True):
         assert ids == right + (44 - len(right)) * [-1]
 
@@ -212,15 +226,16 @@ def test_where_candidates_have_fewer_tokens_than_are_asked_for_all_are_chosen():
 
 
 @pytest.mark.parametrize("candidates", [2, 0])
-def test_it_chooses_what_eval_selection_measures(candidates):
-    """The table of real weights is of what a QuestCache does, with pages found by the sum over heads."""
+@pytest.mark.parametrize("mass", [None, 0.5])
+def test_it_chooses_what_eval_selection_measures(candidates, mass):
+    """The table of real weights is of what a QuestCache does."""
     length, budget = 200, 64
     keys = torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(0))
     query = torch.randn(1, 8, 1, 32, generator=torch.Generator().manual_seed(1))
-    measured = dataclasses.replace(CHOICES["codes-tokens"], candidates=candidates)
+    measured = dataclasses.replace(CHOICES["codes-tokens"], candidates=candidates, mass=mass or 0.0)
     expected = attended_tokens(measured, budget, query, keys, grouped_logits(query, keys, 0.2), 0.2)[:, :, 0]
 
-    cache = QuestCache(budget, codes=2, candidates=candidates or None, score=measured.score, dense_layers=0)
+    cache = QuestCache(budget, codes=2, candidates=candidates or None, mass=mass, dense_layers=0)
     cache.update(keys, keys, 0)
     choice = cache.method.choose(cache.layers[0].storage, query, reference.Logits(0.2), length)
     ids = choice.ids[:, :, 0]
@@ -228,7 +243,8 @@ def test_it_chooses_what_eval_selection_measures(candidates):
         ..., :-1
     ]
     assert choice.size == 1
-    assert (choice.ids >= 0).sum() == 2 * (budget - 16 + 8)  # the newest page holds 8 of its 16 tokens
+    most = 2 * (budget - 16 + 8)  # the newest page holds 8 of its 16 tokens
+    assert (choice.ids >= 0).sum() == most if mass is None else (choice.ids >= 0).sum() < most
     assert torch.equal(chosen, expected)
 
 
@@ -237,9 +253,9 @@ def model():
     return make_model()
 
 
-def mean_difference(model, **options):
+def mean_difference(model, budget=24, **options):
     """Of logits from dense attention's, of steps after one prompt."""
-    caches = [QuestCache(24, page_size=PAGE, **options), DynamicCache()]
+    caches = [QuestCache(budget, page_size=PAGE, **options), DynamicCache()]
     logits = []
     with torch.no_grad():
         for cache in caches:
@@ -261,6 +277,41 @@ def test_at_equal_budget_tokens_by_codes_lose_less_than_pages_and_more_bits_and_
 def test_a_budget_beyond_the_context_is_dense_and_reads_no_code(model):
     dense = generate(model, tokens(PROMPT), DynamicCache())
     assert torch.equal(generate(model, tokens(PROMPT), QuestCache(codes=2)), dense)
+
+
+def test_a_short_row_of_a_batch_attends_all_of_it():
+    stored = Stored((0, 130), 157)
+    candidates = find_candidates(torch.zeros(2, 2, 1, 40), 157, stored.padding, math.inf, PAGE, keeps_first=True)
+    ids = stored.refine(torch.randn(2, 4, 1, 16), candidates, 44, mass=0.2)
+    assert (ids[0] >= 0).sum(dim=-1).max() < 44
+    assert ids[1, :, 0].tolist() == 2 * [[*range(27), *(17 * [-1])]]
+
+
+def test_a_mass_attends_fewer_tokens_and_loses_little_more(model):
+    """An eighth of the budget and the newest page at the least, the budget at the most."""
+    reads, cache = [], QuestCache(48, page_size=PAGE, codes=2, mass=0.9)
+    cache.watcher = lambda read: read.choice is not None and reads.append(read.tokens().sum(dim=-1))
+    generate(model, tokens(PROMPT), cache)
+    num = torch.stack(reads)
+    assert 48 // LEAST < num.min() < num.float().mean() < num.max() <= 48
+    assert cache.method.fused is None
+    few, by_mass, all_of_them = (
+        mean_difference(model, budget=budget, codes=2, candidates=None, mass=mass)
+        for budget, mass in ((24, None), (48, 0.9), (48, None))
+    )
+    assert all_of_them < by_mass < few
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mass": 0.9}, "mass is a share of what tokens get by their codes"),
+        *(({"codes": 2, "mass": mass}, "mass is the share of the estimated attention") for mass in (0.0, 1.0, 95, "1")),
+    ],
+)
+def test_a_mass_that_there_is_not_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuestCache(**options)
 
 
 def test_what_a_step_reads_is_counted_with_codes(model):

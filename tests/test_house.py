@@ -20,6 +20,7 @@ ARROWS = {
     "prompts": {"kernels", "reference"},
     "methods": {"codes", "kernels", "reference", "storage", "stripes"},
     "watch": {"reference"},
+    "auditing": {"errors", "watch"},
     "former": {"errors", "watch"},
     "seam": {"errors", "kernels", "methods", "prompts", "reference", "storage", "watch", "former"},
 }

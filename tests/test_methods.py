@@ -56,6 +56,10 @@ def codes_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, codes=2, candidates=2, **options)
 
 
+def mass_cache(budget=2048, **options):
+    return QuestCache(budget, page_size=4, codes=2, mass=0.5, **options)
+
+
 def offloaded_cache(budget=2048, **options):
     return QuestCache(budget, page_size=4, codes=2, candidates=2, offloading=True, **options)
 
@@ -82,7 +86,8 @@ def think_cache(budget=32, **options):
 
 COMPRESSING = [think_cache, SubGenCache]
 REMEMBERING = [squeezed_cache, recycled_cache, recycled_by_similarity_cache, token_select_cache]
-METHODS = [quest_cache, codes_cache, offloaded_cache, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
+QUESTS = [quest_cache, codes_cache, mass_cache, offloaded_cache]
+METHODS = [*QUESTS, exact_top_k_cache, *REMEMBERING, *EVICTING, *COMPRESSING]
 BUDGET = 20  # tokens, of a prompt of PROMPT
 EVERYTHING = 10_000
 

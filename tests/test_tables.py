@@ -1,8 +1,9 @@
-"""No number of a table is cut off, in a narrow terminal or in a pipe."""
+"""No number of a table is cut off, in a narrow terminal or in a pipe; what is between measurements is interpolated."""
 
 import io
 
 import pytest
+import tables
 from rich.console import Console
 from rich.table import Table
 
@@ -40,3 +41,19 @@ def test_nothing_is_left_out_where_nothing_fits(monkeypatch):
 def test_a_pipe_gets_titles_and_numbers_in_one_line_each(monkeypatch):
     shown = printed(monkeypatch, 80, is_terminal=False)
     assert all(cell in shown for cell in TITLES + NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("attended", "expected"), [(64, "0.0156"), (100, "0.0100"), (256, "0.0039"), (50, "-"), (257, "-")]
+)
+def test_between_budgets_a_power_law_is_exact_and_beyond_them_nothing_is_said(attended, expected):
+    rows = [{"attended": budget, "kl": 1 / budget} for budget in (256, 64, 128)]
+    assert tables.interpolated(rows, {"attended": attended}, "attended") == expected
+
+
+def test_the_fixed_budget_beside_a_mass_has_all_other_settings():
+    assert tables.without_mass("codes-tokens,candidates=16,mass=0.95,bits=3") == (
+        "codes-tokens,candidates=16,bits=3",
+        "0.95",
+    )
+    assert tables.without_mass("half,page_size=8") == ("half,page_size=8", None)

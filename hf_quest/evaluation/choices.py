@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference, stripes
-from ..codes import find_candidates
+from ..codes import LEAST, find_candidates, is_held
 from ..reference import DEFAULT, GROUPS, PUBLISHED, Score
 from .scores import (
     agreed,
@@ -30,8 +30,10 @@ class Choice:
     `width`, `keeps_first` and `group` say how pages are scored by their bounds of 8 or 16 bits, as in reference.Score.
     With `by` bounds that chooses. With codes, keys in `bits` per channel on their page's own grid, it only finds the
     candidates, `candidates` times as many pages as the budget has (0: all pages, unscored), and the codes choose among
-    them. With keys the true weights choose, which no estimate can better. `unit` is what is chosen, pages or tokens;
-    how the heads of a group agree on it is `group`, too, but for `max`, which is `share` there: weights are not bounds.
+    them; `share` is the least share of all pages that are candidates. With keys the true weights choose, which no
+    estimate can better. `unit` is what is chosen, pages or tokens, on which the heads of a group agree by codes or keys
+    as `agreement` says. With a `mass` a step attends of these tokens only as many, best first, as hold that share of
+    the estimated attention of all candidates, and at least 1 / LEAST of the budget. Values are read in `value_bits`.
     """
 
     width: float = PUBLISHED.width
@@ -41,9 +43,14 @@ class Choice:
     bounds_bits: int = 8
     by: str = "bounds"
     unit: str = "pages"
-    bits: int = 2
+    agreement: str = "sum"
+    bits: float = 2
     candidates: int = 0
+    share: float = 0.0
     stripes: int = 0
+    mass: float = 0.0
+    value_bits: int = 16
+    fold: int = 0
 
     @property
     def score(self) -> Score:
@@ -52,13 +59,31 @@ class Choice:
     def num_pages(self, budget: int) -> int:
         return budget // self.page_size
 
-    def bytes_of(self, budget: int, length: int, head_dim: int) -> float:
-        """What a step reads of one KV head, with keys and values in 16 bits."""
+    @property
+    def num_levels(self) -> int:
+        """Values that a channel of a code can have: 1.6 bits are five of three values each in a byte."""
+        return int(2**self.bits)
+
+    def num_candidates(self, budget: int, num_pages: int) -> int:
+        """Pages that are looked at by their codes, the newest among them."""
+        if not self.candidates:
+            return num_pages
+        return min(max(self.candidates * self.num_pages(budget), math.ceil(self.share * num_pages)), num_pages)
+
+    def num_folds(self, budget: int, num_pages: int) -> int:
+        """Folds that hold all candidates, besides the newest, of which there may be a single page."""
+        return min(-(-self.num_candidates(budget, num_pages) // self.fold) + 1, -(-num_pages // self.fold))
+
+    def bytes_of(self, budget: int, length: int, head_dim: int, num_attended: float | None = None) -> float:
+        """What a step reads of one KV head, with keys in 16 bits: of `num_attended` tokens, by default its budget."""
         num_pages = -(-length // self.page_size)
-        attended = 4 * min(budget, length)
+        scale = 0 if self.value_bits == 16 else 2 / head_dim  # of a token's values
+        attended = (num_attended or min(budget, length)) * (2 + self.value_bits / 8 + scale)
         scales = 1 / reference.SCALE_BLOCK if self.bounds_bits == 8 else 0
         bounds = num_pages * (2 * self.bounds_bits / 8 + scales) if self.by != "keys" else 0
-        num_coded = min(self.candidates * self.num_pages(budget), num_pages) if self.candidates else num_pages
+        if self.fold:
+            bounds *= (-(-num_pages // self.fold) + self.fold * self.num_folds(budget, num_pages)) / num_pages
+        num_coded = self.num_candidates(budget, num_pages)
         if self.stripes and self.candidates:
             num_earlier = torch.tensor(num_pages - 1)
             num_coded = int(stripes.shares_of_pages(num_earlier.clamp(max=num_coded - 1), num_earlier).sum())
@@ -67,7 +92,7 @@ class Choice:
 
 
 HALF = Choice(width=0.5, keeps_first=True, group="sum")
-CODES = dataclasses.replace(HALF, by="codes", candidates=8)
+CODES = Choice(*DEFAULT, by="codes", candidates=8)
 BEST = Choice(by="keys", group="sum")
 CHOICES = {
     "published": Choice(),
@@ -78,11 +103,12 @@ CHOICES = {
     "best-pages": BEST,
     "best-tokens": dataclasses.replace(BEST, unit="tokens"),
 }
-KINDS = {"by": ("bounds", "codes", "keys"), "unit": ("pages", "tokens"), "group": GROUPS}
+KINDS = {"by": ("bounds", "codes", "keys"), "unit": ("pages", "tokens"), "group": GROUPS, "agreement": ("sum", "share")}
 NUMBERS = {
     "keeps_first": (0, 1),
-    "bits": range(1, 9),
+    "bits": (1, 1.6, *range(2, 9)),
     "bounds_bits": (8, 16),
+    "value_bits": (8, 16),
     "page_size": range(1, 1025),
     "stripes": (0, 1),
 }
@@ -106,6 +132,10 @@ def parse_choice(text: str) -> Choice:
         raise ValueError(f"{text}: in stripes, codes choose tokens, and nothing else is chosen.")
     if choice.by == "bounds" and choice.unit == "tokens":
         raise ValueError(f"{text}: bounds are of pages, so that only codes and keys choose tokens.")
+    if choice.fold and (choice.by != "codes" or not choice.candidates):
+        raise ValueError(f"{text}: pages are found together as candidates, among which codes choose.")
+    if choice.mass and choice.unit != "tokens":
+        raise ValueError(f"{text}: only single tokens are attended as far as they hold a share of the mass.")
     return choice
 
 
@@ -121,7 +151,8 @@ def parse_setting(field: str, value: str) -> Any:
         number = float(value)
     except ValueError:
         number = math.nan
-    is_possible = 0 <= number <= 1 if kinds[field] is float else number in NUMBERS.get(field, range(2**20))
+    is_share = kinds[field] is float and field not in NUMBERS
+    is_possible = 0 <= number <= 1 if is_share else number in NUMBERS.get(field, range(2**20))
     if not is_possible:
         raise ValueError(f"{field}={value} is out of range.")
     return kinds[field](number)
@@ -150,26 +181,50 @@ def attended_tokens(choice: Choice, budget: int, query: Tensor, keys: Tensor, lo
     else:
         bounds = bounds_of(keys, page_size, choice.bounds_bits)
         if choice.by == "codes":
-            estimated = grouped_logits(query, rounded(keys, bounds, choice.bits, page_size), scaling)
+            estimated = grouped_logits(query, rounded(keys, bounds, math.log2(choice.num_levels), page_size), scaling)
         if choice.by == "bounds" or choice.candidates:
-            scores = by_bounds(query, bounds, length, page_size, scaling, choice.score)
-            num_found = num_pages if choice.by == "bounds" else choice.candidates * num_pages
-            find = select_in_stripes if choice.stripes else select_pages
-            is_found = find(scores, length, num_found, page_size, choice.keeps_first)
+            is_found = found_pages(choice, budget, query, keys, bounds, scaling)
             if choice.by == "bounds":
                 return of_tokens(is_found) & is_visible
             is_open = (is_open & is_found)[:, :, None]  # [B, Hkv, 1, T, P]
     estimated = estimated.masked_fill(~of_tokens(is_open), -torch.inf)
-    group = "share" if choice.group == "max" else choice.group
     if choice.unit == "tokens":
-        weights = agreed(estimated, group, of_tokens(is_open))
-        if choice.stripes:
-            return best_in_stripes(weights, budget - page_size, page_size) | own_page
-        best = weights.topk(min(length, budget - page_size), dim=-1)
-        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
-        return chosen | own_page
-    weights = agreed(page_mass(estimated, page_size), group, is_open)
+        weights = agreed(estimated, choice.agreement, of_tokens(is_open))
+        return best_tokens(choice, budget, weights) | own_page
+    weights = agreed(page_mass(estimated, page_size), choice.agreement, is_open)
     return of_tokens(select_pages(weights, length, num_pages, page_size, choice.keeps_first)) & is_visible
+
+
+def found_pages(choice: Choice, budget: int, query: Tensor, keys: Tensor, bounds: Tensor, scaling: float) -> Tensor:
+    """[B, Hkv, T, P] bool: the pages that bounds find, or with a fold those of the folds that theirs find."""
+    length, size, num_pages = keys.shape[2], choice.page_size, bounds.shape[2]
+    num_found = choice.num_candidates(budget, num_pages) if choice.by == "codes" else choice.num_pages(budget)
+    find = select_in_stripes if choice.stripes else select_pages
+    if choice.fold:
+        size *= choice.fold
+        bounds, num_found = bounds_of(keys, size, choice.bounds_bits), choice.num_folds(budget, num_pages)
+        find = select_pages
+    scores = by_bounds(query, bounds, length, size, scaling, choice.score)
+    is_found = find(scores, length, num_found, size, choice.keeps_first)
+    return is_found.repeat_interleave(choice.fold, dim=-1)[..., :num_pages] if choice.fold else is_found
+
+
+def best_tokens(choice: Choice, budget: int, weights: Tensor) -> Tensor:
+    """[B, Hkv, T, N] bool: the tokens of the highest weights, [B, Hkv, T, N], before each query's own page."""
+    num = budget - choice.page_size
+    if choice.stripes:
+        chosen = best_in_stripes(weights, num, choice.page_size)
+    else:
+        best = weights.topk(min(weights.shape[-1], num), dim=-1)
+        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
+    return holding(weights, chosen, choice.mass, budget // LEAST) if choice.mass else chosen
+
+
+def holding(weights: Tensor, chosen: Tensor, mass: float, least: int) -> Tensor:
+    """[..., N] bool: of the `chosen` those, best first, that hold a share of all `weights`, and the first `least`."""
+    best, order = weights.masked_fill(~chosen, 0.0).double().sort(dim=-1, descending=True, stable=True)
+    is_needed = is_held(best, weights.double().sum(dim=-1, keepdim=True), mass, least)
+    return chosen & torch.zeros_like(chosen).scatter(-1, order, is_needed)
 
 
 def grouped_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:

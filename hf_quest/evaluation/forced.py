@@ -20,6 +20,7 @@ from .. import CACHE_NAME
 from ..seam.attention import dense_attention
 from .choices import Choice, attended_tokens, grouped_logits
 from .methods import DENSE, new_cache, prefill
+from .scores import in_8_bits
 
 FORCED = "quest_forced"  # an attn_implementation
 NUM_TOP = 10
@@ -29,11 +30,13 @@ MAX_LOGITS = 2**28  # elements, of all heads and queries of a layer: more steps 
 @dataclass
 class Observed:
     """What one layer kept in a forward, means over its queries, each [B, Hq]: the share of its attention mass and of
-    the ten heaviest tokens; and [B] tokens attended, a mean over KV heads, too."""
+    the ten heaviest tokens; and [B] tokens attended, a mean over KV heads, too, and the most that any query attended.
+    """
 
     mass: Tensor
     top10: Tensor
     attended: Tensor
+    most: Tensor
 
 
 @dataclass
@@ -98,9 +101,12 @@ def chosen_attention(
     top = logits.topk(min(NUM_TOP, keys.shape[2]), dim=-1).indices
     top10 = is_attended.expand_as(logits).gather(-1, top).float().mean(dim=-1)
     kept = with_sinks(logits.masked_fill(~is_attended, -torch.inf), sinks).softmax(dim=-1)[..., : keys.shape[2]]
-    output = (kept @ values.float()[:, :, None]).flatten(1, 2).to(query.dtype)
-    attended = is_attended.sum(dim=-1).float().mean(dim=(1, 2, 3))
-    observed = Observed(mass.mean(dim=-1).flatten(1), top10.mean(dim=-1).flatten(1), attended)
+    values = in_8_bits(values) if choice.value_bits == 8 else values.float()
+    output = (kept @ values[:, :, None]).flatten(1, 2).to(query.dtype)
+    attended = is_attended.sum(dim=-1).float().flatten(1)
+    observed = Observed(
+        mass.mean(dim=-1).flatten(1), top10.mean(dim=-1).flatten(1), attended.mean(dim=1), attended.amax(dim=1)
+    )
     return output.transpose(1, 2).contiguous(), observed
 
 
@@ -148,9 +154,8 @@ def joined(seen: list[Observed], sizes: list[int]) -> Observed:
     """What a layer kept over all parts, of so many queries each."""
     shares = [size / sum(sizes) for size in sizes]
     names = ("mass", "top10", "attended")
-    return Observed(
-        *(sum(share * getattr(part, name) for share, part in zip(shares, seen, strict=True)) for name in names)
-    )
+    means = (sum(share * getattr(part, name) for share, part in zip(shares, seen, strict=True)) for name in names)
+    return Observed(*means, torch.stack([part.most for part in seen]).amax(dim=0))
 
 
 @contextmanager

@@ -52,7 +52,14 @@ def select_pages(scores: Tensor, length: int, num_selected: int, page_size: int,
     return is_selected.scatter(-1, page_ids.masked_fill(page_ids < 0, scores.shape[-1]), True)[..., :-1]
 
 
-def rounded(keys: Tensor, bounds: Tensor, bits: int, page_size: int) -> Tensor:
+def in_8_bits(values: Tensor) -> Tensor:
+    """[B, Hkv, N, D] float32 values, each token's in 8 bits of its own largest."""
+    values = values.float()
+    step = values.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (values / step).round() * step
+
+
+def rounded(keys: Tensor, bounds: Tensor, bits: float, page_size: int) -> Tensor:
     """[B, Hkv, N, D] float32 keys in `bits` per channel, on the grid of their own page's minimum and maximum."""
     of_pages = grid(bounds, None, bits)
     lowest, step = (each.repeat_interleave(page_size, dim=2)[:, :, : keys.shape[2]] for each in of_pages)

@@ -98,7 +98,7 @@ def evaluate_selection(
             log_probs, layers = forced.log_probs(choices[way.method], way.budget)
             record = {"length": length, **way._asdict(), **compare(dense, log_probs), **kept(layers)}
             record["loss_rise"] = (forced.losses(log_probs) - dense_losses).tolist()
-            record["read_share"] = read_share(model, choices[way.method], way.budget, length)
+            record["read_share"] = read_share(model, choices[way.method], way.budget, length, mean(record["attended"]))
             if by_layer:
                 record["layers"] = {
                     str(layer_idx): {name: getattr(layer, name).mean(dim=0).tolist() for name in ("mass", "top10")}
@@ -154,18 +154,25 @@ def kept(layers: dict[int, Observed]) -> dict[str, list[float]]:
         .mean(dim=0)
         .tolist()
         for name in ("mass", "top10")
-    } | {"attended": torch.stack([layer.attended for layer in layers.values()]).mean(dim=0).tolist()}
+    } | {
+        "attended": torch.stack([layer.attended for layer in layers.values()]).mean(dim=0).tolist(),
+        "most": torch.stack([layer.most for layer in layers.values()]).amax(dim=0).tolist(),
+    }
 
 
-def read_share(model: PreTrainedModel, choice: Choice, budget: int, length: int) -> float:
-    """Bytes that a step reads in a layer that chooses, over those of all its keys and values, at 16 bits."""
+def read_share(model: PreTrainedModel, choice: Choice, budget: int, length: int, attended: float) -> float:
+    """Bytes that a step reads in a layer that chooses, over those of all its keys and values, at 16 bits.
+
+    `attended` tokens are what a choice by mass reads; what the others read is their budget.
+    """
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return choice.bytes_of(budget, length, head_dim) / (4 * head_dim * length)
+    num_attended = attended if choice.mass else None
+    return choice.bytes_of(budget, length, head_dim, num_attended) / (4 * head_dim * length)
 
 
 def means(report: dict[str, Any]) -> dict[tuple[int, Way], dict[str, float]]:
-    """Each measure's mean over windows, by length and way; as `loss` that of dense attention for its way."""
+    """Each measure's mean over windows, by length and way, and as `most` the largest; as `loss` dense attention's."""
     records = report["records"]
     dense = [record for record in records if record["method"] == "dense"]
     found = {key: {"loss": mean(losses)} for key, losses in merged(dense, ("length",), "losses").items()}
@@ -175,6 +182,9 @@ def means(report: dict[str, Any]) -> dict[tuple[int, Way], dict[str, float]]:
             found.setdefault(key, {})[name] = mean(values)
     for record in others:
         found[(record["length"],), Way(record["method"], record["budget"])]["read_share"] = record["read_share"]
+    counted = [record for record in others if "most" in record]  # results of before have none
+    for key, values in merged(counted, ("length",), "most").items():
+        found[key]["most"] = max(values)
     return {(length, way): values for ((length,), way), values in found.items()}
 
 
@@ -190,12 +200,14 @@ def selection_table(report: dict[str, Any]) -> Table:
         "attention mass",
         "top-10 tokens",
         "KV read",
+        "attended, mean / most",
     )
     rows = means(report)
     for (length, way), values in sorted(rows.items(), key=lambda row: (row[0][0], row[0][1].budget or 0)):
         if way.budget is None:
-            table.add_row(f"{length:,}", "all", "dense", "0", f"{math.exp(values['loss']):.2f}", *["100 %"] * 4)
+            table.add_row(f"{length:,}", "all", "dense", "0", f"{math.exp(values['loss']):.2f}", *["100 %"] * 4, "all")
             continue
+        most = f"{values['most']:,.0f}" if "most" in values else "-"
         table.add_row(
             f"{length:,}",
             f"{way.budget:,}",
@@ -203,6 +215,7 @@ def selection_table(report: dict[str, Any]) -> Table:
             f"{values['kl']:.4f}",
             f"{100 * math.expm1(values['loss_rise']):+.1f} %",
             *(f"{100 * values[name]:.1f} %" for name in ("agreement", "mass", "top10", "read_share")),
+            f"{values['attended']:,.0f} / {most}",
         )
     return table
 

@@ -53,7 +53,7 @@ class Quest(Method):
 
     Args:
         budget: tokens, rounded up to whole pages, at least two pages.
-        page_size, score, bounds_dtype, codes, candidates: see `QuestCache`.
+        page_size, score, bounds_dtype, codes, candidates, mass: see `QuestCache`.
     """
 
     page_size: int = 16
@@ -61,11 +61,15 @@ class Quest(Method):
     bounds_dtype: torch.dtype | None = torch.int8
     codes: int | None = None
     candidates: int | None = 8
+    mass: float | None = None
 
     @property
     def fused(self):
-        """The kernels, which have no code of a whole cache, nor of any number of bits, nor on bounds in 16."""
+        """The kernels, which have no code of a whole cache, nor of any number of bits, nor on bounds in 16, nor stop at
+        a share of the mass.
+        """
         is_served = self.codes in ops.CODE_BITS and self.candidates is not None and self.bounds_dtype is torch.int8
+        is_served = is_served and self.mass is None
         return Chain if self.codes is None or is_served else None
 
     def __post_init__(self):
@@ -95,6 +99,15 @@ class Quest(Method):
             raise ValueError(
                 "candidates says how many times the budget's pages are looked at by their codes, 1 or more, or None "
                 f"for all pages, not {self.candidates!r}."
+            )
+        if self.mass is None:
+            return
+        if self.codes is None:
+            raise ValueError("mass is a share of what tokens get by their codes: QuestCache(codes=2, mass=0.95).")
+        if not isinstance(self.mass, float) or not 0 < self.mass < 1:
+            raise ValueError(
+                "mass is the share of the estimated attention for which a step attends tokens, above 0 and below 1, "
+                f"or None for all of the budget, not {self.mass!r}."
             )
 
     @property
@@ -162,7 +175,7 @@ class Quest(Method):
         where_found = (*where[:2], self.num_found, self.page_size, self.score.keeps_first)
         if self.codes is None:
             return Choice(reference.select(scores, *where_found), self.page_size)
-        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP)
+        how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP, self.mass)
         candidates = find_candidates(scores, *where_found)
         return Choice(refine(query, *bounds, pages.beside["codes"], candidates, *where, *how), 1)
 

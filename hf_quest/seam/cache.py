@@ -267,7 +267,14 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._settle()
-        super().batch_repeat_interleave(repeats)
+        num_rows = len(self.left_padding)
+        try:
+            super().batch_repeat_interleave(repeats)
+        except (RuntimeError, MemoryError):  # of memory, in one of the layers
+            for layer in self.layers:
+                if len(layer.left_padding) != num_rows:
+                    layer.batch_select_indices(torch.arange(num_rows) * repeats)
+            raise
         self.masks.forget()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -277,6 +284,9 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     def generate_begins(self) -> None:
         self.masks.forget()
+        num_rows, num_sequences = generate.rows_of_generate()
+        if num_sequences > 1 and num_rows == len(self.left_padding):  # the ids are repeated, and what was read is not
+            self.batch_repeat_interleave(num_sequences)
 
     def assisted_begins(self, num_prompt: int) -> None:
         """What follows the prompt is drafts, each of which selects for itself."""

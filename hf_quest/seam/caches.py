@@ -52,6 +52,9 @@ class QuestCache(MethodCache):
             bits with bounds in 8; otherwise the layers that choose run in PyTorch, and no step is compiled.
         candidates: how many times the budget's pages are candidates, or None for all pages. They, and tokens, are
             chosen in 16 stripes of pages, of each a like share.
+        mass: with codes, a share of the attention, 0.95 for instance: a step attends only as many tokens, best first,
+            as hold that share of what all candidates get by their codes, an eighth of the budget at the least and the
+            budget at the most. None for the budget, always. There are no CUDA kernels for it.
 
     Raises:
         ValueError, QuestError: as `MethodCache`.
@@ -70,9 +73,10 @@ class QuestCache(MethodCache):
         score: str | Score = "default",
         codes: int | None = None,
         candidates: int | None = 8,
+        mass: float | None = None,
         offloading: bool = False,
     ):
-        method = Quest(budget, page_size, score_named(score), bounds_dtype, codes, candidates)
+        method = Quest(budget, page_size, score_named(score), bounds_dtype, codes, candidates, mass)
         super().__init__(
             method,
             dense_layers=dense_layers,

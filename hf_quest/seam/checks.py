@@ -48,12 +48,8 @@ def check_arrival(layer, key_states, value_states):
     check_room(layer, key_states.shape[2])
     if layer.length == 0:
         return
+    check_rows(layer.keys.shape[0], key_states.shape[0])
     for stored, new in ((layer.keys, key_states), (layer.values, value_states)):
-        if stored.shape[0] != new.shape[0]:
-            raise ValueError(
-                f"The cache holds {stored.shape[0]} rows and this batch has {new.shape[0]}. Call cache.reset() or "
-                "use a new cache for another batch. The content of the cache is unchanged."
-            )
         is_alike = stored.dtype == new.dtype or layer.shared.saw_autocast
         if (stored.shape[1], stored.shape[3]) != (new.shape[1], new.shape[3]) or not is_alike:
             raise ValueError(
@@ -61,6 +57,20 @@ def check_arrival(layer, key_states, value_states):
                 f"model brings {new.shape[1]} of dim {new.shape[3]} in {new.dtype}: it is another model's cache. "
                 "Use a new one. The content of this one is unchanged."
             )
+
+
+def check_rows(num_stored, num_new):
+    """Raise if a batch is not of the rows that are stored."""
+    if num_stored == num_new:
+        return
+    repeats, rest = divmod(num_new, num_stored)
+    repeat = (
+        "" if rest else f", or cache.batch_repeat_interleave({repeats}) if each row goes on as {repeats} of the batch"
+    )
+    raise ValueError(
+        f"The cache holds {num_stored} rows and this batch has {num_new}. Call cache.reset() or use a new cache for "
+        f"another batch{'' if rest else repeat}. The content of the cache is unchanged."
+    )
 
 
 def check_room(layer, num_new):

@@ -9,25 +9,28 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import say_once
 
-ASSISTED = frozenset({inspect.unwrap(GenerationMixin._assisted_decoding).__code__})
-PREFILL = frozenset({inspect.unwrap(GenerationMixin._prefill).__code__})
+
+def codes_of(*functions):
+    """The identities of their code objects, whose own hash takes longer than all else that a step asks of its stack."""
+    return frozenset(id(inspect.unwrap(function).__code__) for function in functions)
+
+
+ASSISTED = codes_of(GenerationMixin._assisted_decoding)
+PREFILL = codes_of(GenerationMixin._prefill)
 # Where the mask of the next token is the last one's and a column of ones: the loops of `generate`.
-LOOPS = frozenset(
-    inspect.unwrap(getattr(GenerationMixin, name)).__code__
-    for name in ("_sample", "_beam_search", "_assisted_decoding")
-)
+LOOPS = codes_of(GenerationMixin._sample, GenerationMixin._beam_search, GenerationMixin._assisted_decoding)
 GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
-MODULE_CALL = frozenset({torch.nn.Module._call_impl.__code__})
+MODULE_CALL = codes_of(torch.nn.Module._call_impl)
 
 
 def called_from(codes, stop_at=frozenset()):
-    """Whether one of the code objects `codes` is in the stack, below the innermost of `stop_at`."""
+    """Whether one of the functions `codes` is in the stack, below the innermost of `stop_at`."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in codes:
+        if id(frame.f_code) in codes:
             return True
-        if frame.f_code in stop_at:
+        if id(frame.f_code) in stop_at:
             return False
         frame = frame.f_back
     return False
@@ -40,13 +43,13 @@ def continues_its_masks():
     or a processor of logits may give another mask than the loop's `model_kwargs` hold.
     """
     given, frame = [], sys._getframe(1)
-    while frame is not None and frame.f_code not in PREFILL:
-        if frame.f_code in LOOPS:
+    while frame is not None and id(frame.f_code) not in PREFILL:
+        if id(frame.f_code) in LOOPS:
             own = [frame.f_locals.get(name, {}).get("attention_mask") for name in ("model_kwargs", "candidate_kwargs")]
             return all(any(mask is each for each in own) for mask in given)
         if frame.f_code is PREPARE:
             given.append(frame.f_locals["attention_mask"])
-        elif frame.f_code in MODULE_CALL and "attention_mask" in frame.f_locals["kwargs"]:
+        elif id(frame.f_code) in MODULE_CALL and "attention_mask" in frame.f_locals["kwargs"]:
             given.append(frame.f_locals["kwargs"]["attention_mask"])
         frame = frame.f_back
     return False
@@ -66,7 +69,7 @@ def calling_model():
     """The outermost model of Transformers whose forward calls, or None."""
     model, frame = None, sys._getframe(1)
     while frame is not None:
-        if frame.f_code in MODULE_CALL and isinstance(frame.f_locals["self"], PreTrainedModel):
+        if id(frame.f_code) in MODULE_CALL and isinstance(frame.f_locals["self"], PreTrainedModel):
             model = frame.f_locals["self"]
         frame = frame.f_back
     return model
@@ -86,7 +89,7 @@ def prompt_length_of_caller():
 def prompt_under_way():
     """Tokens of the prompt that `generate` has read, in chunks as it may be; 0 where it reads none or does not know."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code not in PREFILL:
+    while frame is not None and id(frame.f_code) not in PREFILL:
         frame = frame.f_back
     ids = None if frame is None else frame.f_locals.get("input_ids")
     return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else 0
@@ -124,6 +127,12 @@ def given_to_generate(name):
     while frame is not None and frame.f_code is not GENERATE:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get(name)
+
+
+def rows_of_generate():
+    """(rows that were given to the `generate` that is under way, sequences that it makes of each)."""
+    rows, config = given_to_generate("batch_size"), given_to_generate("generation_config")
+    return rows, 1 if config is None else max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def has_own_preparation(model):
@@ -191,7 +200,7 @@ class Events:
     @property
     def is_compileable(self) -> bool:
         """`generate` and models ask whether to compile the next forward."""
-        is_on_cpu = bool(self.layers) and self.layers[0].storage.device == torch.device("cpu")
+        is_on_cpu = len(self.layers) > 0 and self.layers[0].storage.device == torch.device("cpu")
         return self.can_be_compiled() and may_compile_for_caller(is_on_cpu)
 
     def generate_begins(self) -> None:

@@ -25,20 +25,31 @@ class Coming:
     """
 
     def __init__(self, storage, num_tokens, num_slots):
-        self.storage, self.num_tokens, self.done = storage, num_tokens, None
+        self.storage, self.num_tokens, self.done, self.reader = storage, num_tokens, None, None
         tensors = storage.keys, storage.values
         self.copies = [tensor.new_empty(*tensor.shape[:2], num_slots, tensor.shape[3]) for tensor in tensors]
         device = tensors[0].device
         if device.type != "cuda":
             self.copy(0, num_tokens)
             return
-        stream = stream_of(device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # on which they were stored
+        stream, self.reader = stream_of(device), torch.cuda.current_stream(device)
+        stream.wait_stream(self.reader)  # on which they were stored, and others had the memory of the copies
         with torch.cuda.stream(stream):
             self.copy(0, num_tokens)
             self.done = stream.record_event()
-        for copy in self.copies:
-            copy.record_stream(stream)  # or others would have its memory while it is written, if nobody takes it
+
+    def __del__(self):
+        """What nobody took goes on: the copies' memory, which is the reader's, must not be another's until then.
+
+        `record_stream` for every copy would have the allocator keep memory for as many layers as the host is ahead of.
+        """
+        if self.done is None:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            for copy in self.copies:
+                copy.record_stream(stream_of(copy.device))
+        else:
+            self.reader.wait_event(self.done)
 
     def copy(self, first, end):
         """Copy the tokens in the slots `first` to `end - 1`, on the current stream."""
@@ -50,6 +61,7 @@ class Coming:
         """Keys and values of the first `num_tokens` on the device, those that were stored meanwhile included."""
         if self.done is not None:
             torch.cuda.current_stream(self.copies[0].device).wait_event(self.done)
+            self.done = None
         self.copy(self.num_tokens, num_tokens)
         return [copy[:, :, :num_tokens] for copy in self.copies]
 

@@ -32,6 +32,12 @@ def copy_by_head(target, source, non_blocking=False):
         part.copy_(content, non_blocking=non_blocking)
 
 
+def copy_rows(target, source, rows):
+    """Copy the rows `rows` of [N, ...] to [B, ...], one by one: there is no copy of all of them on the way."""
+    for part, row in zip(target, rows, strict=True):
+        part.copy_(source[row])
+
+
 def exchange_rows(tensor, sources):
     """Have row i of a tensor hold what row `sources[i]` held. One that stays is not copied, and a cycle needs one to
     spare.

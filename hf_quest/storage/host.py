@@ -149,7 +149,7 @@ def block_of_gpu(num_bytes, device):
     """The same as a tensor of a GPU."""
     memory, unpin = registered(num_bytes, device)
     seen = SeenByGPU(memory.data_ptr(), num_bytes)
-    weakref.finalize(seen, release, memory, unpin, device).atexit = False
+    release_with(seen, memory, unpin, device)
     return torch.as_tensor(seen, device=device)
 
 
@@ -183,13 +183,18 @@ def registered(num_bytes, device):
             raise no_memory(num_bytes, f"which CUDA cannot pin (error {status}): {error}") from error
 
 
+def release_with(owner, memory, unpin, device):
+    """Have memory that a GPU reaches given back when its owner is gone, by a call of `unpin`."""
+    weakref.finalize(owner, release, memory, unpin, device).atexit = False
+
+
 def release_waiting():
     while waiting and not torch.cuda.is_current_stream_capturing():
         release(*waiting.pop())
 
 
 def release(memory, unpin, device):
-    """Give host memory back once the GPU has done with it."""
+    """Give memory back once the GPU has done with it."""
     if torch.cuda.is_current_stream_capturing():
         waiting.append((memory, unpin, device))
         return

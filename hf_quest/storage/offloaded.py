@@ -1,7 +1,5 @@
 """Offloaded: every token of a layer, keys and values in the host's memory."""
 
-import torch
-
 from . import host
 from .coming import Coming
 from .pages import Pages
@@ -92,8 +90,4 @@ class Offloaded(Pages):
         self.__dict__.update(state)
         if self.keys is not None:
             self.keys, self.values = (host.copied(tensor, self.device) for tensor in (self.keys, self.values))
-            with torch.inference_mode(False):  # as these are: all can be written, or none
-                self.beside = {name: tensor.clone() for name, tensor in self.beside.items()}
-                self.work, self.counters = (
-                    None if each is None else each.clone() for each in (self.work, self.counters)
-                )
+            self.be_written()  # as these are: all can be, or none

@@ -5,14 +5,14 @@ import torch
 from .. import reference
 from ..errors import say_if_constant, say_once
 from ..kernels import cpu, ops
-from .base import Storage
 from .copies import check_restored, copy_by_head, exchange_rows, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
+from .shared import Sharing
 from .widened import Widened
 
 
-class Pages(Storage):
+class Pages(Sharing):
     """`keys`, `values` [B, Hkv, capacity, D], appended to in place; the first `length` slots are filled.
 
     Page p of row b starts at slot left_padding[b] + p · page_size. In `beside` are, by name, what a method declared:
@@ -136,9 +136,9 @@ class Pages(Storage):
 
     def make_room(self, num_tokens):
         self.prefetch()
-        if num_tokens > self.capacity:
+        if num_tokens > self.room:
             self.move(slice(None), self.with_headroom(num_tokens))
-        elif cannot_be_written(self.keys):
+        elif cannot_be_written(self.keys) or self.length < self.first_own:
             self.move(slice(None), self.capacity)
 
     def set_left_padding(self, left_padding):
@@ -170,6 +170,7 @@ class Pages(Storage):
     def crop(self, length):
         if length < self.length:
             self.make_room(self.length)
+            self.widened.forget(self.first_page(length))
             self.set_length(length)
             if length == 0:
                 self.begin_rows((0,) * self.keys.shape[0])
@@ -177,19 +178,22 @@ class Pages(Storage):
     def reorder(self, sources, start=0):
         self.make_room(self.length)
         self.widened.forget(self.first_page(start))
-        for part in (part for tensor in self.filled(start) for part in self.parts(tensor)):
-            exchange_rows(part, sources)
-        self.memories.change(lambda tensor: tensor[sources])
+        if start < self.first_own and not self.are_alike(sources):
+            self.move(torch.tensor(sources), self.capacity)
+        else:
+            for part in (part for tensor in self.not_shared(start) for part in self.parts(tensor)):
+                exchange_rows(part, sources)
+            self.memories.change(lambda tensor: tensor[sources])
         if any(self.left_padding):
             self.begin_rows(tuple(self.left_padding[row] for row in sources))
 
     def move(self, batch_rows, num_slots, dtype=None):
-        filled = [tensor[batch_rows] for tensor in self.filled()]
+        if not self.moves_to_prefix(batch_rows, num_slots, dtype or self.keys.dtype):
+            filled = [tensor[batch_rows] for tensor in self.filled()]
+            self.allocate(*filled[:2], filled[0].shape[0], num_slots, dtype or self.keys.dtype)
+            for tensor, content in zip(self.filled(), filled, strict=True):
+                tensor.copy_(content)
         self.memories.change(lambda tensor: tensor[batch_rows])
-        keys, values = filled[:2]
-        self.allocate(keys, values, keys.shape[0], num_slots, dtype or keys.dtype)
-        for tensor, content in zip(self.filled(), filled, strict=True):
-            tensor.copy_(content)
 
     def saved(self):
         remembered, memories = self.memories.saved()
@@ -218,20 +222,20 @@ class Pages(Storage):
         slots = slice(start, self.length)
         pages = slice(self.first_page(start), self.num_pages(self.length))
         of_tokens = self.beside_tokens(self.keys.shape[-1], self.keys.dtype)
-        of_their_pages = slice(
-            max(0, start - self.page_size), self.length
-        )  # what is beside a token may hang on its page
+        # What is beside a token may hang on its page.
+        of_their_pages = slice(max(0, start - self.page_size), self.length)
         beside = [tensor[:, :, of_their_pages if name in of_tokens else pages] for name, tensor in self.beside.items()]
         return [self.keys[:, :, slots], self.values[:, :, slots], *beside]
 
-    def allocate(self, like_keys, like_values, batch_size, num_slots, dtype):
-        """New storage, its slots rounded up to whole pages, and what the kernels want beside it."""
+    def allocate(self, like_keys, like_values, batch_size, num_slots, dtype, prefix=None):
+        """New storage, its slots rounded up to whole pages, or a Prefix's, and what the kernels want beside it."""
         num_slots = self.in_blocks(num_slots)
         num_kv_heads, head_dim = like_keys.shape[1], like_keys.shape[-1]
         slots, pages = (batch_size, num_kv_heads, num_slots), (batch_size, num_kv_heads, self.num_pages(num_slots))
         # Tensors made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            keys, values = (self.new_slots(like, slots, dtype) for like in (like_keys, like_values))
+            likes = (like_keys, like_values)
+            keys, values = prefix.tensors if prefix else [self.new_slots(like, slots, dtype) for like in likes]
             of_tokens, of_pages = self.beside_tokens(head_dim, dtype), self.beside_pages(head_dim, dtype)
             beside = {name: keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()}
             beside |= {name: keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
@@ -240,7 +244,7 @@ class Pages(Storage):
                 counters = ops.new_counters(keys)
                 work = keys.new_empty(*pages[:2], 1, pages[2], dtype=torch.float32) if self.keeps_bounds else None
         # Together: memory that runs out on the way leaves what there was.
-        self.keys, self.values, self.beside = keys, values, beside
+        self.keys, self.values, self.beside, self.prefix = keys, values, beside, prefix
         self.has_kernels, self.counters, self.work = has_kernels, counters, work
         self.num_kv_heads = num_kv_heads
         self.widened = Widened()
@@ -260,10 +264,6 @@ class Pages(Storage):
 
     def in_blocks(self, num_slots):
         return -(-num_slots // self.block_size) * self.block_size
-
-    def took_step(self):
-        super().took_step()
-        self.widened.forget(self.first_page(self.length - 1))
 
     def first_page(self, slot):
         """The page of a slot in the most padded row, whose pages have the lowest numbers."""
