@@ -144,6 +144,14 @@ class TestOneGraph:
         assert torch.equal(output, greedy(model, new_cache(), tokens(PROMPT), 5))
 
 
+def test_codes_are_one_graph(forget_graphs):
+    model, cache = make_model(**LAYERS), new_cache(codes=2, candidates=2)
+    expected = generate(model, tokens(PROMPT), cache)
+    cache.reset()
+    assert torch.equal(generate(model, tokens(PROMPT), cache, compile_config=on_any_device()), expected)
+    assert num_graphs() == 1
+
+
 @pytest.mark.parametrize("bounds_dtype", [None, torch.int8], ids=["wide", "8 bits"])
 def test_left_padded_rows_are_one_graph_and_the_rows_alone(forget_graphs, bounds_dtype):
     options = {"bounds_dtype": bounds_dtype}
