@@ -16,6 +16,7 @@ from rich.table import Table
 from hf_quest.evaluation.choices import parse_choice
 from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.compare_report import method_table
+from hf_quest.evaluation.methods import Way
 from hf_quest.evaluation.report import markdown
 from hf_quest.evaluation.selection import means
 
@@ -194,6 +195,36 @@ def loss_table(report):
     return table
 
 
+BESIDE = (  # what a step attends, its method and budget in the evaluation, and its kernel in bench_stages.py
+    ("pages, the paper's score", "published", 2048, None),
+    ("pages", "default", 2048, "chain"),
+    ("tokens by codes", "codes-tokens", 512, "chain by codes"),
+    ("tokens by codes, pages of 32", "codes-tokens,page_size=32", 512, "chain by codes of larger pages"),
+    ("the best tokens there are", "best-tokens", 512, None),
+)
+
+
+def side_by_side_table(reports, stages):
+    """What a step loses of each model at its longest context, and what a layer of it moves and takes on a GPU."""
+    case = next(each for each in stages["cases"] if each["num_kv_heads"] == 8 and each["context"] == 131072)
+    losses = {name: means(report) for name, report in reports.items()}
+    lengths = {name: max(length for length, _ in rows) for name, rows in losses.items()}
+    titles = [f"{name} at {lengths[name]:,}: {what}" for name in losses for what in ("perplexity", "KL")]
+    table = Table("a step attends", "budget", *titles, "MB of a layer", "µs")
+    dense = case["speedup"] * case["stages"]["chain"]["us"]
+    stored = 4 * case["num_kv_heads"] * stages["head_dim"] * case["context"]
+    table.add_row("everything", "-", *["0"] * len(titles), f"{stored / 1e6:.0f}", f"{dense:.1f}")
+    for title, method, budget, stage in BESIDE:
+        values = [losses[name][lengths[name], Way(method, budget)] for name in losses]
+        cells = [
+            cell for each in values for cell in (f"{100 * math.expm1(each['loss_rise']):+.1f} %", f"{each['kl']:.4f}")
+        ]
+        measured = case["stages"].get(stage)
+        moved = (f"{measured['bytes'] / 1e6:.1f}", f"{measured['us']:.1f}") if measured else ("-", "-")
+        table.add_row(title, f"{budget:,}", *cells, *moved)
+    return table
+
+
 def codes_settings_table(reports):
     """KL of tokens chosen by codes with each of their settings, of every model at its longest context."""
     budgets = (128, 256, 512, 1024)
@@ -285,6 +316,9 @@ def tables():
     reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
     found["codes_settings"] = markdown(codes_settings_table(reports))
     found["codes_mass"] = markdown(mass_table(reports))
+    found["side_by_side"] = markdown(
+        side_by_side_table(reports, json.loads((RESULTS / "stages_h200.json").read_text()))
+    )
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
