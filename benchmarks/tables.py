@@ -167,15 +167,16 @@ def bigger_table(reports):
 
 def selection_table(report):
     """Of the ways to choose that a QuestCache has, and the best there are: KL in nats and the rise of perplexity."""
-    methods = ("published", "default", "best-pages", "best-tokens")
-    table = Table("tokens", "budget", "read", *methods)
+    methods = ("published", "default", "codes-tokens", "best-pages", "best-tokens")
+    table = Table("tokens", "budget", "read by pages", "by codes", *methods)
     rows = means(report)
     for length, budget in dict.fromkeys((length, way.budget) for length, way in rows if way.budget):
         values = {way.method: rows[length, way] for _, way in rows if (length, way) in rows and way.budget == budget}
         cells = [
             f"{values[method]['kl']:.3f}, {100 * math.expm1(values[method]['loss_rise']):+.1f} %" for method in methods
         ]
-        table.add_row(f"{length:,}", f"{budget:,}", f"{100 * values['default']['read_share']:.1f} %", *cells)
+        read = [f"{100 * values[method]['read_share']:.1f} %" for method in ("default", "codes-tokens")]
+        table.add_row(f"{length:,}", f"{budget:,}", *read, *cells)
     return table
 
 
@@ -257,9 +258,10 @@ def mass_table(reports):
     table = Table("model", "tokens", "at most", "mass", "attended, mean / most", "read", "KL", *beside)
     for name, report in reports.items():
         rows = means(report)
+        longest = max(length for length, _ in rows)
         for (length, way), values in rows.items():
             fixed, mass = without_mass(way.method)
-            if way.budget is None or mass is None:
+            if way.budget is None or mass is None or length < longest:
                 continue
             others = [each for (n, other), each in rows.items() if (n, other.method) == (length, fixed)]
             cells = [f"{values['attended']:,.0f} / {values['most']:,.0f}", f"{100 * values['read_share']:.1f} %"]
@@ -316,9 +318,8 @@ def tables():
     reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
     found["codes_settings"] = markdown(codes_settings_table(reports))
     found["codes_mass"] = markdown(mass_table(reports))
-    found["side_by_side"] = markdown(
-        side_by_side_table(reports, json.loads((RESULTS / "stages_h200.json").read_text()))
-    )
+    stages = json.loads((RESULTS / "stages_h200.json").read_text())
+    found["side_by_side"] = markdown(side_by_side_table(reports, stages))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
