@@ -5,6 +5,7 @@ whole, or is of another model, is refused; what is there already stays.
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -222,7 +223,7 @@ class TestGoesOn:
 
     def test_after_a_compiled_generate(self, model, folder):
         cache = QuestCache(BUDGET)
-        answer = generate(model, tokens(PROMPT), cache, compile_config=on_any_device())
+        answer = generate(model, tokens(PROMPT), cache, compile_config=on_any_device(backend="aot_eager", mode=None))
         assert cache.get_seq_length() == PROMPT + ANSWER - 1
         loaded = reloaded(cache, folder, model)
         ids = torch.cat([answer, QUESTION], dim=1)
@@ -275,10 +276,14 @@ IN_A_PROCESS = """
 """
 
 
+def with_tests(**options):
+    """The environment of a process that imports from tests, too."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", *sys.path[1:]])), **options}
+
+
 def in_a_process(script, *arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", *sys.path[1:]]))}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    return subprocess.run(command, env=with_tests(), capture_output=True, text=True, **options)
 
 
 def test_a_document_is_asked_in_another_process_without_its_prompt(folder):
@@ -473,7 +478,7 @@ class TestSaveRefuses:
 
 
 SAVE = """
-    import os, resource, signal, sys
+    import json, os, resource, signal, sys
     import torch
     from small_llama import make_model, tokens
     from hf_quest import CACHE_NAME, QuestCache
@@ -483,38 +488,65 @@ SAVE = """
     for ids in (tokens(150), *(tokens(1, seed=step) for step in range(4))):
         model(ids, **{CACHE_NAME: cache})
 """
-KILLED = """
-    calls, sync = [], folders.sync
+CUT_SHORT = """
+    def killed(folder, call):
+        calls, sync = [], folders.sync
 
-    def counted(path):
-        calls.append(path)
-        if len(calls) == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(path)
+        def counted(path):
+            calls.append(path)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(path)
 
-    folders.sync = counted
-    cache.save(sys.argv[1])
+        folders.sync = counted
+        cache.save(folder)
+
+    def full(folder, limit):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            cache.save(folder)
+        except OSError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        cache.save(folder)
+        print(QuestCache.load(folder, model))
+
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        if os.fork() == 0:
+            {"killed": killed, "full": full}[name](*arguments)
+            sys.exit()
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
-FULL = """
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-    try:
-        cache.save(sys.argv[1])
-    except OSError as error:
-        print(error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    cache.save(sys.argv[1])
-    print(QuestCache.load(sys.argv[1], model))
-"""
+
+
+@pytest.fixture(scope="class")
+def cut_short():
+    """What ends a process that saves, and what it printed: each has its own, of one that has imported everything."""
+    command = [sys.executable, "-c", textwrap.dedent(SAVE) + textwrap.dedent(CUT_SHORT)]
+    with subprocess.Popen(
+        command, env=with_tests(OMP_NUM_THREADS="1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(*arguments):
+            print(json.dumps(arguments), file=process.stdin, flush=True)
+            said = []
+            while re.fullmatch(r"-?\d+\n", line := process.stdout.readline()) is None:
+                assert line, "it has ended, and said why on stderr"
+                said.append(line)
+            return int(line), "".join(said)
+
+        yield run
+        process.stdin.close()
 
 
 class TestCutShort:
     """What a process that is killed, and a disk that is full, leave behind."""
 
     @pytest.mark.parametrize("call", [1, 4, 5, 6])
-    def test_killed_while_saving(self, model, call, folder):
+    def test_killed_while_saving(self, model, call, folder, cut_short):
         """Before a file has reached the disk: of four layers, the index, the folder."""
-        result = in_a_process(textwrap.dedent(SAVE) + textwrap.dedent(KILLED), folder, call)
-        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert cut_short("killed", str(folder), call) == (-signal.SIGKILL, "")
         assert not folder.exists()
         with pytest.raises(FileNotFoundError, match="There is no folder"):
             QuestCache.load(folder, model)
@@ -532,8 +564,7 @@ class TestCutShort:
             textwrap.dedent(SAVE) + "print(flush=True)\nwhile True: cache.save(f'{sys.argv[1]}{len(os.listdir())}')"
         )
         command = [sys.executable, "-c", script, str(folder)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", *sys.path[1:]]))}
-        with subprocess.Popen(command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, cwd=folder.parent, env=with_tests(), stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             while len(list(folder.parent.glob("saved*"))) < 3:
                 assert process.poll() is None
@@ -542,10 +573,10 @@ class TestCutShort:
             assert QuestCache.load(path, model).get_seq_length() == PROMPT + 4
 
     @pytest.mark.parametrize("limit", [0, 20_000], ids=lambda limit: f"{limit} bytes a file")
-    def test_a_file_that_may_not_grow(self, limit, folder):
-        result = in_a_process(textwrap.dedent(SAVE) + textwrap.dedent(FULL), folder, limit)
-        assert result.returncode == 0, result.stderr
-        message, loaded = result.stdout.strip().rsplit("\n", 1)
+    def test_a_file_that_may_not_grow(self, limit, folder, cut_short):
+        status, said = cut_short("full", str(folder), limit)
+        assert status == 0
+        message, loaded = said.strip().rsplit("\n", 1)
         assert "File too large" in message
         assert "Nothing is left of it, and the cache is unchanged. Make room" in message
         assert "tokens=154" in loaded
