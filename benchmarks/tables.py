@@ -16,6 +16,7 @@ from rich.table import Table
 from hf_quest.evaluation.choices import parse_choice
 from hf_quest.evaluation.commands import TABLES
 from hf_quest.evaluation.compare_report import method_table
+from hf_quest.evaluation.methods import Way
 from hf_quest.evaluation.report import markdown
 from hf_quest.evaluation.selection import means
 
@@ -166,15 +167,16 @@ def bigger_table(reports):
 
 def selection_table(report):
     """Of the ways to choose that a QuestCache has, and the best there are: KL in nats and the rise of perplexity."""
-    methods = ("published", "default", "best-pages", "best-tokens")
-    table = Table("tokens", "budget", "read", *methods)
+    methods = ("published", "default", "codes-tokens", "best-pages", "best-tokens")
+    table = Table("tokens", "budget", "read by pages", "by codes", *methods)
     rows = means(report)
     for length, budget in dict.fromkeys((length, way.budget) for length, way in rows if way.budget):
         values = {way.method: rows[length, way] for _, way in rows if (length, way) in rows and way.budget == budget}
         cells = [
             f"{values[method]['kl']:.3f}, {100 * math.expm1(values[method]['loss_rise']):+.1f} %" for method in methods
         ]
-        table.add_row(f"{length:,}", f"{budget:,}", f"{100 * values['default']['read_share']:.1f} %", *cells)
+        read = [f"{100 * values[method]['read_share']:.1f} %" for method in ("default", "codes-tokens")]
+        table.add_row(f"{length:,}", f"{budget:,}", *read, *cells)
     return table
 
 
@@ -191,6 +193,36 @@ def loss_table(report):
         }
         cells = [f"{100 * math.expm1(rises[budget]):+.1f} %" if budget in rises else "-" for budget in budgets]
         table.add_row(f"{length:,}", *cells)
+    return table
+
+
+BESIDE = (  # what a step attends, its method and budget in the evaluation, and its kernel in bench_stages.py
+    ("pages, the paper's score", "published", 2048, None),
+    ("pages", "default", 2048, "chain"),
+    ("tokens by codes", "codes-tokens", 512, "chain by codes"),
+    ("tokens by codes, pages of 32", "codes-tokens,page_size=32", 512, "chain by codes of larger pages"),
+    ("the best tokens there are", "best-tokens", 512, None),
+)
+
+
+def side_by_side_table(reports, stages):
+    """What a step loses of each model at its longest context, and what a layer of it moves and takes on a GPU."""
+    case = next(each for each in stages["cases"] if each["num_kv_heads"] == 8 and each["context"] == 131072)
+    losses = {name: means(report) for name, report in reports.items()}
+    lengths = {name: max(length for length, _ in rows) for name, rows in losses.items()}
+    titles = [f"{name} at {lengths[name]:,}: {what}" for name in losses for what in ("perplexity", "KL")]
+    table = Table("a step attends", "budget", *titles, "MB of a layer", "µs")
+    dense = case["speedup"] * case["stages"]["chain"]["us"]
+    stored = 4 * case["num_kv_heads"] * stages["head_dim"] * case["context"]
+    table.add_row("everything", "-", *["0"] * len(titles), f"{stored / 1e6:.0f}", f"{dense:.1f}")
+    for title, method, budget, stage in BESIDE:
+        values = [losses[name][lengths[name], Way(method, budget)] for name in losses]
+        cells = [
+            cell for each in values for cell in (f"{100 * math.expm1(each['loss_rise']):+.1f} %", f"{each['kl']:.4f}")
+        ]
+        measured = case["stages"].get(stage)
+        moved = (f"{measured['bytes'] / 1e6:.1f}", f"{measured['us']:.1f}") if measured else ("-", "-")
+        table.add_row(title, f"{budget:,}", *cells, *moved)
     return table
 
 
@@ -226,9 +258,10 @@ def mass_table(reports):
     table = Table("model", "tokens", "at most", "mass", "attended, mean / most", "read", "KL", *beside)
     for name, report in reports.items():
         rows = means(report)
+        longest = max(length for length, _ in rows)
         for (length, way), values in rows.items():
             fixed, mass = without_mass(way.method)
-            if way.budget is None or mass is None:
+            if way.budget is None or mass is None or length < longest:
                 continue
             others = [each for (n, other), each in rows.items() if (n, other.method) == (length, fixed)]
             cells = [f"{values['attended']:,.0f} / {values['most']:,.0f}", f"{100 * values['read_share']:.1f} %"]
@@ -285,6 +318,8 @@ def tables():
     reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
     found["codes_settings"] = markdown(codes_settings_table(reports))
     found["codes_mass"] = markdown(mass_table(reports))
+    stages = json.loads((RESULTS / "stages_h200.json").read_text())
+    found["side_by_side"] = markdown(side_by_side_table(reports, stages))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import os
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+# What the device lacks is of all processes that use it, and other tests may be among them.
+is_alone = "PYTEST_XDIST_WORKER" not in os.environ
 PROMPT, QUESTION, ANSWER, ROWS, BUDGET = 20_000, 7, 40, 4, 512  # tokens; of a head of 128, 2 MB hold 8,192
 METHODS = {"pages": {}, "codes": {"codes": 2}, "wide bounds": {"bounds_dtype": None}}
 
@@ -91,7 +94,7 @@ class TestMapped:
         block = memory.mapped([[piece]] * 16, size, [piece])
         assert block.device == device
         taken = before - torch.cuda.mem_get_info()[0]
-        assert 80 * memory.granule <= taken < 100 * memory.granule
+        assert not is_alone or 80 * memory.granule <= taken < 100 * memory.granule
         rows = block[: 16 * size].view(16, -1)
         rows[:, 64 * memory.granule :] = torch.arange(16, dtype=torch.uint8, device=device)[:, None]
         rows[3, : 64 * memory.granule] = 9
@@ -204,6 +207,7 @@ class TestTheSameTokens:
             assert_same(caches)
 
 
+@pytest.mark.skipif(not is_alone, reason="other processes take memory of the device meanwhile: run it without -n")
 class TestMemory:
     def test_a_prefix_is_there_once_and_goes_with_the_cache(self, model):
         gc.collect()
