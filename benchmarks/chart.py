@@ -15,8 +15,9 @@ CHART = ROOT / "docs" / "chart.svg"
 SPEED, LOSS = RESULTS / "generate_gpu.json", RESULTS / "selection_smollm2.json"
 DENSE = ("DynamicCache, sdpa", "StaticCache, sdpa, compiled")
 LENGTH = 8192  # tokens of the loss
+METHODS = {"published": "the paper's score", "default": "default score", "codes-tokens": "tokens by codes"}
 PAPERS_SCORE = "0.1.0"  # the version whose caches had no other score
-GREEN, GREY = "#0f766e", "#94a3b8"
+GREEN, GREY, LIGHT = "#0f766e", "#94a3b8", "#5eead4"
 
 
 def speeds():
@@ -39,38 +40,46 @@ def made_with():
 
 
 def losses():
-    """(budget, rise of perplexity in percent by the paper's score, by the default one) at LENGTH, by budget."""
+    """(budget, rise of perplexity in percent by each of METHODS) at LENGTH, by budget."""
     found = {}
     for (length, way), values in means(json.loads(LOSS.read_text())).items():
-        if length == LENGTH and way.method in ("published", "default"):
+        if length == LENGTH and way.method in METHODS:
             found.setdefault(way.budget, {})[way.method] = 100 * math.expm1(values["loss_rise"])
-    return [(budget, found[budget]["published"], found[budget]["default"]) for budget in sorted(found) if budget >= 256]
+    return [(budget, *(found[budget][method] for method in METHODS)) for budget in sorted(found) if budget >= 256]
 
 
 def labels():
     """What is written at the bars of each panel."""
     of_speeds = [(f"{dense:.1f}", f"{quest:.1f}") for _, dense, quest in speeds()]
-    return of_speeds, [(f"+{published:.0f}", f"+{default:.0f}") for _, published, default in losses()]
+    return of_speeds, [[f"+{rise:.0f}" if rise > 9.5 else f"+{rise:.1f}" for rise in rises] for _, *rises in losses()]
 
 
-def draw_pairs(axes, groups, names, texts, ticks):
+def draw_groups(axes, groups, names, texts, ticks):
+    width = 0.8 / len(names)
     for place, (_, *values) in enumerate(groups):
-        for side, (value, name, color) in enumerate(zip(values, names, (GREY, GREEN), strict=True)):
-            x = place + 0.4 * side - 0.2
-            axes.bar(x, value, 0.38, color=color, label=name if place == 0 else None, zorder=2)
+        for side, (value, name, color) in enumerate(zip(values, names, (GREY, GREEN, LIGHT), strict=False)):
+            x = place + width * (side - (len(names) - 1) / 2)
+            axes.bar(x, value, 0.95 * width, color=color, label=name if place == 0 else None, zorder=2)
             axes.text(x, value, texts[place][side], ha="center", va="bottom", fontsize=8.5)
     axes.set_xticks(range(len(groups)), ticks)
     axes.grid(visible=False, axis="x")
-    axes.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.2))
+    axes.legend(
+        frameon=False,
+        loc="upper center",
+        ncols=len(names),
+        columnspacing=1,
+        handlelength=1.2,
+        bbox_to_anchor=(0.5, -0.2),
+    )
     axes.margins(y=0.12)
 
 
 def chart():
-    drawing = figure(figsize=(8.6, 3.9))
-    left, right = drawing.subplots(1, 2)
+    drawing = figure(figsize=(10.4, 3.9))
+    left, right = drawing.subplots(1, 2, width_ratios=(2, 3))
     speed_labels, loss_labels = labels()
     version, score = made_with()
-    draw_pairs(
+    draw_groups(
         left,
         speeds(),
         ("dense, best stock cache", "Quest, budget 2,048"),
@@ -81,10 +90,10 @@ def chart():
     left.set_title(
         f"Gain: ms for one token, version {version}, {score}\nLlama-3.1-8B's shape, random weights, H200", fontsize=11
     )
-    draw_pairs(
+    draw_groups(
         right,
         losses(),
-        ("the paper's score", "default score"),
+        list(METHODS.values()),
         loss_labels,
         [f"{budget:,}" for budget, *_ in losses()],
     )

@@ -203,7 +203,7 @@ def test_a_forward_that_generate_did_not_prepare_is_right_outside_of_the_graph(f
 @torch.no_grad()
 def test_the_tiny_model_writes_the_same_256_tokens_after_4k(forget_graphs):
     model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.float32)
-    document = next(documents(Library(tokenizer, heldout_text()[:300_000]), "digest", 4096, 1, seed=3))
+    document = next(documents(Library(tokenizer, heldout_text()[:300_000]), "digest", 8192, 1, seed=3))
     ids = torch.tensor([document.ids])
     cache = QuestCache(budget=512)
     model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)

@@ -33,7 +33,7 @@ def test_with_what_the_gain_was_measured_is_said_beside_it():
 
 def test_budgets_of_the_chart_cost_what_is_said():
     small, large = re.search(r"256 raises its perplexity by (\d+) %.*? 2,048 raises it by (\d+) %", README).groups()
-    by_budget = {budget: default for budget, _, default in chart.losses()}
+    by_budget = {budget: default for budget, _, default, _ in chart.losses()}
     assert (round(by_budget[256]), round(by_budget[2048])) == (int(small), int(large))
     assert f"At {chart.LENGTH:,} tokens" in README
 
