@@ -90,6 +90,14 @@ def generate_table(report):
     return table
 
 
+def host_table(report):
+    """ms of the host per token, by way."""
+    table = Table("way", "ms of the host per token")
+    for result in report["results"]:
+        table.add_row(result["way"], f"{result['ms']:.2f}")
+    return table
+
+
 def offload_table(report):
     """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's."""
     ways = list(dict.fromkeys(result["way"] for result in report["results"]))
@@ -295,6 +303,7 @@ KINDS = {
     "stages": stages_table,
     "generate": generate_table,
     "first_token": first_token_table,
+    "host": host_table,
     "offload": offload_table,
     "shared": shared_table,
     "selection": selection_table,
