@@ -221,7 +221,7 @@ def gemma():
 
 def content(cache):
     """What is stored, of every layer and in order."""
-    keys = [layer.storage.newest_keys() if layer.is_sliding else layer.keys for layer in cache.layers]
+    keys = [layer.storage.newest_keys() for layer in cache.layers]  # other slots may hold anything, NaN too
     return [layer.length for layer in cache.layers], [stored.clone() for stored in keys]
 
 
