@@ -17,7 +17,7 @@ smollm2=(--length 1024 --budget 128 --windows 4 --samples 4)
 gemma3=(--length 1024 --budget 128 --windows 4 --samples 4)
 tasks_tiny=(text passkey facts niah_single_1 niah_multikey_2 vt cwe fwe speed)
 tasks_smollm2=(text passkey niah_single_1 niah_multikey_2 vt cwe fwe speed)
-tasks_gemma3=(text passkey niah_single_1 niah_multikey_2 vt cwe fwe speed)
+tasks_gemma3=(text passkey speed)
 
 for name in ${MODELS:-tiny smollm2 gemma3}; do
   declare -n options=$name tasks=tasks_$name
