@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copied_rows import copying
 from small_llama import ANSWER, feed, generate, make_model, tokens
 
 from hf_quest import (
@@ -60,16 +61,6 @@ def addresses(prefix, tensor):
     """Of the first unit of each row and head."""
     before = prefix.offset * tensor.shape[3] * tensor.element_size()
     return [head.data_ptr() - before for row in tensor for head in row]
-
-
-@contextlib.contextmanager
-def copying():
-    """What is repeated is copied."""
-    least, shared.LEAST = shared.LEAST, 10**9
-    try:
-        yield
-    finally:
-        shared.LEAST = least
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
+from copied_rows import copying
 from small_llama import generate, make_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_quest import CACHE_NAME, QuestCache, capture, decode_ahead
-from hf_quest.storage import host, mapped, shared
+from hf_quest.storage import host, mapped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,16 +44,6 @@ def document(model):
     with torch.no_grad():
         model(ids(PROMPT, 1), **{CACHE_NAME: cache}, logits_to_keep=1)
     return cache
-
-
-@contextlib.contextmanager
-def copying():
-    """What is repeated is copied."""
-    least, shared.LEAST = shared.LEAST, 10**9
-    try:
-        yield
-    finally:
-        shared.LEAST = least
 
 
 def repeated(model, num_rows=ROWS, **options):

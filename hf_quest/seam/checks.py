@@ -69,7 +69,7 @@ def check_rows(num_stored, num_new):
     )
     raise ValueError(
         f"The cache holds {num_stored} rows and this batch has {num_new}. Call cache.reset() or use a new cache for "
-        f"another batch{'' if rest else repeat}. The content of the cache is unchanged."
+        f"another batch{repeat}. The content of the cache is unchanged."
     )
 
 
