@@ -81,6 +81,15 @@ def serves(keys, values, page_size):
     """Whether the kernels serve a layer with such storage; builds them on first use. On a GPU, a no is announced."""
     if keys.device.type != "cuda":
         return False
+    reason = why_not(keys, values, page_size)
+    if reason is not None:
+        warnings.warn(f"hf_quest has no CUDA kernels for {reason} and runs its slower PyTorch path.", stacklevel=2)
+        return False
+    return build.load()
+
+
+def why_not(keys, values, page_size):
+    """What of a layer with such storage no kernels serve, or None."""
     for is_served, what in (
         (keys.dtype in DTYPES, f"{keys.dtype} keys (float16 and bfloat16 are served)"),
         (keys.shape[-1] in HEAD_DIMS, f"a head dim of {keys.shape[-1]} ({HEAD_DIMS} are served)"),
@@ -89,9 +98,8 @@ def serves(keys, values, page_size):
         (keys.shape[2] < MAX_SLOTS, f"{keys.shape[2]} slots (fewer than {MAX_SLOTS} are served)"),
     ):
         if not is_served:
-            warnings.warn(f"hf_quest has no CUDA kernels for {what} and runs its slower PyTorch path.", stacklevel=2)
-            return False
-    return build.load()
+            return what
+    return None
 
 
 def has_pools(device):
