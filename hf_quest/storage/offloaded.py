@@ -1,7 +1,5 @@
 """Offloaded: every token of a layer, keys and values in the host's memory."""
 
-import torch
-
 from ..kernels import ops
 from . import host
 from .coming import Coming
@@ -52,10 +50,14 @@ class Offloaded(Pages):
         super().reorder(sources, start)
         self.forget(start)
 
-    def to(self, device):
-        super().to(device)
-        is_back = self.keys is not None and torch.device(device) == self.device
-        self.pool = self.new_pool(self.keys, self.values, self.has_kernels) if is_back else None
+    def offload(self):
+        super().offload()
+        self.pool = None
+
+    def prefetch(self):
+        if self.is_away:
+            super().prefetch()
+            self.pool = self.new_pool(self.keys, self.values, self.has_kernels)
 
     def discard(self):
         super().discard()
