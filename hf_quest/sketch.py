@@ -226,7 +226,8 @@ def is_on_host(storage, name):
 
 
 def on_device(storage):
-    return [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
+    own = [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
+    return own + [(POOL, tensor) for tensor in pooled(storage)]
 
 
 def pooled(storage):
