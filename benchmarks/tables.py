@@ -99,7 +99,9 @@ def host_table(report):
 
 
 def offload_table(report):
-    """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's."""
+    """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's, and
+    the hits of its pools.
+    """
     ways = list(dict.fromkeys(result["way"] for result in report["results"]))
     table = Table("shape", "rows", "tokens", "GiB of the GPU", *ways)
     cases = {}
@@ -107,6 +109,7 @@ def offload_table(report):
         cell = "does not fit"
         if "ms_per_token" in result:
             cell = f"{result['ms_per_token']:.1f} ({result['cache_gb']:.1f} + {result['host_gb']:.1f})"
+            cell += f", {result['hits']:.0%} hits" if "hits" in result else ""
             cell += f", prompt {result['prompt_s']:.1f} s" if "prompt_s" in result else ""
         case = (result["shape"], result["batch_size"], result["context"], result.get("limit_gib"))
         cases.setdefault(case, {})[result["way"]] = cell

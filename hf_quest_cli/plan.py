@@ -40,7 +40,7 @@ def plan_command(
     codes: Annotated[int | None, typer.Option(help="Bits per channel of codes: 1, 2, 4 or 8.")] = None,
     offloading: Annotated[bool, typer.Option("--offloading", help="Keys and values in the host's memory.")] = False,
     pool: Annotated[
-        int | None, typer.Option(min=0, help="With --offloading and --codes, tokens of each KV head on the device, too.")
+        int | None, typer.Option(min=0, help="With --offloading and --codes: tokens of each KV head on the device.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. By default what the config says.")

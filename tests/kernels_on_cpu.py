@@ -7,8 +7,8 @@ import torch
 from hf_quest import codes as codes_
 from hf_quest import reference
 from hf_quest.kernels import ops
-from hf_quest.storage.pool import TOKEN
 from hf_quest.reference import Score
+from hf_quest.storage.pool import TOKEN
 
 calls = []  # the names of the operators that were called
 

@@ -310,8 +310,6 @@ def steps(model, cache, num_steps, seed, batch_size=1):
 class TestPool:
     """By the operators: what steps have attended is on the device and read from there, as long as it is the same."""
 
-    CODES = {"codes": 2, "candidates": 2}
-
     @pytest.fixture(autouse=True)
     def by_operators(self, monkeypatch):
         emulate(monkeypatch)
@@ -319,7 +317,7 @@ class TestPool:
     @torch.no_grad()
     def caches(self, model):
         """A cache in memory, and one with a pool in which there is something."""
-        caches = both(**self.CODES)
+        caches = both(**METHODS["codes"])
         for cache in caches:
             steps(model, read(model, cache), 5, seed=7)
         looked_up, found = caches[1].pool_counts
@@ -342,7 +340,7 @@ class TestPool:
     def test_in_every_mode_of_generate(self, model, mode):
         ids = tokens(PROMPT // 2).repeat(1, 2)
         answers = []
-        for cache in both(**self.CODES):
+        for cache in both(**METHODS["codes"]):
             torch.manual_seed(0)
             answers.append(generate(model, ids, cache, **{"max_new_tokens": ANSWER} | MODES[mode]))
         assert torch.equal(*answers)
@@ -351,7 +349,7 @@ class TestPool:
     def test_of_padded_rows(self, model):
         ids = tokens(PROMPT, batch_size=3)
         ids[1, :37], ids[2, :101] = 0, 0
-        answers = [generate(model, ids, each, attention_mask=(ids > 0).long()) for each in both(**self.CODES)]
+        answers = [generate(model, ids, each, attention_mask=(ids > 0).long()) for each in both(**METHODS["codes"])]
         assert torch.equal(*answers)
 
     @torch.no_grad()
@@ -382,17 +380,17 @@ class TestPool:
     @torch.no_grad()
     def test_its_size_is_a_choice(self, model):
         for pool, size in ((None, 256), (257, 512), (4096, 4096)):
-            cache = read(model, QuestCache(BUDGET, offloading=True, pool=pool, **self.CODES))
+            cache = read(model, QuestCache(BUDGET, offloading=True, pool=pool, **METHODS["codes"]))
             sizes = [layer.storage.pool and layer.storage.pool.keys.shape[2] for layer in cache.layers]
             assert sizes == [None, None, size, size]
-        for options in ({"offloading": True, "pool": 0, **self.CODES}, {"offloading": True}, {"pool": 0}):
+        for options in ({"offloading": True, "pool": 0, **METHODS["codes"]}, {"offloading": True}, {"pool": 0}):
             cache = read(model, QuestCache(BUDGET, **options))
             assert all(layer.storage.pool is None for layer in cache.layers)
             assert cache.pool_counts == (0, 0)
 
     @torch.no_grad()
     def test_it_is_a_setting_that_is_saved(self, model, tmp_path):
-        read(model, QuestCache(BUDGET, offloading=True, pool=512, **self.CODES)).save(tmp_path)
+        read(model, QuestCache(BUDGET, offloading=True, pool=512, **METHODS["codes"])).save(tmp_path)
         loaded = QuestCache.load(tmp_path, model)
         assert loaded.layers[3].storage.pool.keys.shape[2] == 512
         loaded = QuestCache.load(tmp_path, model, offloading=False)

@@ -339,7 +339,8 @@ class TestPool:
     def test_rows_that_change_places_while_they_are_decoded(self, model, library):  # noqa: F811
         ids = digest_of(library, 3000)
         expected, output = (
-            generate(model, ids, prefilled(model, ids, cache), max_new_tokens=60, num_beams=3) for cache in both(codes=2)
+            generate(model, ids, prefilled(model, ids, cache), max_new_tokens=60, num_beams=3)
+            for cache in both(codes=2)
         )
         assert torch.equal(output, expected)
 

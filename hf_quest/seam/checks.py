@@ -36,8 +36,8 @@ def check_settings(method, dense_layers, max_cache_len, prefill, offloading, poo
         raise ValueError("pool is for keys and values in the host's memory: QuestCache(codes=2, offloading=True).")
     if pool and not method.num_pooled:
         raise ValueError(
-            f"There are no CUDA kernels with a pool for {method}: those of QuestCache(codes=2) and codes=4, with bounds "
-            "in 8 bits and without mass, have one. Leave pool out."
+            f"There are no CUDA kernels with a pool for {method}: those of QuestCache(codes=2) and codes=4 have one, "
+            "with bounds in 8 bits and without mass. Leave pool out."
         )
 
 

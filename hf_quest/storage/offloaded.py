@@ -11,8 +11,8 @@ class Offloaded(Pages):
     """Pages whose keys and values lie in host memory, where kernels read and write them in place, see `host`.
 
     What is beside tokens and pages is on the device. Nothing makes a copy of all keys there but `at_hand`, for the
-    attention of one layer. Where the kernels serve it, what steps attended lately is in a `pool` on the device. No token
-    is there that is not stored any more, or not in its slot.
+    attention of one layer. Where the kernels serve it, what steps attended lately is in a `pool` on the device: no token
+    that is stored no more, or in another slot.
 
     Args:
         num_pooled: tokens of a row's head that the pool has room for, or 0 for none.
