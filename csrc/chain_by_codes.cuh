@@ -421,11 +421,12 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const HeadQuery<T, kHeadDim> query(score_input().own_head(0));
         if constexpr (kIsPooled) {
             const auto find_pooled = [&](int chosen) {
-                return PooledSingles{find_token(chosen), chosen < num_own && first_token < 0 ? places[chosen] : kNoPlace};
+                return PooledSingles{find_token(chosen),
+                                     chosen < num_own && first_token < 0 ? places[chosen] : kNoPlace};
             };
-            attend_tiles<T, kHeadDim, kWarps, PooledSingles>(
-                shared.warp_sums, PooledTokens<T, kHeadDim>(tokens, pool), query, params.group_size, 0,
-                ceil_div(num_own, kTile), 1, params.scaling, params.softcap, find_pooled);
+            attend_tiles<T, kHeadDim, kWarps, PooledSingles>(shared.warp_sums, PooledTokens<T, kHeadDim>(tokens, pool),
+                                                             query, params.group_size, 0, ceil_div(num_own, kTile), 1,
+                                                             params.scaling, params.softcap, find_pooled);
         } else {
             attend_tiles<T, kHeadDim, kWarps, Singles>(shared.warp_sums, tokens, query, params.group_size, 0,
                                                        ceil_div(num_own, kTile), 1, params.scaling, params.softcap,

@@ -1,11 +1,11 @@
 // A pool of tokens on the device, where keys and values lie in the host's memory. It has the tokens that a row and KV
 // head attended lately, of which most are attended again by the next token.
 //
-// Each stripe (stripes.cuh) has its share of the slots, in sets of 16. Its tokens are dealt to its sets, and a token may
-// be in any slot of its set. A slot's tag tells which token is there, when it was attended last and how often. The warp
-// that looks up a stripe's tokens marks those that are there, then gives slots to the others, of each set those that
-// were not attended for longest, and none that this step attends. So no slot is read and written in one step. A token
-// without a slot is read where it lies, and so is the newest, which a step that is done again may store anew.
+// Each stripe (stripes.cuh) has its share of the slots, in sets of 16. Its tokens are dealt to its sets, and a token
+// may be in any slot of its set. A slot's tag tells which token is there, when it was attended last and how often. The
+// warp that looks up a stripe's tokens marks those that are there, then gives slots to the others, of each set those
+// that were not attended for longest, and none that this step attends. So no slot is read and written in one step. A
+// token without a slot is read where it lies, and so is the newest, which a step that is done again may store anew.
 #pragma once
 
 #include "attend.cuh"
@@ -171,7 +171,8 @@ struct PooledTokens : SharedTokens<T, kHeadDim, 1> {
     __device__ PooledTokens(const Base& tokens, const HeadPool<T, kHeadDim>& pool)
         : Base(tokens), pooled_keys(pool.keys), pooled_values(pool.values) {}
 
-    __device__ void load(const T* stored, const T* pooled, PooledSingles tile, unsigned first_row, int row_bytes) const {
+    __device__ void load(const T* stored, const T* pooled, PooledSingles tile, unsigned first_row,
+                         int row_bytes) const {
         __syncwarp();  // until all lanes have taken what was there
 #pragma unroll 4
         for (int i = 0; i < kRounds; ++i) {

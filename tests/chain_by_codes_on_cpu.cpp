@@ -1,6 +1,6 @@
-// The cluster kernels of chain_by_codes.cuh with their threads as fibers of the CPU. Reads the members of Case below and
-// what main() reads after them; writes what main() writes in the end. `chain_by_codes_on_cpu sizes` checks the sizes of
-// lists instead.
+// The cluster kernels of chain_by_codes.cuh with their threads as fibers of the CPU. Reads the members of Case below
+// and what main() reads after them; writes what main() writes in the end. `chain_by_codes_on_cpu sizes` checks the
+// sizes of lists instead.
 
 #include "cluster_on_cpu.h"
 
@@ -156,10 +156,10 @@ int run_case() {
     params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
     params.storage.codes = codes.data();
     const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
-    const int64_t addresses[12] = {address(keys.data()),        address(values.data()),    address(bounds.data()),
-                                   address(scales.data()),      address(scores.data()),    given.capacity,
-                                   address(codes.data()),       address(pool_keys.data()), address(pool_values.data()),
-                                   address(pool_tags.data()),   address(pool_counts.data()), given.pool_size};
+    const int64_t addresses[12] = {address(keys.data()),      address(values.data()),      address(bounds.data()),
+                                   address(scales.data()),    address(scores.data()),      given.capacity,
+                                   address(codes.data()),     address(pool_keys.data()),   address(pool_values.data()),
+                                   address(pool_tags.data()), address(pool_counts.data()), given.pool_size};
     params.pool = {pool_keys.data(), pool_values.data(), pool_tags.data(), pool_counts.data(), given.pool_size};
     if (given.is_found) params.storage = {.addresses = addresses};
     params.told_ids = given.is_told ? told.data() : nullptr;

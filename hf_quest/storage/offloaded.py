@@ -11,7 +11,7 @@ class Offloaded(Pages):
     """Pages whose keys and values lie in host memory, where kernels read and write them in place, see `host`.
 
     What is beside tokens and pages is on the device. Nothing makes a copy of all keys there but `at_hand`, for the
-    attention of one layer. Where the kernels serve it, what steps attended lately is in a `pool` on the device: no token
+    attention of one layer. Where the kernels serve it, a `pool` on the device has what steps attended lately: no token
     that is stored no more, or in another slot.
 
     Args:
