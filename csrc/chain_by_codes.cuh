@@ -91,22 +91,34 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     int* page_ids;   // candidates
     int* token_ids;  // that this block attends
     int num_own;     // how many these are
-    int* places;     // of the same in the pool, if there is one
-    HeadPool<T, kHeadDim> pool;
 
     __device__ CodesBlock(const AttendParams& params, Shared<T, kHeadDim, kBits>& shared, char* score_query,
-                          int* page_ids, int* token_ids, int* places)
-        : Block(params, shared, score_query), page_ids(page_ids), token_ids(token_ids), places(places) {}
+                          int* page_ids, int* token_ids)
+        : Block(params, shared, score_query), page_ids(page_ids), token_ids(token_ids) {}
 
     __device__ void begin() {
         if constexpr (8 * Layout::kPairs > kHeadDim) shared.integer_query.clear();
         Block::begin(1);
-        if constexpr (kIsPooled) {
-            pool = HeadPool<T, kHeadDim>(find_pool(params), kv_idx, page_shift, num_tokens);
-            for (int own = warp_idx; own < num_stripes; own += kWarps) pool.fetch_tags(stripe_of(own));
-        }
+        if constexpr (kIsPooled) begin_pool();
         if (warp_idx == kWarps - 1 && !is_all_attended()) plan();
         wait_for_cluster();
+    }
+
+    // Of the tokens that this block attends, their places in the pool; behind them the pool itself, which would be in
+    // the way in registers.
+    __device__ int* places() const { return token_ids + ListSizes(params, cluster_size).num_tokens; }
+    __device__ Pool& pool() const {
+        const uintptr_t end = reinterpret_cast<uintptr_t>(places() + ListSizes(params, cluster_size).num_tokens);
+        return *reinterpret_cast<Pool*>((end + 7) / 8 * 8);
+    }
+    __device__ HeadPool<T, kHeadDim> head_pool(const Pool& pool) const {
+        return {pool, kv_idx, page_shift, num_tokens};
+    }
+
+    __device__ void begin_pool() {
+        const Pool found = find_pool(params);
+        if (threadIdx.x == 0) pool() = found;
+        for (int own = warp_idx; own < num_stripes; own += kWarps) head_pool(found).fetch_tags(stripe_of(own));
     }
 
     __device__ int num_earlier() const { return num_pages - 1; }
@@ -355,13 +367,14 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     // Looks up the places of what this block attends, each stripe's by a warp. The newest page's tokens are among those
     // of its stripe, which is one of this block's, too.
     __device__ void find_places() {
+        const HeadPool<T, kHeadDim> own_pool = head_pool(pool());
 #pragma unroll 1
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int first = shared.first_chosen[own], num_chosen = shared.first_chosen[own + 1] - first;
             const int end = shared.first_chosen[num_stripes];
             const bool has_newest = num_earlier() % kStripes == stripe_of(own);
-            pool.look_up(stripe_of(own), num_chosen + (has_newest ? num_own - end : 0), token_ids, places,
-                         [&](int idx) { return idx < num_chosen ? first + idx : end + idx - num_chosen; });
+            own_pool.look_up(stripe_of(own), num_chosen + (has_newest ? num_own - end : 0), token_ids, places(),
+                             [&](int idx) { return idx < num_chosen ? first + idx : end + idx - num_chosen; });
         }
     }
 
@@ -420,13 +433,14 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
                             static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
         const HeadQuery<T, kHeadDim> query(score_input().own_head(0));
         if constexpr (kIsPooled) {
+            const int* own_places = places();
             const auto find_pooled = [&](int chosen) {
-                return PooledSingles{find_token(chosen),
-                                     chosen < num_own && first_token < 0 ? places[chosen] : kNoPlace};
+                const bool has_place = chosen < num_own && first_token < 0;
+                return PooledSingles{find_token(chosen), has_place ? own_places[chosen] : kNoPlace};
             };
-            attend_tiles<T, kHeadDim, kWarps, PooledSingles>(shared.warp_sums, PooledTokens<T, kHeadDim>(tokens, pool),
-                                                             query, params.group_size, 0, ceil_div(num_own, kTile), 1,
-                                                             params.scaling, params.softcap, find_pooled);
+            attend_tiles<T, kHeadDim, kWarps, PooledSingles>(
+                shared.warp_sums, PooledTokens<T, kHeadDim>(tokens, head_pool(pool())), query, params.group_size, 0,
+                ceil_div(num_own, kTile), 1, params.scaling, params.softcap, find_pooled);
         } else {
             attend_tiles<T, kHeadDim, kWarps, Singles>(shared.warp_sums, tokens, query, params.group_size, 0,
                                                        ceil_div(num_own, kTile), 1, params.scaling, params.softcap,
@@ -444,10 +458,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_by_codes_kernel(const __gri
     auto& shared = *reinterpret_cast<Shared<T, kHeadDim, kBits>*>(dynamic);
     char* score_query = reinterpret_cast<char*>(dynamic) + sizeof(shared);
     int* page_ids = reinterpret_cast<int*>(score_query + count_query_bytes(params.group_size, kHeadDim));
-    const ListSizes sizes(params, gridDim.x);
-    int* token_ids = page_ids + sizes.num_pages;
-    int* places = token_ids + (kIsPooled ? sizes.num_tokens : 0);
-    CodesBlock<T, kHeadDim, kBits, kIsPooled> block(params, shared, score_query, page_ids, token_ids, places);
+    int* token_ids = page_ids + ListSizes(params, gridDim.x).num_pages;
+    CodesBlock<T, kHeadDim, kBits, kIsPooled> block(params, shared, score_query, page_ids, token_ids);
     block.begin();
     if (block.is_all_attended()) {
         block.take_all();
@@ -466,7 +478,8 @@ size_t count_shared_bytes(const AttendParams& params, int cluster_size, bool is_
     const ListSizes sizes(params, cluster_size);
     if (sizes.num_logits * sizeof(float) > Shared<T, kHeadDim, kBits>::kLogitsBytes) return SIZE_MAX;
     return sizeof(Shared<T, kHeadDim, kBits>) + count_query_bytes(params.group_size, kHeadDim) +
-           (sizes.num_pages + sizes.num_tokens * (is_pooled ? 2 : 1)) * sizeof(int);
+           (sizes.num_pages + sizes.num_tokens * (is_pooled ? 2 : 1)) * sizeof(int) +
+           (is_pooled ? sizeof(Pool) + 8 : 0);
 }
 
 template <typename Run>

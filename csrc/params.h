@@ -41,17 +41,16 @@ struct Storage {
     float* scores;             // [B, Hkv, 1, pages]
     int64_t capacity;          // slots
     uint8_t* codes;            // [B, Hkv, capacity, D * code_bits / 8] or null
-    const int64_t* addresses;  // [12] on the device, or null: the seven members above, which count instead of them, and
-                               // those of a Pool
+    const int64_t* addresses;  // [12] on the device, or null: the seven members above and a Pool, which count instead
 };
 
 // What of a layer's tokens in the host's memory lies on the device, too (pool.cuh).
 struct Pool {
-    void* keys;  // [B, Hkv, size, D]
-    void* values;  // [B, Hkv, size, D]
-    uint64_t* tags;  // [B, Hkv, size]
+    void* keys;        // [B, Hkv, size, D]
+    void* values;      // [B, Hkv, size, D]
+    uint64_t* tags;    // [B, Hkv, size]
     uint64_t* counts;  // [B, Hkv, 2]: tokens that were looked up, and those that were there
-    int64_t size;  // slots, a multiple of kPoolStep, or 0
+    int64_t size;      // slots, a multiple of kPoolStep, or 0
 };
 
 struct AppendParams {
@@ -59,10 +58,10 @@ struct AppendParams {
     DataType data_type;
     int num_rows, num_kv_heads, head_dim, page_size, code_bits;
     int64_t num_new;
-    const void* new_keys;  // [B, Hkv, T, D]
+    const void* new_keys;    // [B, Hkv, T, D]
     const void* new_values;  // [B, Hkv, T, D]
     int64_t key_strides[3], value_strides[3];  // of B, Hkv, T, in elements
-    const int64_t* length;  // [1]
+    const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
     Storage storage;
 };
@@ -73,22 +72,22 @@ struct EstimateParams {
     int num_rows, num_kv_heads, group_size, head_dim, page_size;
     float scaling;
     Score score;
-    const void* query;  // [B, Hq, 1, D]
+    const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
-    const int64_t* length;  // [1]
-    const int64_t* padding;  // [B]
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
     Storage storage;
-    float2* head_sums;  // [B, Hkv, blocks, head tiles, 8], see count_head_sums(); scratch
+    float2* head_sums;         // [B, Hkv, blocks, head tiles, 8], see count_head_sums(); scratch
 };
 
 struct SelectParams {
     Launch launch;
     int num_rows, num_kv_heads, page_size, num_selected;
     bool keeps_first;
-    const int64_t* length;  // [1]
+    const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
     Storage storage;
-    int64_t* page_ids;  // [B, Hkv, 1, num_selected]
+    int64_t* page_ids;       // [B, Hkv, 1, num_selected]
 };
 
 // Of `num_candidates` pages the newest is one, and not among those that are found: its tokens are chosen anyway.
@@ -96,10 +95,10 @@ struct CandidatesParams {
     Launch launch;
     int num_rows, num_kv_heads, page_size, num_candidates;
     bool keeps_first;
-    const int64_t* length;  // [1]
+    const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
     Storage storage;
-    int64_t* page_ids;  // [B, Hkv, 1, kStripes, count_most_in_stripe()]
+    int64_t* page_ids;       // [B, Hkv, 1, kStripes, count_most_in_stripe()]
 };
 
 struct RefineParams {
@@ -108,17 +107,17 @@ struct RefineParams {
     int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, most_in_stripe, num_tokens;
     float scaling;
     Agreement agreement;
-    const void* query;  // [B, Hq, 1, D]
+    const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
-    const int64_t* length;  // [1]
-    const int64_t* padding;  // [B]
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
     Storage storage;
-    const int64_t* page_ids;  // [B, Hkv, 1, kStripes, most_in_stripe], candidates
-    int num_blocks;  // count_refine_blocks()
-    float* logits;  // [B, Hkv, G, kStripes * most_in_stripe * S]; scratch
-    float2* head_sums;  // [B, Hkv, head tiles, num_blocks, 8]; scratch
-    unsigned* keys;  // [B, Hkv, kStripes * most_in_stripe * S]; scratch
-    int64_t* token_ids;  // [B, Hkv, 1, num_tokens]
+    const int64_t* page_ids;   // [B, Hkv, 1, kStripes, most_in_stripe], candidates
+    int num_blocks;            // count_refine_blocks()
+    float* logits;             // [B, Hkv, G, kStripes * most_in_stripe * S]; scratch
+    float2* head_sums;         // [B, Hkv, head tiles, num_blocks, 8]; scratch
+    unsigned* keys;            // [B, Hkv, kStripes * most_in_stripe * S]; scratch
+    int64_t* token_ids;        // [B, Hkv, 1, num_tokens]
 };
 
 // How tokens are chosen by their codes: code_bits 0 where pages are attended whole.
@@ -131,22 +130,22 @@ struct AttendParams {
     Launch launch;
     DataType data_type;
     int num_rows, num_kv_heads, group_size, head_dim, page_size, num_selected, num_splits;
-    float scaling, softcap;  // softcap 0 for none
-    Score score;  // of launch_chain and launch_chain_by_codes
-    TokenChoice choice;  // of launch_chain_by_codes
-    const void* query;  // [B, Hq, 1, D]
+    float scaling, softcap;    // softcap 0 for none
+    Score score;               // of launch_chain and launch_chain_by_codes
+    TokenChoice choice;        // of launch_chain_by_codes
+    const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
-    const int64_t* page_ids;  // [B, Hkv, 1, num_selected], of tokens if page_size is 1, or null for every page
-    int64_t* told_ids;  // the same, where what is chosen here is told, or null
-    const int64_t* length;  // [1]
-    const int64_t* padding;  // [B]
-    const void* sinks;  // [Hq] or null
-    float* partial_output;  // [B, Hkv, head tiles, num_splits, min(G, 8), D]
-    float2* partial_softmax;  // [B, Hkv, head tiles, num_splits, min(G, 8)]: maximum and sum
-    int* counters;  // [B, Hkv, head tiles], zero before and after
-    void* output;  // [B, Hq, 1, D]
-    Pool pool;  // of launch_pooled_chain_by_codes, unless it is found by addresses
+    const int64_t* page_ids;   // [B, Hkv, 1, num_selected], of tokens if page_size is 1, or null for every page
+    int64_t* told_ids;         // the same, where what is chosen here is told, or null
+    const int64_t* length;     // [1]
+    const int64_t* padding;    // [B]
+    const void* sinks;         // [Hq] or null
+    float* partial_output;     // [B, Hkv, head tiles, num_splits, min(G, 8), D]
+    float2* partial_softmax;   // [B, Hkv, head tiles, num_splits, min(G, 8)]: maximum and sum
+    int* counters;             // [B, Hkv, head tiles], zero before and after
+    void* output;              // [B, Hq, 1, D]
+    Pool pool;                 // of launch_pooled_chain_by_codes, unless it is found by addresses
 };
 
 // Whole segments of one row's prompt, which begin at position `first_position`. The row's tokens are given from its
@@ -157,7 +156,7 @@ struct PromptParams {
     int num_kv_heads, group_size, segment_size, block_size, num_segments, first_position;
     float scaling;
     const void* query;  // [Hq, R * L, D], for the estimate [Hq, R * samples, D]
-    const void* keys;  // [Hkv, first_position + R * L, D]
+    const void* keys;   // [Hkv, first_position + R * L, D]
     int64_t query_strides[2], key_strides[2];
 };
 
@@ -167,18 +166,18 @@ constexpr int kEstimateChunk = 2048;
 // `num_samples` queries of each segment.
 struct PromptEstimateParams : PromptParams {
     int num_samples, num_blocks;  // C, blocks before the last segment: a multiple of 4
-    __half* maxima;  // [Hq, R * samples, C]; scratch
-    float2* softmax;  // [Hq, R * samples, chunks]: highest and sum; scratch
-    float* scores;  // [Hkv, R, C]
+    __half* maxima;               // [Hq, R * samples, C]; scratch
+    float2* softmax;              // [Hq, R * samples, chunks]: highest and sum; scratch
+    float* scores;                // [Hkv, R, C]
 };
 
 struct PromptAttendParams : PromptParams {
     int num_selected;
-    const void* values;  // as keys
+    const void* values;         // as keys
     int64_t value_strides[2];
-    const int64_t* block_ids;  // [Hkv, R, K]
-    const void* sinks;  // [Hq] or null
-    void* output;  // [R * L, Hq, D]
+    const int64_t* block_ids;   // [Hkv, R, K]
+    const void* sinks;          // [Hq] or null
+    void* output;               // [R * L, Hq, D]
     int64_t output_strides[2];  // of tokens and heads
 };
 
