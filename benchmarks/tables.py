@@ -90,6 +90,22 @@ def generate_table(report):
     return table
 
 
+def house_table(before, after):
+    """ms per token of runs in turns, before and after the code was arranged anew, and how their means differ."""
+    runs = {}
+    for of_time, reports in (("before", before), ("after", after)):
+        for report in reports:
+            for result in report["results"]:
+                case = runs.setdefault((result["context"], result["way"]), {"before": [], "after": []})
+                case[of_time].append(result["ms_per_token"])
+    table = Table("tokens", "way", "before", "after", "difference")
+    for (context, way), times in runs.items():
+        cells = [", ".join(f"{ms:.2f}" for ms in times[of_time]) for of_time in ("before", "after")]
+        change = np.mean(times["after"]) / np.mean(times["before"]) - 1
+        table.add_row(f"{context:,}", way, *cells, f"{change:+.1%}")
+    return table
+
+
 def host_table(report):
     """ms of the host per token, by way."""
     table = Table("way", "ms of the host per token")
@@ -333,6 +349,11 @@ def tables():
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
         found[f"method_{name}"] = markdown(method_table(compared, methods))
+    house = [
+        [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}*.json"))]
+        for of_time in ("before", "after")
+    ]
+    found["house"] = markdown(house_table(*house))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found
