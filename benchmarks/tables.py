@@ -68,12 +68,16 @@ def codes_table(report):
         "chain by codes": "by codes",
         "chain by codes of larger pages": "by codes, pages of 32",
     }
-    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), "append that ends a page")
+    appends = "append that ends a page", "append, mean of a page's tokens", "append of a prompt, over one without codes"
+    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), *appends)
     for case in report["cases"]:
         stages = {name: stage["us"] for name, stage in case["stages"].items() if "us" in stage}
-        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), stages["append with codes"]]
+        last, amid = stages["append with codes"], stages["append amid a page"]
+        mean = (last + (report["page_size"] - 1) * amid) / report["page_size"]
+        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), last, mean]
+        over = stages["append a prompt with codes"] / stages["append a prompt"] - 1
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
-        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times))
+        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times), f"{over:+.1%}")
     return table
 
 
