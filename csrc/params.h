@@ -41,10 +41,11 @@ struct Storage {
     float* scores;             // [B, Hkv, 1, pages]
     int64_t capacity;          // slots
     uint8_t* codes;            // [B, Hkv, capacity, D * code_bits / 8] or null
-    const int64_t* addresses;  // [12] on the device, or null: the seven members above and a Pool, which count instead
+    const int64_t* addresses;  // [12] on the device, or null: the seven members above, which count instead of them
 };
 
-// What of a layer's tokens in the host's memory lies on the device, too (pool.cuh).
+// What of a layer's tokens in the host's memory lies on the device, too (pool.cuh). Storage that is found by addresses
+// has it in the last five of these.
 struct Pool {
     void* keys;        // [B, Hkv, size, D]
     void* values;      // [B, Hkv, size, D]
