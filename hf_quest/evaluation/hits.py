@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def pool_share(chosen: list[Tensor], size: int, page_size: int, length: int) -> 
 def share_again(chosen: list[Tensor]) -> float:
     """The share of a step's tokens that the step before has chosen, too."""
     heads = torch.arange(len(chosen[0]))[:, None] << 32
-    pairs = zip(chosen[:-1], chosen[1:], strict=True)
+    pairs = pairwise(chosen)
     shares = (
         torch.isin((now + heads)[now >= 0], (before + heads)[before >= 0]).float().mean() for before, now in pairs
     )
@@ -192,10 +193,11 @@ def hits_table(report: dict[str, Any]) -> Table:
     """One row for each budget: hits of an LRU, and of the kernels' pool, by its size."""
     again, lru, pools = (merged(report["records"], ("length",), name) for name in ("again", "lru", "pool"))
     table = Table("tokens", "budget", "chosen again", *(f"{times:g} x" for times in TIMES))
-    for ((length,), way), shares in again.items():
+    for (place, way), shares in again.items():
         cells = []
-        for of_lru, of_pool in zip(zip(*lru[(length,), way], strict=True), zip(*pools[(length,), way], strict=True)):
+        by_times = [zip(*each[place, way], strict=True) for each in (lru, pools)]
+        for of_lru, of_pool in zip(*by_times, strict=True):
             of_pool = [] if None in of_pool else [f"{mean(of_pool):.1%}"]
             cells.append(" / ".join([f"{mean(of_lru):.1%}", *of_pool]))
-        table.add_row(f"{length:,}", f"{way.budget:,}", f"{mean(shares):.1%}", *cells)
+        table.add_row(f"{place[0]:,}", f"{way.budget:,}", f"{mean(shares):.1%}", *cells)
     return table
