@@ -13,6 +13,7 @@ import torch
 from on_cpu import build_program, needs_nvcc
 
 from hf_quest import codes, reference
+from hf_quest.evaluation.hits import SetPool
 
 pytestmark = [needs_nvcc, pytest.mark.any_transformers]
 
@@ -112,6 +113,14 @@ class Step:
         tokens = [torch.zeros(*pooled, self.case.head_dim, dtype=self.case.dtype) for _ in range(2)]
         counts = torch.zeros(*self.shape, 2 if self.case.pool_size else 0, dtype=torch.int64)
         self.pool = [*tokens, torch.zeros(pooled, dtype=torch.int64), counts]
+
+    def grow(self):
+        """Store a token more, if there is room."""
+        if self.length < self.case.capacity:
+            for tokens in (self.keys, self.values):
+                tokens[:, :, self.length] = torch.randn(*self.shape, self.case.head_dim).to(tokens.dtype)
+            self.length += 1
+            self.store()
 
     def token_ids(self):
         """By the specification."""
@@ -317,19 +326,24 @@ class TestPool:
         assert torch.equal(step.by_kernel(program)[1], plain.by_kernel(program)[1])
 
     def test_what_was_not_attended_for_longest_goes_first(self, program, case):
-        """Whatever is chosen, step after step: no token is there twice, and each is as it was stored."""
-        step = self.step(case)
+        """As in evaluation/hits.py, which tells how many are found, step after step while the text grows."""
+        step, size = self.step(case), case.pool_size
+        expected = [SetPool(case.num_kv_heads, size, case.page_size) for _ in range(case.num_rows)]
+        num_found = torch.zeros(step.shape, dtype=torch.int64)
         torch.manual_seed(1)
         for _ in range(4):
-            attended = step.by_kernel(program)[0]
-            step.query = torch.lerp(step.query.float(), 2 * torch.randn(step.query.shape), 0.5).to(case.dtype)
-            step.length += step.length < case.capacity - 1
-            step.keys, step.values = (torch.nan_to_num(tensor) for tensor in (step.keys, step.values))
-            step.store()
-        for row, head in each_head(step):
-            slots = slots_of(step, row, head)
-            newest = set(attended[row, head, 0].tolist()) & slots.keys()
-            assert len(newest) >= min(case.num_tokens, case.pool_size) // 4
-            for token, slot in slots.items():
-                place = (row, head, token + int(step.padding[row]))
-                assert torch.equal(step.pool[0][row, head, slot], step.keys[place])
+            told, _ = step.by_kernel(program)
+            for row, pool in enumerate(expected):
+                found = pool.look_up(told[row, :, 0], step.length - int(step.padding[row]))
+                num_found[row] += found.sum(dim=-1)
+                tags = ((pool.time << 4 | pool.num_uses) << 24 | pool.tokens).masked_fill(pool.tokens < 0, 0)
+                assert torch.equal(step.pool[2][row], tags.flatten(1))
+            assert torch.equal(step.pool[3][..., 1], num_found)
+            for row, head in each_head(step):
+                for token, slot in slots_of(step, row, head).items():
+                    place = (row, head, token + int(step.padding[row]))
+                    assert torch.equal(step.pool[0][row, head, slot], step.keys[place])
+                    assert torch.equal(step.pool[1][row, head, slot], step.values[place])
+            step.query = torch.lerp(step.query.float(), 2 * torch.randn(step.query.shape), 0.3).to(case.dtype)
+            step.grow()
+        assert num_found.min() > 0

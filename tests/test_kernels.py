@@ -702,7 +702,7 @@ class TestDecode:
             moved[-1][:, :, :size] = source[:, :, :size]
         scores = poisoned(*buffers[0].shape[:2], 1, capacity // 16, dtype=torch.float32)
         row = [0 if tensor is None else tensor.data_ptr() for tensor in (*moved, scores)]
-        return moved, scores, torch.tensor([*row, capacity, 0], device=DEVICE)  # no codes
+        return moved, scores, torch.tensor([*row, capacity, *[0] * 6], device=DEVICE)  # no codes and no pool
 
     @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
     @pytest.mark.parametrize(
