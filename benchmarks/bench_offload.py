@@ -42,7 +42,7 @@ SHAPES["qwen2.5-7b-1m"] = {
     "num_key_value_heads": 4,
 }
 CASES = ["llama-3.1-8b:1:131072", "llama-3.1-8b:1:524288", "qwen2.5-7b-1m:1:1048576:24"]
-WAYS = {  # options of the cache, and whether the step is captured and decoded ahead
+WAYS = {  # options of the cache, its pool in budgets, and whether the step is captured and decoded ahead
     "memory": ("in memory", {"codes": 2}, False),
     "offloaded": ("offloaded", {"codes": 2, "offloading": True}, False),
     "memory-ahead": ("in memory, captured, ahead", {"codes": 2}, True),
@@ -62,6 +62,11 @@ WAYS = {  # options of the cache, and whether the step is captured and decoded a
     "offloaded-pages-of-32-ahead": (
         "offloaded, pages of 32, captured, ahead",
         {"codes": 2, "offloading": True, "page_size": 32},
+        True,
+    ),
+    "offloaded-pages-of-32-small-pool-ahead": (
+        "offloaded, pages of 32, pool of twice the budget, captured, ahead",
+        {"codes": 2, "offloading": True, "page_size": 32, "pool": 2},
         True,
     ),
     "offloaded-pages": ("offloaded, no codes", {"offloading": True}, False),
