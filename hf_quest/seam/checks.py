@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import QuestError
+from ..kernels.ops import MAX_SLOTS
 from ..methods.base import is_int
 from ..prompts import CritiPrefill
 from ..storage import host
@@ -30,8 +31,10 @@ def check_settings(method, dense_layers, max_cache_len, prefill, offloading, poo
         raise ValueError(f"offloading is True or False, not {offloading!r}.")
     if offloading and method.evicts:
         raise ValueError("A method that evicts keeps so little that the GPU has the room: leave offloading out.")
-    if pool is not None and (not is_int(pool) or pool < 0):
-        raise ValueError(f"pool is a number of tokens, 0 for no pool, or None for the default, not {pool!r}.")
+    if pool is not None and (not is_int(pool) or not 0 <= pool < MAX_SLOTS):
+        raise ValueError(
+            f"pool is a number of tokens below {MAX_SLOTS:,}, 0 for no pool, or None for the default, not {pool!r}."
+        )
     if pool and not offloading:
         raise ValueError("pool is for keys and values in the host's memory: QuestCache(codes=2, offloading=True).")
     if pool and not method.num_pooled:
