@@ -406,7 +406,7 @@ class TestPool:
 
     @pytest.mark.parametrize("wrong", [-1, 2.5, True, "all", 2**24])
     def test_what_is_no_number_of_tokens(self, wrong):
-        with pytest.raises(ValueError, match="pool is a number of tokens below .* 0 for no pool, or None"):
+        with pytest.raises(ValueError, match=r"pool is a number of tokens below .* 0 for no pool, or None"):
             QuestCache(BUDGET, offloading=True, codes=2, pool=wrong)
 
     def test_where_none_can_be(self):
