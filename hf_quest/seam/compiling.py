@@ -113,7 +113,7 @@ class PromptLayer:
 
     def __call__(self, *args, **kwargs):
         layer = self.layer()
-        cache = None if torch.compiler.is_compiling() or not self.is_fit else cache_of_prompt(args, kwargs)
+        cache = None if torch.compiler.is_dynamo_compiling() or not self.is_fit else cache_of_prompt(args, kwargs)
         if cache is None:
             return layer._call_impl(*args, **kwargs)
         args, kwargs = tuple(map(as_made, args)), {name: as_made(value) for name, value in kwargs.items()}
