@@ -127,9 +127,9 @@ def share_again(model, cache):
 
 
 def keyed(ids):
-    """Ids [B, Hkv, 1, K] of which those of other rows and heads are others."""
+    """The ids in [B, Hkv, 1, K], where -1 is none, of which those of other rows and heads are others."""
     heads = torch.arange(ids.shape[0] * ids.shape[1], device=ids.device).view(*ids.shape[:2], 1, 1)
-    return ids + heads * 2**32
+    return (ids + heads * 2**32)[ids >= 0]
 
 
 def fill(cache, config, batch_size, num_tokens):
