@@ -2,6 +2,7 @@
 
     python benchmarks/bench_generate.py
     python benchmarks/bench_generate.py --cases llama-3.1-8b:1:32768 --ways quest static
+    python benchmarks/bench_generate.py --cases llama-3.1-8b:1:131072 --ways text text-lookup text-lookup-compiled
 
 Weights are random. A context is not computed but put into the cache layer by layer as random keys and values, which the
 cache stores as it would store a prompt's. Then `generate` goes on from there: a way's time per token is the difference
@@ -9,6 +10,10 @@ of a long and a short answer over the difference of their tokens, so that what c
 median over the rounds. `start` is the first call of `generate`, with whatever it compiles, and depends on what earlier
 ways have compiled: each way is measured in the order given. `verify` is one forward of five drafted tokens and their
 removal, as assisted decoding does it, which `generate` never compiles.
+
+Weights that are random accept no drafts. The ways on a text that repeats are therefore told what comes next, by a
+processor of logits that leaves only the text's next token: every draft of prompt lookup is then accepted, which is the
+most that it can gain. `text` is plain decoding by the same processor.
 """
 
 import argparse
@@ -23,9 +28,9 @@ import torch
 from environment import describe
 from rich.console import Console
 from tables import RESULTS, generate_table, markdown
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from hf_quest import CACHE_NAME, QuestCache, capture, decode_ahead
+from hf_quest import CACHE_NAME, QuestCache, capture, compile_prompts, decode_ahead
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -64,6 +69,15 @@ CASES = [
 HEADROOM = 1024  # tokens that all rounds together may write
 SHORT = 8  # tokens
 NUM_DRAFTS = 5
+PERIOD = 512  # tokens after which the text that repeats does so
+LOOKUP = 10  # drafts of prompt lookup; a forward makes one token more, and answers are whole numbers of forwards
+
+
+class Forced(LogitsProcessor):
+    """Leaves only the next token of a text that repeats."""
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -PERIOD, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ def quest(title, budget=None, options=None, **cache_options):
 
 
 AHEAD = {"custom_generate": decode_ahead}
+FORCED = {"logits_processor": LogitsProcessorList([Forced()])}
+BY_LOOKUP = {**FORCED, "prompt_lookup_num_tokens": LOOKUP}
 BEYOND = 2**22  # a budget beyond every context
 WAYS = {
     "dynamic": Way("DynamicCache, sdpa", "sdpa", lambda config, context, budget: DynamicCache(), {}),
@@ -108,6 +124,17 @@ WAYS = {
         "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
     ),
     "quest-beams": quest("QuestCache, 4 beams", options={"num_beams": 4}),
+    "text": quest("QuestCache, text that repeats", options=FORCED),
+    "text-lookup": quest("QuestCache, prompt lookup, all drafts accepted", options=BY_LOOKUP),
+    "text-lookup-compiled": quest(
+        "QuestCache, compile_prompts(model), prompt lookup, all drafts accepted", options=BY_LOOKUP
+    ),
+    "dynamic-text-lookup": Way(
+        "DynamicCache, sdpa, prompt lookup, all drafts accepted",
+        "sdpa",
+        lambda config, context, budget: DynamicCache(),
+        BY_LOOKUP,
+    ),
 }
 CAPTURED = {  # and whether the captured step is compiled first
     "quest-recorded": False,
@@ -186,18 +213,23 @@ def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
     compiled = model.__dict__.pop("_compiled_call", None) if name in CAPTURED else None
     if name in CAPTURED:
         capture(model, compile=CAPTURED[name])
+    compile_prompts(model, name == "text-lookup-compiled")
     model.set_attn_implementation(way.attn_implementation)
     cache = way.make_cache(model.config, context, budget)
     fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
-    ids, start_s = answer(model, cache, ids, SHORT, way.options)
-    ids, _ = answer(model, cache, ids, SHORT, way.options)
+    short = SHORT
+    if "logits_processor" in way.options:
+        ids = ids[:, :PERIOD].repeat(1, -(-context // PERIOD))[:, :context]
+        short, num_steps = LOOKUP + 1, (LOOKUP + 1) * -(-num_steps // (LOOKUP + 1))
+    ids, start_s = answer(model, cache, ids, short, way.options)
+    ids, _ = answer(model, cache, ids, short, way.options)
     round_ms = []
     for _ in range(num_rounds):
-        ids, short_s = answer(model, cache, ids, SHORT, way.options)
-        ids, long_s = answer(model, cache, ids, SHORT + num_steps, way.options)
+        ids, short_s = answer(model, cache, ids, short, way.options)
+        ids, long_s = answer(model, cache, ids, short + num_steps, way.options)
         round_ms.append((long_s - short_s) / num_steps * 1e3)
     result = {
         "ms_per_token": round(statistics.median(round_ms), 2),

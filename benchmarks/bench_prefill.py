@@ -1,14 +1,17 @@
-"""Seconds to the first token of stock `generate` on a GPU: stock, dense behind QuestCache, and by CritiPrefill.
+"""Seconds to the first token of stock `generate` on a GPU: stock, dense behind QuestCache, by CritiPrefill, compiled.
 
     python benchmarks/bench_prefill.py
     python benchmarks/bench_prefill.py --cases yi-9b:131072 --ways dense critical
+    python benchmarks/bench_prefill.py --cases llama-3.1-8b:131072 --ways critical critical-compiled --profile
     python benchmarks/bench_prefill.py --cases llama-3.1-8b:262144:32768 --ways dense critical
 
 Weights are random, and so are attention and what is selected. The prompt is written as a text is: stretches on a topic,
 whose words come again, among words that are frequent everywhere. Each way runs once, after a warm-up at the same length
 in the model's first two layers, of which CritiPrefill leaves one dense and reads one by segments, so that kernels are
-loaded and planned for all shapes. SDPA takes cuDNN by itself where that is fastest; "flash" allows it FlashAttention 2
-alone. Results are written as they come.
+loaded and planned for all shapes, and graphs are compiled. `start_s` are the seconds of that warm-up over those of the
+same again, and `graphs` how many were compiled in it. What PyTorch keeps on the disk of earlier compilations makes the
+start shorter. SDPA takes cuDNN by itself where that is fastest; "flash" allows it FlashAttention 2 only. Results are
+written as they come.
 """
 
 import argparse
@@ -23,10 +26,11 @@ from bench_generate import make_model
 from environment import describe
 from rich.console import Console
 from tables import RESULTS, STOCK, first_token_table, markdown
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from hf_quest import CACHE_NAME, CritiPrefill, QuestCache
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, compile_prompts
 
 CASES = ["llama-3.1-8b:32768", "llama-3.1-8b:131072", "yi-9b:131072", "llama-3.1-8b:262144:32768"]
 TITLES = {
@@ -34,8 +38,11 @@ TITLES = {
     "flash": "DynamicCache, sdpa by flash",
     "dense": "QuestCache, dense",
     "critical": "QuestCache, CritiPrefill",
+    "dense-compiled": "QuestCache, dense, compile_prompts(model)",
+    "critical-compiled": "QuestCache, CritiPrefill, compile_prompts(model)",
 }
 TOPIC = 2048  # tokens about one thing
+NUM_KERNELS = 25  # that a profile names
 
 
 def make_prompt(num_tokens, vocab_size):
@@ -53,7 +60,7 @@ def make_cache(kind, context, prefill):
     if kind in STOCK:
         return DynamicCache()
     length = -(-(context + 1) // prefill.block_size) * prefill.block_size
-    return QuestCache(max_cache_len=length, prefill=prefill if kind == "critical" else None)
+    return QuestCache(max_cache_len=length, prefill=prefill if kind.startswith("critical") else None)
 
 
 def first_token(model, input_ids, cache, chunk):
@@ -75,20 +82,34 @@ def first_token(model, input_ids, cache, chunk):
 
 
 def measure(model, kind, context, chunk, prefill):
-    """A dict of one way to read a prompt: seconds, and GB of memory at its peak, the weights' included."""
+    """A dict of one way to read a prompt: seconds, those of the start, and GB of memory at its peak, weights too."""
     model.set_attn_implementation("sdpa" if kind in STOCK else "quest")
     input_ids = make_prompt(context, model.config.vocab_size)
-    layers = model.model.layers
+    layers, counts = model.model.layers, counters["stats"]["unique_graphs"]
     model.model.layers = layers[:2]
     try:
-        first_token(model, input_ids, make_cache(kind, context, prefill), chunk)
+        first, second = (first_token(model, input_ids, make_cache(kind, context, prefill), chunk) for _ in range(2))
     finally:
         model.model.layers = layers
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = first_token(model, input_ids, make_cache(kind, context, prefill), chunk)
-    return {"seconds": round(seconds, 3), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+    return {
+        "seconds": round(seconds, 3),
+        "start_s": round(first - second, 1),
+        "graphs": counters["stats"]["unique_graphs"] - counts,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+
+
+def kernels_of(model, kind, context, chunk, prefill):
+    """Milliseconds of the GPU by kernel, those that take longest, of one more prompt."""
+    input_ids = make_prompt(context, model.config.vocab_size)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        first_token(model, input_ids, make_cache(kind, context, prefill), chunk)
+    averages = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {event.key[:100]: round(event.self_device_time_total / 1e3, 1) for event in averages[:NUM_KERNELS]}
 
 
 def parse_arguments():
@@ -97,6 +118,7 @@ def parse_arguments():
     parser.add_argument("--ways", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--dense-layers", type=int, default=1, help="layers that CritiPrefill leaves dense")
+    parser.add_argument("--profile", action="store_true", help="print the GPU's time by kernel of each way, too")
     parser.add_argument("--output", type=Path, default=RESULTS / "first_token_gpu.json")
     return parser.parse_args()
 
@@ -124,9 +146,13 @@ def main():
             model, shape_of_model = make_model(shape, 2**19), shape
         for kind in arguments.ways:
             result = {"shape": shape, "context": context, "chunk": chunk, "kind": kind, "way": TITLES[kind]}
+            way = (model, kind, context, chunk, prefill)
+            compile_prompts(model, kind.endswith("compiled"))
             try:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if kind == "flash" else nullcontext():
-                    result |= measure(model, kind, context, chunk, prefill)
+                    result |= measure(*way)
+                    if arguments.profile:
+                        print(json.dumps({"way": result["way"], "kernel_ms": kernels_of(*way)}, indent=1), flush=True)
             except RuntimeError as error:  # out of memory, or flash asked for chunks, which want a mask
                 result["error"] = str(error).splitlines()[0]
             report["results"].append(result)

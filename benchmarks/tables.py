@@ -154,23 +154,41 @@ def first_token_table(report):
     titles = {result["kind"]: result["way"] for result in report["results"]}
     stock = [kind for kind in STOCK if kind in titles]
     over = [f"over {titles[kind]}" for kind in stock]
-    table = Table("shape", "tokens", *titles.values(), *over, "over the best dense", "memory above dense, GB")
+    is_compiled = "critical-compiled" in titles
+    of_compiled = ["over the best dense", "over dense, compiled", "memory above dense, GB", "start, s"]
+    columns = [*titles.values(), *over, "over the best dense", "memory above dense, GB"]
+    table = Table("shape", "tokens", *columns, *(f"compiled, {name}" for name in of_compiled if is_compiled))
     cases = {}
     for result in report["results"]:
         cases.setdefault((result["shape"], result["context"]), {})[result["kind"]] = result
     for (shape, context), results in cases.items():
         measured = {kind: result for kind, result in results.items() if "seconds" in result}
         seconds = {kind: result["seconds"] for kind, result in measured.items()}
-        best = min((value for kind, value in seconds.items() if kind != "critical"), default=None)
+        best = min((seconds[kind] for kind in (*stock, "dense") if kind in seconds), default=None)
         baselines = [*(seconds.get(kind) for kind in stock), best]
-        critical = seconds.get("critical")
-        speedups = [f"{base / critical:.2f}×" if base and critical else "-" for base in baselines]
-        memory = "-"
-        if {"dense", "critical"} <= measured.keys():
-            memory = f"{measured['critical']['peak_memory_gb'] - measured['dense']['peak_memory_gb']:.1f}"
+        speedups = [ratio(base, seconds.get("critical")) for base in baselines]
         cells = [f"{seconds[kind]:.2f}" if kind in seconds else "-" for kind in titles]
-        table.add_row(shape, f"{context:,}", *cells, *speedups, memory)
+        cells += [*speedups, above_dense(measured, "critical")]
+        if is_compiled:
+            compiled = measured.get("critical-compiled", {})
+            start = f"{compiled['start_s']:.0f}" if compiled else "-"
+            baselines = [best, seconds.get("dense-compiled")]
+            cells += [ratio(base, compiled.get("seconds")) for base in baselines]
+            cells += [above_dense(measured, "critical-compiled"), start]
+        table.add_row(shape, f"{context:,}", *cells)
     return table
+
+
+def ratio(base, seconds):
+    """How many times faster than `base`, where both are known."""
+    return f"{base / seconds:.2f}×" if base and seconds else "-"
+
+
+def above_dense(measured, kind):
+    """GB that a way's peak lies above that of dense reading behind the same cache."""
+    if not {"dense", kind} <= measured.keys():
+        return "-"
+    return f"{measured[kind]['peak_memory_gb'] - measured['dense']['peak_memory_gb']:.1f}"
 
 
 def bigger_table(reports):

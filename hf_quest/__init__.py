@@ -22,6 +22,7 @@ from .seam.caches import (
     TOVACache,
 )
 from .seam.capture import capture
+from .seam.compiling import compile_prompts
 from .seam.progress import prefill_progress
 from .seam.saving import saved_inputs
 from .watch import PageReads
@@ -47,6 +48,7 @@ __all__ = [
     "TokenSelectCache",
     "audit",
     "capture",
+    "compile_prompts",
     "decode_ahead",
     "plan_memory",
     "prefill_progress",

@@ -11,7 +11,7 @@ class QuestError(RuntimeError):
 
 
 def say_once(message):
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         logger.warning_once(message)
 
 

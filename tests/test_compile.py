@@ -5,6 +5,7 @@ It is made to compile on a CPU, where everything but the recording of CUDA graph
 
 import copy
 import pickle
+from random import Random
 
 import pytest
 import torch
@@ -191,6 +192,23 @@ def test_a_switch_turns_it_off(forget_graphs):
     model, config = make_model(**LAYERS), on_any_device(backend="aot_eager", mode=None)
     generate(model, tokens(PROMPT), new_cache(compile=False), compile_config=config)
     generate(model, tokens(PROMPT), new_cache(), compile_config=config, disable_compile=True)
+    assert num_graphs() == 0
+
+
+def test_a_thread_that_compiles_changes_nothing_for_others(monkeypatch):
+    """PyTorch 2.13 says to all threads that it compiles while one of them does, in the middle of their forwards too."""
+    model, random = make_model(**LAYERS), Random(1)
+    expected = generate(model, tokens(PROMPT), new_cache())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: random.random() < 0.5)
+    assert torch.equal(generate(model, tokens(PROMPT), new_cache(), disable_compile=True), expected)
+
+
+def test_drafts_are_not_compiled_by_generate(forget_graphs):
+    """As Transformers 5.24 would: each layer in several graphs, or with `fullgraph` an error."""
+    model, text = make_model(**LAYERS), tokens(40).repeat(1, 4)
+    expected = generate(model, text, new_cache(), prompt_lookup_num_tokens=4)
+    output = generate(model, text, new_cache(), prompt_lookup_num_tokens=4, compile_config=on_any_device())
+    assert torch.equal(output, expected)
     assert num_graphs() == 0
 
 

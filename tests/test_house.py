@@ -33,7 +33,9 @@ GIVEN = {
         "quest_positions",
         "quest_weights",
     },  # of the tensors that the model hands on to its attention
+    "seam/region.py": {"quest_region", "region"},  # of those tensors in a compiled layer, and of the thread
     "seam/capture/recording.py": {"_compiled_call"},  # of the model, for `generate`
+    "seam/compiling.py": {"_compiled_call_impl"},  # of decoder layers, as `nn.Module.compile` sets it
 }
 
 

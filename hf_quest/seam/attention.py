@@ -14,6 +14,7 @@ from ..reference import Logits
 from .evicting import at_positions
 from .masks import quest_mask
 from .reading import attend, attend_prompt, is_read_by_segments, kernels_attend, num_decoding, tell
+from .region import region_attention
 
 # What a model may ask of its attention that only its own eager attention does everywhere.
 EAGER_ONLY = ("softcap", "s_aux", "sinks")
@@ -33,6 +34,8 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
         ([B, T, Hq, D], None). Dense without such a cache, for a mask that is more than causal with left padding, where
         the layer holds no more tokens than its budget, and for a prompt, unless the cache has a CritiPrefill.
     """
+    if getattr(key, "quest_region", None) is not None and getattr(value, "quest_region", None) is not None:
+        return region_attention(query, key, value, attention_mask, **kwargs)
     layer = getattr(key, "quest_layer", None)
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward was given no QuestCache.')

@@ -203,7 +203,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
             return self.layers[layer_idx].storage.on_device.length - 1
         self._settle()
         length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
-        return length if torch.compiler.is_compiling() else generate.length_or_read_again(self, length)
+        return length if torch.compiler.is_dynamo_compiling() else generate.length_or_read_again(self, length)
 
     def get_mask_sizes(self, query_length, layer_idx):
         if query_length == 1 and self.shared.step.is_prepared():

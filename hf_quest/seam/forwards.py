@@ -32,6 +32,8 @@ class Forwards(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if not self.shared.step.is_captured:
             return self._update(key_states, value_states, layer_idx)
+        if self.shared.region is not None:
+            return self.shared.region.hand_over(key_states, value_states)
         if self.shared.step.takes(layer_idx, key_states.shape[2]):
             return self.layers[layer_idx].update_captured(key_states, value_states)
         return self._update_outside_of_graph(key_states, value_states, layer_idx)

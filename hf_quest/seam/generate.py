@@ -108,13 +108,14 @@ def may_compile_for_caller(is_on_cpu):
     """Whether the function that asks our caller, a method of a model, would do well to compile.
 
     `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that cannot
-    know how many keys there are. A model on several devices is not one graph. Llama 4 is never compiled, and the masks
-    that Transformers 5.17 would make for that fail. On a CPU `generate` compiles nothing, and would make the masks of
-    each step for it all the same.
+    know how many keys there are. From Transformers 5.24 on it would compile what verifies drafts, too, which is no step
+    that a graph can hold: every layer would become several graphs. A model on several devices is not one graph. Llama 4
+    is never compiled, and the masks that Transformers 5.17 would make for that fail. On a CPU `generate` compiles
+    nothing, and would make the masks of each step for it all the same.
     """
     caller = sys._getframe(2)
     is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
-    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
+    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL) or called_from(ASSISTED, stop_at={id(GENERATE)}):
         return False
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2

@@ -35,6 +35,7 @@ class State:
     saw_autocast: bool = False  # so that keys and values of several dtypes come from one model
     num_layers: int | None = None  # of the model, known from its second forward on
     to_settle: list[Kept] = field(default_factory=list)  # storage that can undo the forward under way
+    region: Any = None  # a Region, while the decoder layer under way is compiled around its attention
     is_broken: bool = False  # by a forward that did not end and could not be undone
     watcher: Watcher | None = None  # is told what is read
 
@@ -98,6 +99,10 @@ class State:
             for storage in self.to_settle:
                 storage.settle()
             self.to_settle.clear()
+
+    def enter(self, region: Any) -> None:
+        """A compiled decoder layer begins, or None: it ends."""
+        self.region = region
 
     def undo_forward(self, is_undone: bool) -> None:
         """The forward under way was undone in all layers, or could not be."""

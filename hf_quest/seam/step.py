@@ -23,7 +23,8 @@ class Step:
     @property
     def is_captured(self):
         """Whether the forward under way goes into a graph, which must not depend on what is stored."""
-        return self.is_recording or torch.compiler.is_compiling()
+        # Not `is_compiling`, which in PyTorch 2.13 is true for all threads while one of them compiles.
+        return self.is_recording or torch.compiler.is_dynamo_compiling()
 
     def prepare(self, num_tokens, method, end):
         """Be ready for a step that makes it `num_tokens`, of a text that may grow to `end`.
