@@ -135,8 +135,7 @@ NOT_ALL = {
     "gemma4-shared-kv": ("Gemma4TextDecoderLayer", {FOR_MORE, NO_ATTENTION}),
     "doge-masks-of-its-own": ("DogeDecoderLayer", {FOR_MORE}),
 }
-ALL = ["llama", "mistral-window", "mixtral", "qwen3", "phi3", "gemma2", "gemma3", "cohere", "stablelm"]
-ALL += ["gpt_oss", "glm4_moe", "llama4", "afmoe", "gpt2", "gpt_neox", "opt"]
+ALL = ["mistral-window", "mixtral", "phi3", "gemma2", "cohere", "gpt_oss", "llama4", "afmoe", "gpt2", "opt"]
 NONE = ("gemma3n", "gemma4-shared-kv", "doge-masks-of-its-own")
 
 
