@@ -37,6 +37,7 @@ METHODS = {
     "subgen": ["subgen"],
 }
 COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
+SMALLEST_SECTION = 0.02  # share of a kernel's time
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
@@ -68,12 +69,31 @@ def codes_table(report):
         "chain by codes": "by codes",
         "chain by codes of larger pages": "by codes, pages of 32",
     }
-    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), "append that ends a page")
+    appends = "append that ends a page", "append, mean of a page's tokens", "append of a prompt, over one without codes"
+    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), *appends)
     for case in report["cases"]:
         stages = {name: stage["us"] for name, stage in case["stages"].items() if "us" in stage}
-        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), stages["append with codes"]]
+        last, amid = stages["append with codes"], stages["append amid a page"]
+        mean = (last + (report["page_size"] - 1) * amid) / report["page_size"]
+        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), last, mean]
+        over = stages["append a prompt with codes"] / stages["append a prompt"] - 1
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
-        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times))
+        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times), f"{over:+.1%}")
+    return table
+
+
+def profile_table(report):
+    """Every section that takes a share of the time worth showing, with what was waited for most."""
+    table = Table("B, Hq, Hkv", "tokens", "pages of", "section", "ends with", "share of time", "waits for")
+    for launch in report["launches"]:
+        for section in launch["sections"]:
+            share = sum(section["shares"].values())
+            if share < SMALLEST_SECTION:
+                continue
+            reasons = sorted(section["shares"].items(), key=lambda item: -item[1])[:3]
+            waits = ", ".join(f"{reason} {part:.1%}" for reason, part in reasons)
+            case = (", ".join(map(str, launch["case"][:3])), f"{launch['case'][3]:,}", str(launch["page_size"]))
+            table.add_row(*case, section["work"], section["ends_with"].partition(".")[0], f"{share:.1%}", waits)
     return table
 
 
@@ -90,6 +110,22 @@ def generate_table(report):
     return table
 
 
+def house_table(before, after):
+    """ms per token of runs in turns, before and after the code was arranged anew, and how their means differ."""
+    runs = {}
+    for of_time, reports in (("before", before), ("after", after)):
+        for report in reports:
+            for result in report["results"]:
+                case = runs.setdefault((result["context"], result["way"]), {"before": [], "after": []})
+                case[of_time].append(result["ms_per_token"])
+    table = Table("tokens", "way", "before", "after", "difference")
+    for (context, way), times in runs.items():
+        cells = [", ".join(f"{ms:.2f}" for ms in times[of_time]) for of_time in ("before", "after")]
+        change = np.mean(times["after"]) / np.mean(times["before"]) - 1
+        table.add_row(f"{context:,}", way, *cells, f"{change:+.1%}")
+    return table
+
+
 def host_table(report):
     """ms of the host per token, by way."""
     table = Table("way", "ms of the host per token")
@@ -99,7 +135,9 @@ def host_table(report):
 
 
 def offload_table(report):
-    """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's."""
+    """ms per token of every case and way, with the GB that its cache takes of the GPU's memory and of the host's, and
+    the hits of its pools.
+    """
     ways = list(dict.fromkeys(result["way"] for result in report["results"]))
     table = Table("shape", "rows", "tokens", "GiB of the GPU", *ways)
     cases = {}
@@ -107,6 +145,7 @@ def offload_table(report):
         cell = "does not fit"
         if "ms_per_token" in result:
             cell = f"{result['ms_per_token']:.1f} ({result['cache_gb']:.1f} + {result['host_gb']:.1f})"
+            cell += f", {result['hits']:.0%} hits" if "hits" in result else ""
             cell += f", prompt {result['prompt_s']:.1f} s" if "prompt_s" in result else ""
         case = (result["shape"], result["batch_size"], result["context"], result.get("limit_gib"))
         cases.setdefault(case, {})[result["way"]] = cell
@@ -345,12 +384,23 @@ def tables():
     reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
     found["codes_settings"] = markdown(codes_settings_table(reports))
     found["codes_mass"] = markdown(mass_table(reports))
+    # Of the commit of the stages.
+    paths = [path for model in COMPARED if (path := RESULTS / f"side_by_side_{model}.json").exists()]
+    reports = {path.stem.removeprefix("side_by_side_"): json.loads(path.read_text()) for path in paths}
     stages = json.loads((RESULTS / "stages_h200.json").read_text())
     found["side_by_side"] = markdown(side_by_side_table(reports, stages))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
         found[f"method_{name}"] = markdown(method_table(compared, methods))
+    profile = json.loads((RESULTS / "profile_codes.json").read_text())
+    of_pages = [launch for launch in profile["launches"] if launch["page_size"] == 16 and launch["case"][3] == 32768]
+    found["profile_codes"] = markdown(profile_table({"launches": of_pages}))
+    house = [
+        [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}*.json"))]
+        for of_time in ("before", "after")
+    ]
+    found["house"] = markdown(house_table(*house))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found

@@ -392,8 +392,8 @@ __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens token
     first_tile += warp_idx;
     Tile tiles[kSets];
     const auto find_tokens = [&](int set, int tile_idx) {
-        if constexpr (std::is_same_v<Tile, Singles>) {
-            tiles[set].own = find_token(tile_idx * kTile + lane_idx % kTile);
+        if constexpr (!std::is_same_v<Tile, Runs>) {
+            tiles[set] = Tile{find_token(tile_idx * kTile + lane_idx % kTile)};
             return;
         } else {
             const int round_idx = (tile_idx - first_tile) / kWarps;

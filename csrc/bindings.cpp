@@ -234,24 +234,40 @@ void attend_pages(AttendParams params, const std::optional<Tensor>& page_ids, co
     C10_CUDA_CHECK(launch_attend(params));
 }
 
-int cluster_size_of(const AttendParams& params) {
-    using Shape = std::array<int, 10>;
+// What `find` says of a launch with these shapes, of its `kind` the first time alone.
+template <typename Find>
+int find_once(int kind, const AttendParams& params, Find find) {
+    using Shape = std::array<int, 11>;
     static std::map<Shape, int> known;
     static std::mutex mutex;
     const std::lock_guard lock(mutex);
     const TokenChoice& choice = params.choice;
-    const Shape shape = {at::cuda::current_device(), int(params.data_type), params.head_dim, params.page_size,
-                         params.group_size,          params.num_kv_heads,   params.num_rows, params.num_selected,
-                         choice.code_bits,           choice.num_tokens};
+    const Shape shape = {kind,
+                         at::cuda::current_device(),
+                         int(params.data_type),
+                         params.head_dim,
+                         params.page_size,
+                         params.group_size,
+                         params.num_kv_heads,
+                         params.num_rows,
+                         params.num_selected,
+                         choice.code_bits,
+                         choice.num_tokens};
     const auto found = known.find(shape);
-    if (found != known.end()) return found->second;
-    return known[shape] = choice.code_bits > 0 ? find_cluster_size_by_codes(params) : find_cluster_size(params);
+    return found != known.end() ? found->second : known[shape] = find();
+}
+
+int cluster_size_of(const AttendParams& params) {
+    return find_once(0, params, [&] {
+        return params.choice.code_bits > 0 ? find_cluster_size_by_codes(params) : find_cluster_size(params);
+    });
 }
 
 // Estimate, select and attend, or with codes find_candidates and refine in the place of select: fused where clusters
-// serve, one by one otherwise. `num_selected` are pages that are attended, or candidates.
+// serve, one by one otherwise. `num_selected` are pages that are attended, or candidates. A pool is used where clusters
+// serve by codes.
 void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
-                   int64_t num_selected, const Score& score, const TokenChoice& choice,
+                   int64_t num_selected, const Score& score, const TokenChoice& choice, bool has_pool,
                    const std::optional<Tensor>& told_ids) {
     params.num_selected = num_selected;
     params.score = score;
@@ -274,7 +290,11 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     }
     if (cluster_size > 0) {
         params.told_ids = told_ids ? told_ids->data_ptr<int64_t>() : nullptr;
-        C10_CUDA_CHECK(is_by_codes ? launch_chain_by_codes(params, cluster_size) : launch_chain(params, cluster_size));
+        const bool is_pooled =
+            has_pool && is_by_codes && find_once(1, params, [&] { return has_pool_by_codes(params, cluster_size); });
+        C10_CUDA_CHECK(is_pooled     ? launch_pooled_chain_by_codes(params, cluster_size)
+                       : is_by_codes ? launch_chain_by_codes(params, cluster_size)
+                                     : launch_chain(params, cluster_size));
         return;
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
@@ -373,7 +393,9 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
              const std::optional<Tensor>& scales, const Tensor& length, const Tensor& padding, int64_t num_selected,
              int64_t page_size, double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks,
              const std::optional<Tensor>& page_ids, double width, bool keeps_first, std::string_view group,
-             const std::optional<Tensor>& codes, int64_t num_tokens, std::string_view token_group) {
+             const std::optional<Tensor>& codes, int64_t num_tokens, std::string_view token_group,
+             const std::optional<Tensor>& pool_keys, const std::optional<Tensor>& pool_values,
+             const std::optional<Tensor>& pool_tags, const std::optional<Tensor>& pool_counts) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.keys = address_of(keys);
@@ -383,9 +405,14 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     if (codes) storage.codes = static_cast<uint8_t*>(address_of(*codes));
     const TokenChoice choice = choice_of(code_bits_of(codes, keys.size(3)), num_selected, num_tokens, token_group);
     const Tensor output = at::empty(query.sizes(), query.options());
-    attend_chosen(describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size, scaling,
-                           softcap, sinks, output),
-                  query, length, padding, num_selected, score_of(width, keeps_first, group), choice, page_ids);
+    AttendParams params = describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size,
+                                   scaling, softcap, sinks, output);
+    if (pool_keys) {
+        params.pool = {address_of(*pool_keys), address_of(*pool_values), static_cast<uint64_t*>(address_of(*pool_tags)),
+                       static_cast<uint64_t*>(address_of(*pool_counts)), pool_keys->size(2)};
+    }
+    attend_chosen(params, query, length, padding, num_selected, score_of(width, keeps_first, group), choice,
+                  pool_keys.has_value(), page_ids);
     return output;
 }
 
@@ -394,7 +421,8 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
               const Tensor& addresses, const Tensor& length, const Tensor& padding, int64_t layer_idx,
               int64_t num_kv_heads, int64_t num_selected, int64_t page_size, double scaling,
               std::optional<double> softcap, const std::optional<Tensor>& sinks, double width, bool keeps_first,
-              std::string_view group, int64_t code_bits, int64_t num_tokens, std::string_view token_group) {
+              std::string_view group, int64_t code_bits, int64_t num_tokens, std::string_view token_group,
+              bool has_pool) {
     const c10::cuda::CUDAGuard guard(query.device());
     Storage storage = {};
     storage.capacity = kAnyCapacity;
@@ -407,7 +435,7 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     if (num_selected > 0) {
         const Score score = score_of(width, keeps_first, group);
         const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, token_group);
-        attend_chosen(params, query, length, padding, num_selected, score, choice, std::nullopt);
+        attend_chosen(params, query, length, padding, num_selected, score, choice, has_pool, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
     }

@@ -154,23 +154,32 @@ inline cudaLaunchConfig_t configure_cluster(const AttendParams& params, int clus
     return config;
 }
 
+// Readies a kernel for clusters of any size, whatever the shapes, so that launches of several threads do not disturb
+// each other. Returns whether it can be.
+inline bool allow_clusters(void (*kernel)(AttendParams), const AttendParams& params) {
+    const int most_bytes = params.launch.most_shared_bytes;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return false;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) == cudaSuccess;
+}
+
+// Whether clusters of a size run at the same time for all rows' heads, where a block needs so much shared memory.
+inline bool run_at_once(void (*kernel)(AttendParams), const AttendParams& params, int size, size_t num_bytes) {
+    const int num_heads = params.num_kv_heads * params.num_rows;
+    if (size * num_heads > params.launch.num_sms || num_bytes > size_t(params.launch.most_shared_bytes)) return false;
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = configure_cluster(params, size, num_bytes, attributes);
+    int num_clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config);
+    return error == cudaSuccess && num_clusters >= num_heads;
+}
+
 // The largest cluster with which all rows' heads run at the same time, or 0, where a block of one of that size needs
 // count_bytes(size) of shared memory. Readies the kernel for launches.
 template <typename CountBytes>
 int find_largest_cluster(void (*kernel)(AttendParams), const AttendParams& params, CountBytes count_bytes) {
-    // Whatever the shapes, so that launches of several threads do not disturb each other.
-    const int most_bytes = params.launch.most_shared_bytes;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) != cudaSuccess) return 0;
-    const int num_heads = params.num_kv_heads * params.num_rows;
+    if (!allow_clusters(kernel, params)) return 0;
     for (int size = kMaxClusterSize; size >= 2; --size) {  // st.async wants two
-        const size_t num_bytes = count_bytes(size);
-        if (size * num_heads > params.launch.num_sms || num_bytes > size_t(most_bytes)) continue;
-        cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = configure_cluster(params, size, num_bytes, attributes);
-        int num_clusters = 0;
-        const cudaError_t error = cudaOccupancyMaxActiveClusters(&num_clusters, kernel, &config);
-        if (error == cudaSuccess && num_clusters >= num_heads) return size;
+        if (run_at_once(kernel, params, size, count_bytes(size))) return size;
     }
     return 0;
 }

@@ -133,6 +133,15 @@ __device__ inline void copy_async_once(unsigned target, const void* source) {
                  : "memory");
 }
 
+// The same if there is something to copy; zeros otherwise, for which nothing is read.
+__device__ inline void copy_async_once(unsigned target, const void* source, bool is_there) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
+                 "r"(is_there ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
 // Makes a group of the copies that this thread began since the last one.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -163,6 +172,14 @@ __device__ inline Storage find(const Storage& storage) {
             reinterpret_cast<void*>(addresses[2]),    reinterpret_cast<uint8_t*>(addresses[3]),
             reinterpret_cast<float*>(addresses[4]),   addresses[5],
             reinterpret_cast<uint8_t*>(addresses[6]), addresses};
+}
+
+// That of the storage.
+__device__ inline Pool find_pool(const AttendParams& params) {
+    const int64_t* addresses = params.storage.addresses;
+    if (addresses == nullptr) return params.pool;
+    return {reinterpret_cast<void*>(addresses[7]), reinterpret_cast<void*>(addresses[8]),
+            reinterpret_cast<uint64_t*>(addresses[9]), reinterpret_cast<uint64_t*>(addresses[10]), addresses[11]};
 }
 
 __device__ inline int64_t count_pages(const Storage& storage, int page_size) {

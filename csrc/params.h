@@ -41,7 +41,17 @@ struct Storage {
     float* scores;             // [B, Hkv, 1, pages]
     int64_t capacity;          // slots
     uint8_t* codes;            // [B, Hkv, capacity, D * code_bits / 8] or null
-    const int64_t* addresses;  // [7] on the device, or null: the seven members above, which count instead of them
+    const int64_t* addresses;  // [12] on the device, or null: the seven members above, which count instead of them
+};
+
+// What of a layer's tokens in the host's memory lies on the device, too (pool.cuh). Storage that is found by addresses
+// has it in the last five of these.
+struct Pool {
+    void* keys;        // [B, Hkv, size, D]
+    void* values;      // [B, Hkv, size, D]
+    uint64_t* tags;    // [B, Hkv, size]
+    uint64_t* counts;  // [B, Hkv, 2]: tokens that were looked up, and those that were there
+    int64_t size;      // slots, a multiple of kPoolStep, or 0
 };
 
 struct AppendParams {
@@ -136,6 +146,7 @@ struct AttendParams {
     float2* partial_softmax;   // [B, Hkv, head tiles, num_splits, min(G, 8)]: maximum and sum
     int* counters;             // [B, Hkv, head tiles], zero before and after
     void* output;              // [B, Hq, 1, D]
+    Pool pool;                 // of launch_pooled_chain_by_codes, unless it is found by addresses
 };
 
 // Whole segments of one row's prompt, which begin at position `first_position`. The row's tokens are given from its
@@ -174,6 +185,9 @@ struct PromptAttendParams : PromptParams {
 // Stripes of a row's pages, see hf_quest/stripes.py.
 constexpr int kStripes = 16;
 
+// A pool has so many slots or a multiple: sets of 16 in each stripe.
+constexpr int kPoolWays = 16, kPoolStep = kStripes * kPoolWays;
+
 // Query heads that one thread block attends for together.
 constexpr int kHeadTile = 8;
 
@@ -209,6 +223,10 @@ cudaError_t launch_chain(const AttendParams& params, int cluster_size);
 int find_cluster_size_by_codes(const AttendParams& params);
 bool needs_scores_by_codes(const AttendParams& params, int cluster_size);
 cudaError_t launch_chain_by_codes(const AttendParams& params, int cluster_size);
+
+// The same with a pool, and to the bit the same output, if there is memory for it in blocks of such clusters.
+bool has_pool_by_codes(const AttendParams& params, int cluster_size);
+cudaError_t launch_pooled_chain_by_codes(const AttendParams& params, int cluster_size);
 
 // Into how many parts, each of one thread block, a launch with these shapes cuts the pages of a KV head.
 int count_splits(const AttendParams& params);

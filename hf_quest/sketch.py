@@ -35,7 +35,7 @@ from .storage import Pages, Pruned
 
 SKETCHED = "quest_sketched"  # an attention that asks for its output's memory and computes nothing
 EXPERTS = torch.ops.aten._grouped_mm.default  # [T, D] by [experts, D, E]: [T, E]
-LOCAL, ROOM, TOKENS = "local layers", "room to grow", "keys and values"
+LOCAL, ROOM, TOKENS, POOL = "local layers", "room to grow", "keys and values", "pool"
 KINDS = {"keys": TOKENS, "values": TOKENS, "bounds": "bounds", "scales": "bounds"}
 
 
@@ -89,7 +89,7 @@ class Sketch:
         if like.get_seq_length():
             raise ValueError("plan_memory takes an empty cache, for its settings. Give a new one.")
         options = {"dense_layers": like.dense_layers, "max_cache_len": like.max_cache_len, "prefill": like.prefill}
-        options["offloading"] = like.shared.offloading
+        options |= {"offloading": like.shared.offloading, "pool": like.shared.pool}
         cache = SketchedCache._with_method(like.method, **options)
         cache.take_config(self.config, self.max_positions)
         return cache
@@ -217,6 +217,7 @@ def held_by(cache):
             else:
                 place[KINDS.get(name, name)] += filled[name].nbytes
                 place[ROOM] += tensor.nbytes - filled[name].nbytes
+        found[False][POOL] += sum(tensor.nbytes for tensor in pooled(layer.storage))
     return [{kind: size for kind, size in place.items() if size} for place in found]
 
 
@@ -225,7 +226,12 @@ def is_on_host(storage, name):
 
 
 def on_device(storage):
-    return [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
+    own = [(name, tensor) for name, tensor in storage.tensors().items() if not is_on_host(storage, name)]
+    return own + [(POOL, tensor) for tensor in pooled(storage)]
+
+
+def pooled(storage):
+    return () if storage.pool is None else storage.pool.tensors()
 
 
 def at_hand(cache, is_in_parts):

@@ -39,6 +39,9 @@ def plan_command(
     bounds: Annotated[Bounds, typer.Option(help="In 8 bits, or in the dtype of the keys.")] = Bounds.int8,
     codes: Annotated[int | None, typer.Option(help="Bits per channel of codes: 1, 2, 4 or 8.")] = None,
     offloading: Annotated[bool, typer.Option("--offloading", help="Keys and values in the host's memory.")] = False,
+    pool: Annotated[
+        int | None, typer.Option(min=0, help="With --offloading and --codes: tokens of each KV head on the device.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. By default what the config says.")
     ] = None,
@@ -53,7 +56,7 @@ def plan_command(
 
     dtypes = {Bounds.int8: torch.int8, Bounds.keys: None}
     options = {"page_size": page_size, "dense_layers": dense_layers, "max_cache_len": max_cache_len, "codes": codes}
-    cache = QuestCache(budget, **options, bounds_dtype=dtypes[bounds], offloading=offloading)
+    cache = QuestCache(budget, **options, bounds_dtype=dtypes[bounds], offloading=offloading, pool=pool)
     sketch = Sketch(model or str(tiny.PATH), dtype)
     plan = plan_of(sketch, tokens, cache, batch_size, chunk)
     has, device = (int(memory * GIB), "of --memory") if memory is not None else free_memory()

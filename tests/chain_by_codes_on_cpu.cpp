@@ -1,6 +1,6 @@
-// The cluster kernel of chain_by_codes.cu with its threads as fibers of the CPU. Reads the members of Case below and
-// what main() reads after them; writes what main() writes in the end. `chain_by_codes_on_cpu sizes` checks the sizes of
-// lists instead.
+// The cluster kernels of chain_by_codes.cuh with their threads as fibers of the CPU. Reads the members of Case below
+// and what main() reads after them; writes what main() writes in the end. `chain_by_codes_on_cpu sizes` checks the
+// sizes of lists instead.
 
 #include "cluster_on_cpu.h"
 
@@ -78,13 +78,14 @@ cudaError_t count_clusters(int*, Kernel, const cudaLaunchConfig_t*) {
 #define cudaOccupancyMaxActiveClusters count_clusters
 #define dynamic *shared_of_block
 #include "chain_by_codes.cu"
+#include "chain_by_codes_pooled.cu"
 #undef dynamic
 
 using namespace hf_quest;
 
 struct Case {
     int is_half, num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens,
-        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed;
+        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed, pool_size;
     float scaling, width;
 };
 
@@ -104,7 +105,7 @@ struct Stored : Guarded<Value> {
     }
 };
 
-const char *first_code, *end_code;
+const char *first_code, *end_code, *first_tag, *end_tag;
 
 int run_case() {
     const Case given = read_one<Case>();
@@ -120,14 +121,20 @@ int run_case() {
     Stored<uint8_t> scales(heads * num_pages * head_dim / 32);
     Stored<uint8_t> codes(heads * given.capacity * head_dim * given.code_bits / 8);
     Stored<uint16_t> query(query_heads * head_dim);
+    const size_t num_pooled = heads * given.pool_size;
+    Stored<uint16_t> pool_keys(num_pooled * head_dim), pool_values(num_pooled * head_dim);
+    Stored<uint64_t> pool_tags(num_pooled), pool_counts(num_pooled > 0 ? heads * 2 : 0);
     Guarded<float> scores(heads * num_pages, is_at_end);
     Guarded<int64_t> told(heads * given.num_tokens, is_at_end);
     Guarded<uint16_t> output(query_heads * head_dim, is_at_end);
     std::fill_n(told.data(), told.size(), -7);
     first_code = reinterpret_cast<const char*>(codes.data());
     end_code = first_code + codes.size();
+    first_tag = reinterpret_cast<const char*>(pool_tags.data());
+    end_tag = first_tag + pool_tags.size() * sizeof(uint64_t);
     when_prefetched = [](const void* source) {
-        if (source < first_code || source >= end_code) fail("a prefetch of what is no code");
+        const bool is_code = source >= first_code && source < end_code;
+        if (!is_code && (source < first_tag || source >= end_tag)) fail("a prefetch of what is no code and no tag");
     };
 
     AttendParams params = {.data_type = given.is_half ? DataType::kHalf : DataType::kBFloat16};
@@ -149,17 +156,24 @@ int run_case() {
     params.storage.scores = needs_scores_by_codes(params, given.cluster_size) ? scores.data() : nullptr;
     params.storage.codes = codes.data();
     const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
-    const int64_t addresses[7] = {address(keys.data()),   address(values.data()), address(bounds.data()),
-                                  address(scales.data()), address(scores.data()), given.capacity,
-                                  address(codes.data())};
+    const int64_t addresses[12] = {address(keys.data()),      address(values.data()),      address(bounds.data()),
+                                   address(scales.data()),    address(scores.data()),      given.capacity,
+                                   address(codes.data()),     address(pool_keys.data()),   address(pool_values.data()),
+                                   address(pool_tags.data()), address(pool_counts.data()), given.pool_size};
+    params.pool = {pool_keys.data(), pool_values.data(), pool_tags.data(), pool_counts.data(), given.pool_size};
     if (given.is_found) params.storage = {.addresses = addresses};
     params.told_ids = given.is_told ? told.data() : nullptr;
     params.length = length.data();
     params.padding = padding.data();
     params.output = output.data();
-    if (launch_chain_by_codes(params, given.cluster_size) != cudaSuccess) return 1;
+    const auto launch = given.pool_size > 0 ? launch_pooled_chain_by_codes : launch_chain_by_codes;
+    if (launch(params, given.cluster_size) != cudaSuccess) return 1;
     std::fwrite(told.data(), sizeof(int64_t), told.size(), stdout);
     std::fwrite(output.data(), sizeof(uint16_t), output.size(), stdout);
+    std::fwrite(pool_keys.data(), sizeof(uint16_t), pool_keys.size(), stdout);
+    std::fwrite(pool_values.data(), sizeof(uint16_t), pool_values.size(), stdout);
+    std::fwrite(pool_tags.data(), sizeof(uint64_t), pool_tags.size(), stdout);
+    std::fwrite(pool_counts.data(), sizeof(uint64_t), pool_counts.size(), stdout);
     return 0;
 }
 

@@ -52,7 +52,7 @@ inline char* find_shared(unsigned address, int alignment) {
 
 struct Copy {
     char* target;
-    const void* source;
+    const void* source;  // null for zeros
 };
 // Of each thread, in groups; the last one is still open. The sanitizer sees a copy where it is waited for.
 using CopyGroups = std::deque<std::vector<Copy>>;
@@ -67,14 +67,23 @@ void copy_async(unsigned target, const void* source) {
     std::memset(place, 0xff, 16);
     own_copies().back().push_back({place, source});
 }
-void copy_async_once(unsigned target, const void* source) { copy_async(target, source); }
+void copy_async_once(unsigned target, const void* source, bool is_there) {
+    copy_async(target, source);
+    if (!is_there) own_copies().back().back().source = nullptr;
+}
 void commit_copies() { own_copies().emplace_back(); }
 
 template <int kNumGroups>
 void wait_for_copies() {
     CopyGroups& groups = own_copies();
     while (groups.size() > kNumGroups + 1) {
-        for (const Copy& copy : groups.front()) std::memcpy(copy.target, copy.source, 16);
+        for (const Copy& copy : groups.front()) {
+            if (copy.source != nullptr) {
+                std::memcpy(copy.target, copy.source, 16);
+            } else {
+                std::memset(copy.target, 0, 16);
+            }
+        }
         groups.pop_front();
     }
 }

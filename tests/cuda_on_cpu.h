@@ -95,6 +95,13 @@ inline unsigned __ballot_sync(unsigned, bool is_set) {
     return ballot;
 }
 
+inline unsigned __match_any_sync(unsigned, int value) {
+    unsigned alike = 0;
+    const auto values = exchange(unsigned(value));
+    for (int i = 0; i < 32; ++i) alike |= unsigned(values[i] == unsigned(value)) << i;
+    return alike;
+}
+
 inline unsigned __reduce_min_sync(unsigned, unsigned value) { return std::ranges::min(exchange(value)); }
 inline unsigned __reduce_max_sync(unsigned, unsigned value) { return std::ranges::max(exchange(value)); }
 
@@ -229,7 +236,7 @@ namespace hf_quest {
 // In cluster_on_cpu.h.
 void commit_copies();
 void copy_async(unsigned target, const void* source);
-void copy_async_once(unsigned target, const void* source);
+void copy_async_once(unsigned target, const void* source, bool is_there = true);
 uint4 load_matrices(unsigned address);
 void multiply_add(int (&sums)[4], uint4 left, uint2 right);
 void prefetch(const void* source);

@@ -8,6 +8,7 @@ from hf_quest import codes as codes_
 from hf_quest import reference
 from hf_quest.kernels import ops
 from hf_quest.reference import Score
+from hf_quest.storage.pool import TOKEN
 
 calls = []  # the names of the operators that were called
 
@@ -72,8 +73,8 @@ def with_defaults(given, defaults):
 
 @operator
 def chain(query, keys, values, bounds, scales, length, padding, num_selected, page_size, scaling, *options):
-    softcap, sinks, told_ids, width, keeps_first, group, codes, num_tokens, token_group = with_defaults(
-        options, (None, None, None, 0.5, True, "max", None, 0, "sum")
+    softcap, sinks, told_ids, width, keeps_first, group, codes, num_tokens, token_group, *pool = with_defaults(
+        options, (None, None, None, 0.5, True, "max", None, 0, "sum", None, None, None, None)
     )
     length, score = int(length), Score(width, keeps_first, group)
     num_pages = -(-length // page_size)
@@ -90,7 +91,35 @@ def chain(query, keys, values, bounds, scales, length, padding, num_selected, pa
         ids, page_size = codes_.refine(query, bounds, scales, codes, candidates, *where, *how), 1
     if told_ids is not None:
         told_ids.copy_(ids)
+    if pool[0] is not None and page_size == 1:
+        keys, values = by_pool(keys, values, ids, length, padding, *pool)
     return reference.attend(query, keys, values, ids, length, padding, page_size, scaling, softcap, sinks)
+
+
+def by_pool(keys, values, ids, length, padding, pool_keys, pool_values, tags, counts):
+    """Keys and values of which those that are chosen and in the pool come from there; the others are put there.
+
+    As csrc/pool.cuh does, but that any slot will do for a token.
+    """
+    keys, values = keys.clone(), values.clone()
+    for row, head in ((row, head) for row in range(keys.shape[0]) for head in range(keys.shape[1])):
+        start, newest = int(padding[row]), length - int(padding[row]) - 1
+        own = tags[row, head]
+        there = {tag & TOKEN: slot for slot, tag in enumerate(own.tolist()) if tag}
+        wanted = [token for token in ids[row, head, 0].tolist() if 0 <= token < newest]
+        free = sorted(set(range(len(own))) - {there.get(token) for token in wanted}, key=lambda slot: int(own[slot]))
+        counts[row, head] += torch.tensor([len(wanted), len(there.keys() & set(wanted))])
+        for token in wanted:
+            if token not in there and not free:
+                continue
+            slot = there[token] if token in there else free.pop(0)
+            own[slot] = (newest + 1) * (TOKEN + 1) + token
+            for stored, pooled in ((keys, pool_keys), (values, pool_values)):
+                if token in there:
+                    stored[row, head, start + token] = pooled[row, head, slot]
+                else:
+                    pooled[row, head, slot] = stored[row, head, start + token]
+    return keys, values
 
 
 @operator
@@ -101,8 +130,8 @@ def attend(query, keys, values, page_ids, length, padding, counters, page_size, 
 @operator
 def decode(query, new_keys, new_values, addresses, length, padding, layer_idx, num_kv_heads, *settings):
     num_selected, page_size, scaling, *options = settings
-    softcap, sinks, width, keeps_first, group, code_bits, num_tokens, token_group = with_defaults(
-        options, (None, None, 0.5, True, "max", 0, 0, "sum")
+    softcap, sinks, width, keeps_first, group, code_bits, num_tokens, token_group, has_pool = with_defaults(
+        options, (None, None, 0.5, True, "max", 0, 0, "sum", False)
     )
     row = addresses[layer_idx].tolist()
     batch_size, _, _, head_dim = query.shape
@@ -117,7 +146,12 @@ def decode(query, new_keys, new_values, addresses, length, padding, layer_idx, n
     if num_selected == 0:
         return attend(query, keys, values, None, length, padding, None, page_size, scaling, softcap, sinks)
     where = (length, padding, num_selected, page_size, scaling, softcap, sinks)
-    score, by_codes = (width, keeps_first, group), (codes, num_tokens, token_group)
+    pool = [None] * 4
+    if has_pool and row[11]:
+        rows, of_token = slots[:2], (row[11], head_dim)
+        kinds = [(of_token, query.dtype), (of_token, query.dtype), ((row[11],), torch.int64), ((2,), torch.int64)]
+        pool = [tensor_at(at, (*rows, *shape), kind) for at, (shape, kind) in zip(row[7:11], kinds, strict=True)]
+    score, by_codes = (width, keeps_first, group), (codes, num_tokens, token_group, *pool)
     return chain(query, keys, values, bounds, scales, *where, None, *score, *by_codes)
 
 

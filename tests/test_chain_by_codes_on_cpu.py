@@ -6,7 +6,7 @@ beside the tensors cannot be read, and what is not stored yet is NaN.
 
 import struct
 import subprocess
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ class Case:
     at_end: int = 1  # of memory tensors end, or begin
     is_found: int = 0  # storage, on the device
     seed: int = 1
+    pool_size: int = 0  # slots; 0 for the kernel without one
 
     @property
     def group(self):
@@ -89,6 +90,7 @@ class Step:
         query = torch.randn(case.num_rows, case.num_kv_heads * case.group_size, 1, case.head_dim)
         self.query = (2 * query).to(case.dtype)
         self.store()
+        self.empty_pool()
 
     def store(self):
         """Bounds, scales and codes of the keys as they are; what stands for nothing is of anything."""
@@ -104,6 +106,12 @@ class Step:
         is_stored = (slot >= self.padding[:, None]) & (slot < self.length)
         for tokens in (self.keys, self.values):
             tokens.masked_fill_(~is_stored[:, None, :, None], torch.nan)
+
+    def empty_pool(self):
+        pooled = (*self.shape, self.case.pool_size)
+        tokens = [torch.zeros(*pooled, self.case.head_dim, dtype=self.case.dtype) for _ in range(2)]
+        counts = torch.zeros(*self.shape, 2 if self.case.pool_size else 0, dtype=torch.int64)
+        self.pool = [*tokens, torch.zeros(pooled, dtype=torch.int64), counts]
 
     def token_ids(self):
         """By the specification."""
@@ -125,15 +133,18 @@ class Step:
         names = [field.name for field in fields(case)]
         parts = [struct.pack(f"{len(names)}i2f", *(getattr(case, name) for name in names), case.scaling, 0.5)]
         parts.append(struct.pack("q", self.length))
-        stored = (self.padding, self.keys, self.values, self.bounds, self.scales, self.codes, self.query)
+        stored = (self.padding, self.keys, self.values, self.bounds, self.scales, self.codes, self.query, *self.pool)
         parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in stored]
         result = subprocess.run([program], input=b"".join(parts), capture_output=True)
         assert result.returncode == 0, result.stderr.decode()
         told = torch.empty(*self.shape, 1, case.num_tokens, dtype=torch.int64)
-        assert len(result.stdout) == told.nbytes + self.query.nbytes
-        rest = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
-        told, output = rest[: told.nbytes].view(torch.int64).view(told.shape), rest[told.nbytes :]
-        return told, output.view(case.dtype).view(self.query.shape)
+        written = [told, self.query, *self.pool]
+        sizes = [tensor.nbytes for tensor in written]
+        assert len(result.stdout) == sum(sizes)
+        parts = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8).split(sizes)
+        pairs = zip(parts, written, strict=True)
+        told, output, *self.pool = (part.clone().view(like.dtype).view(like.shape) for part, like in pairs)
+        return told, output
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +231,105 @@ def test_lists_are_as_large_as_stripes_may_want(program):
     """Of every number of pages, cluster and page size."""
     result = subprocess.run([program, "sizes"], capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
+
+
+POOLED = {
+    "as it is by default": Case(pool_size=256),
+    "two rows and heads, a cluster of 3": Case(num_rows=2, num_kv_heads=2, cluster_size=3, capacity=400, pool_size=512),
+    "pages of 32, head dim 128": Case(
+        head_dim=128, page_size=32, num_candidates=7, num_tokens=100, group_size=5, pool_size=256, is_found=1
+    ),
+    "pages of 8, head dim 96, float16": Case(page_size=8, num_candidates=40, cluster_size=3, pool_size=256, is_half=1),
+    "more than it has room for": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568, pool_size=256),
+}
+
+
+def slots_of(step, row, head):
+    """By token, the slots in the pool of a row's head."""
+    tags = step.pool[2][row, head]
+    slots = {int(tag) % 2**24: slot for slot, tag in enumerate(tags) if tag}
+    assert len(slots) == int((tags != 0).sum()), "a token is there twice"
+    return slots
+
+
+def each_head(step):
+    return ((row, head) for row in range(step.case.num_rows) for head in range(step.case.num_kv_heads))
+
+
+@pytest.mark.parametrize("case", POOLED.values(), ids=POOLED)
+class TestPool:
+    def step(self, case):
+        return Step(case, (0, 5)[-case.num_rows :], num_spare=3)
+
+    def without(self, step, program):
+        """What the kernel without a pool gives."""
+        plain = Step(replace(step.case, pool_size=0), tuple(step.padding.tolist()), num_spare=3)
+        return plain.by_kernel(program)
+
+    def test_the_output_is_the_same_to_the_bit(self, program, case):
+        step = self.step(case)
+        expected = self.without(step, program)
+        for _ in range(2):  # the second time by what the first has put there
+            told, output = step.by_kernel(program)
+            assert torch.equal(told, expected[0])
+            assert torch.equal(output, expected[1])
+
+    def test_what_is_there_is_what_was_attended(self, program, case):
+        step = self.step(case)
+        told, _ = step.by_kernel(program)
+        keys, values, _, counts = step.pool
+        assert step.pool[2].any(dim=-1).all()
+        for row, head in each_head(step):
+            newest = step.length - int(step.padding[row]) - 1
+            attended = set(told[row, head, 0].tolist()) - {-1, newest}
+            assert counts[row, head].tolist() == [len(attended), 0]
+            slots = slots_of(step, row, head)
+            assert slots.keys() <= attended
+            if case.num_tokens <= case.pool_size // 4:
+                assert slots.keys() == attended
+            for token, slot in slots.items():
+                place = (row, head, token + int(step.padding[row]))
+                assert torch.equal(keys[row, head, slot], step.keys[place])
+                assert torch.equal(values[row, head, slot], step.values[place])
+
+    def test_what_is_there_is_not_read_from_the_host(self, program, case):
+        step = self.step(case)
+        told, output = step.by_kernel(program)
+        before = step.pool
+        for row, head in each_head(step):
+            slots = [token + int(step.padding[row]) for token in slots_of(step, row, head)]
+            step.keys[row, head, slots], step.values[row, head, slots] = torch.nan, torch.nan
+        told_again, output_again = step.by_kernel(program)
+        assert torch.equal(told, told_again)
+        assert torch.equal(output, output_again)
+        num_there = (before[2] != 0).sum(dim=-1)
+        assert torch.equal(step.pool[3][..., 1], num_there)
+        assert torch.equal(step.pool[3][..., 0], 2 * before[3][..., 0])
+
+    def test_a_pool_that_is_emptied_has_no_token_of_before(self, program, case):
+        step = self.step(case)
+        step.by_kernel(program)
+        step.pool[2].zero_()
+        step.keys *= 2
+        step.values *= 2
+        plain = Step(replace(case, pool_size=0), tuple(step.padding.tolist()), num_spare=3)
+        plain.keys, plain.values = step.keys, step.values
+        assert torch.equal(step.by_kernel(program)[1], plain.by_kernel(program)[1])
+
+    def test_what_was_not_attended_for_longest_goes_first(self, program, case):
+        """Whatever is chosen, step after step: no token is there twice, and each is as it was stored."""
+        step = self.step(case)
+        torch.manual_seed(1)
+        for _ in range(4):
+            attended = step.by_kernel(program)[0]
+            step.query = torch.lerp(step.query.float(), 2 * torch.randn(step.query.shape), 0.5).to(case.dtype)
+            step.length += step.length < case.capacity - 1
+            step.keys, step.values = (torch.nan_to_num(tensor) for tensor in (step.keys, step.values))
+            step.store()
+        for row, head in each_head(step):
+            slots = slots_of(step, row, head)
+            newest = set(attended[row, head, 0].tolist()) & slots.keys()
+            assert len(newest) >= min(case.num_tokens, case.pool_size) // 4
+            for token, slot in slots.items():
+                place = (row, head, token + int(step.padding[row]))
+                assert torch.equal(step.pool[0][row, head, slot], step.keys[place])

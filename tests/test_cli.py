@@ -168,6 +168,7 @@ AS_JSON = {
     "eval perplexity": [*SMALL, "--rows", "1", "--scored", "2", "--method", "quest"],
     "eval top10": [*SMALL, "--documents", "1", "--method", "quest"],
     "eval selection": [*SMALL, "--windows", "1", "--steps", "2", "--method", "default"],
+    "eval hits": [*SMALL, "--windows", "1", "--steps", "70"],
     "eval ruler": ["--length", "1024", "--samples", "1", "--task", "niah_single_1", "--method", "dense"],
 }
 

@@ -334,7 +334,7 @@ class TestChain:
                 moved[-1][:, :, :size] = tensor[:, :, :size]
             work = poisoned(*moved[0].shape[:2], 1, capacity // 16, dtype=torch.float32)
             row = [0 if each is None else each.data_ptr() for each in (*moved[:4], work)]
-            addresses[1] = torch.tensor([*row, capacity, moved[4].data_ptr()], device=DEVICE)
+            addresses[1, :7] = torch.tensor([*row, capacity, moved[4].data_ptr()], device=DEVICE)  # no pool
             return [*moved, work]
 
         placed = place([*buffers, made], 112)

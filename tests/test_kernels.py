@@ -702,7 +702,8 @@ class TestDecode:
             moved[-1][:, :, :size] = source[:, :, :size]
         scores = poisoned(*buffers[0].shape[:2], 1, capacity // 16, dtype=torch.float32)
         row = [0 if tensor is None else tensor.data_ptr() for tensor in (*moved, scores)]
-        return moved, scores, torch.tensor([*row, capacity, 0], device=DEVICE)  # no codes
+        row += [capacity, *[0] * (ops.NUM_ADDRESSES - len(row) - 1)]  # no codes, no pool
+        return moved, scores, torch.tensor(row, device=DEVICE)
 
     @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
     @pytest.mark.parametrize(

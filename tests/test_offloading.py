@@ -25,6 +25,7 @@ from hf_quest.methods import Quest
 from hf_quest.reference import Logits
 from hf_quest.seam.reading import attend
 from hf_quest.storage import Offloaded, host
+from hf_quest.storage.pool import TOKEN
 
 PREFILL = CritiPrefill(budget=32, segment_size=32, block_size=16, threshold=64, layer_fusion=0.3)
 METHODS = {"pages": {}, "codes": {"codes": 2, "candidates": 2}}
@@ -298,6 +299,122 @@ class TestPlace:
         monkeypatch.setattr(host, "available", lambda: room)
         read(model, cache, tokens(20, batch_size=8))
         assert_in_place(cache)
+
+
+def steps(model, cache, num_steps, seed, batch_size=1):
+    """Logits of so many steps."""
+    ids = tokens(num_steps, seed=seed, batch_size=batch_size)
+    return torch.cat([model(one, **{CACHE_NAME: cache}).logits for one in ids.split(1, dim=1)], dim=1)
+
+
+class TestPool:
+    """By the operators: what steps have attended is on the device and read from there, as long as it is the same."""
+
+    @pytest.fixture(autouse=True)
+    def by_operators(self, monkeypatch):
+        emulate(monkeypatch)
+
+    @torch.no_grad()
+    def caches(self, model):
+        """A cache in memory, and one with a pool in which there is something."""
+        caches = both(**METHODS["codes"])
+        for cache in caches:
+            steps(model, read(model, cache), 5, seed=7)
+        looked_up, found = caches[1].pool_counts
+        assert 0 < found < looked_up
+        return caches
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @torch.no_grad()
+    def test_nothing_of_before_is_read_whatever_is_done(self, model, tmp_path, change):
+        caches = self.caches(model)
+        caches = [CHANGES[change](model, each, tmp_path / str(idx)) for idx, each in enumerate(caches)]
+        rows = len(caches[0].left_padding)
+        for seed in (4, 5):
+            expected, output = (steps(model, each, 4, seed, rows) for each in caches)
+            assert torch.equal(output, expected)
+            for each in caches:
+                each.crop(-2)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_in_every_mode_of_generate(self, model, mode):
+        ids = tokens(PROMPT // 2).repeat(1, 2)
+        answers = []
+        for cache in both(**METHODS["codes"]):
+            torch.manual_seed(0)
+            answers.append(generate(model, ids, cache, **{"max_new_tokens": ANSWER} | MODES[mode]))
+        assert torch.equal(*answers)
+        assert cache.pool_counts[1] > 0
+
+    def test_of_padded_rows(self, model):
+        ids = tokens(PROMPT, batch_size=3)
+        ids[1, :37], ids[2, :101] = 0, 0
+        answers = [generate(model, ids, each, attention_mask=(ids > 0).long()) for each in both(**METHODS["codes"])]
+        assert torch.equal(*answers)
+
+    @torch.no_grad()
+    def test_padding_that_is_told_later(self, model):
+        mask = torch.ones(1, PROMPT + 6, dtype=torch.long)
+        mask[:, :40] = 0
+        expected, output = (
+            model(tokens(1, seed=4), attention_mask=mask, **{CACHE_NAME: each}).logits for each in self.caches(model)
+        )
+        assert torch.equal(output, expected)
+
+    @torch.no_grad()
+    def test_beams_keep_what_they_share(self, model):
+        _, cache = self.caches(model)
+        cache.batch_repeat_interleave(2)
+        steps(model, cache, 2, seed=4, batch_size=2)
+        storage = cache.layers[3].storage
+        length = storage.length
+        cache.reorder_cache(torch.tensor([0, 0]))  # from now on the rows share everything
+        assert not storage.pool.tags.any()
+        steps(model, cache, 2, seed=5, batch_size=2)
+        assert (storage.pool.tags != 0).any(dim=-1).all()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        held = storage.pool.tags & TOKEN
+        assert (held[storage.pool.tags != 0] < length).all()
+        assert (storage.pool.tags != 0).any(dim=-1).all()
+
+    @torch.no_grad()
+    def test_its_size_is_a_choice(self, model):
+        for pool, size in ((None, 256), (257, 512), (4096, 4096)):
+            cache = read(model, QuestCache(BUDGET, offloading=True, pool=pool, **METHODS["codes"]))
+            sizes = [layer.storage.pool and layer.storage.pool.keys.shape[2] for layer in cache.layers]
+            assert sizes == [None, None, size, size]
+        for options in ({"offloading": True, "pool": 0, **METHODS["codes"]}, {"offloading": True}, {"pool": 0}):
+            cache = read(model, QuestCache(BUDGET, **options))
+            assert all(layer.storage.pool is None for layer in cache.layers)
+            assert cache.pool_counts == (0, 0)
+
+    @torch.no_grad()
+    def test_it_is_a_setting_that_is_saved(self, model, tmp_path):
+        read(model, QuestCache(BUDGET, offloading=True, pool=512, **METHODS["codes"])).save(tmp_path)
+        loaded = QuestCache.load(tmp_path, model)
+        assert loaded.layers[3].storage.pool.keys.shape[2] == 512
+        loaded = QuestCache.load(tmp_path, model, offloading=False)
+        assert loaded.shared.pool is None
+
+    @torch.no_grad()
+    def test_it_is_not_there_while_the_cache_rests(self, model):
+        _, cache = self.caches(model)
+        cache.layers[3].offload()
+        assert cache.layers[3].storage.pool is None
+        steps(model, cache, 1, seed=4)
+        assert cache.layers[3].storage.pool is not None
+
+    @pytest.mark.parametrize("wrong", [-1, 2.5, True, "all"])
+    def test_what_is_no_number_of_tokens(self, wrong):
+        with pytest.raises(ValueError, match="pool is a number of tokens, 0 for no pool, or None"):
+            QuestCache(BUDGET, offloading=True, codes=2, pool=wrong)
+
+    def test_where_none_can_be(self):
+        with pytest.raises(ValueError, match="pool is for keys and values in the host's memory"):
+            QuestCache(BUDGET, codes=2, pool=1024)
+        for options in ({}, {"codes": 8}, {"codes": 2, "mass": 0.9}):
+            with pytest.raises(ValueError, match="no CUDA kernels with a pool"):
+                QuestCache(BUDGET, offloading=True, pool=1024, **options)
 
 
 class Elsewhere(TorchDispatchMode):

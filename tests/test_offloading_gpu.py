@@ -12,7 +12,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, QuestError, capture, decode_ahead, tiny
+from hf_quest.kernels import ops
 from hf_quest.storage import Offloaded, host
+from hf_quest.storage.pool import TOKEN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -252,6 +254,104 @@ class TestGraphs:
                     model(token, **{CACHE_NAME: cache})
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+needs_clusters = pytest.mark.skipif(
+    not torch.cuda.is_available() or not ops.has_pools(torch.device("cuda")), reason="needs a GPU with clusters"
+)
+
+
+@needs_clusters
+class TestPool:
+    """What steps attended lately is read from the GPU's memory, and what is not there any more is not."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        return tiny.load(attn_implementation="quest", dtype=torch.bfloat16)[0].cuda().eval()
+
+    @pytest.fixture(params=[False, True], ids=["eager", "captured"])
+    def options(self, request, model):
+        """Of `generate`, with a model that is captured or not."""
+        if not request.param:
+            yield {"disable_compile": True}
+            return
+        capture(model)
+        yield {}
+        del model._compiled_call, model.get_compiled_call
+
+    def pools(self, cache):
+        return [layer.storage.pool for layer in cache.layers if layer.storage.pool is not None]
+
+    @pytest.mark.parametrize("pool", [256, None, 4096])
+    def test_most_is_found_and_tokens_are_the_same(self, model, library, options, pool):  # noqa: F811
+        ids, answers = digest_of(library, 8192), []
+        for cache in (QuestCache(256, codes=2), QuestCache(256, codes=2, offloading=True, pool=pool)):
+            prefilled(model, ids, cache)
+            answers.append(generate(model, ids, cache, max_new_tokens=200, min_new_tokens=200, **options))
+        looked_up, found = cache.pool_counts
+        assert torch.equal(*answers)
+        num_heads = sum(pool.tags.shape[1] for pool in self.pools(cache))
+        assert 150 * num_heads * 200 < looked_up <= 300 * num_heads * 256
+        assert found > looked_up * (0.2 if pool == 256 else 0.5)
+
+    def test_what_is_there_is_what_is_stored(self, model, library, options):  # noqa: F811
+        ids = digest_of(library, 4096).repeat(2, 1)
+        cache = prefilled(model, ids, QuestCache(256, codes=2, offloading=True))
+        generate(model, ids, cache, max_new_tokens=50, min_new_tokens=50, **options)
+        for layer in cache.layers[cache.dense_layers :]:
+            pool, there = layer.storage.pool, layer.storage.pool.tags != 0
+            assert there.any(dim=-1).all()
+            tokens_there = pool.tags & TOKEN
+            assert (tokens_there[there] < layer.length).all()
+            for pooled, stored in ((pool.keys, layer.keys), (pool.values, layer.values)):
+                rows = stored.gather(2, tokens_there[..., None].expand(*tokens_there.shape, stored.shape[-1]))
+                assert torch.equal(pooled[there], rows[there])
+
+    def test_what_is_there_is_not_read_from_the_host(self, model, library):  # noqa: F811
+        ids = digest_of(library, 4096)
+        cache = prefilled(model, ids, QuestCache(256, codes=2, offloading=True, pool=4096))
+        token = ids[:, -1:]
+        with torch.no_grad():
+            for _ in range(2):
+                expected = model(token, **{CACHE_NAME: cache}).logits
+                cache.crop(-1)
+            for layer in cache.layers[cache.dense_layers :]:
+                for row, head, slot in (layer.storage.pool.tags != 0).nonzero().tolist():
+                    place = (row, head, int(layer.storage.pool.tags[row, head, slot]) & TOKEN)
+                    layer.keys[place], layer.values[place] = torch.nan, torch.nan
+            assert torch.equal(model(token, **{CACHE_NAME: cache}).logits, expected)
+
+    def test_texts_that_are_taken_back_and_go_on_otherwise(self, model, library, options):  # noqa: F811
+        ids, answers = digest_of(library, 3000), []
+        for cache in both(codes=2):
+            prefilled(model, ids, cache)
+            output = generate(model, ids, cache, max_new_tokens=100, min_new_tokens=100, **options)
+            for seed, num_removed in enumerate((1, 17, 90, 2500)):
+                kept = output[:, : cache.get_seq_length() - num_removed]
+                cache.crop(-num_removed)
+                ids_now = torch.cat([kept, tokens(num_removed, seed=seed).cuda() % 200], dim=1)
+                output = generate(model, ids_now, cache, max_new_tokens=60, min_new_tokens=60, **options)
+                answers.append(output)
+        half = len(answers) // 2
+        assert all(torch.equal(*pair) for pair in zip(answers[:half], answers[half:], strict=True))
+        assert cache.pool_counts[1] > 0
+
+    def test_rows_that_change_places_while_they_are_decoded(self, model, library):  # noqa: F811
+        ids = digest_of(library, 3000)
+        expected, output = (
+            generate(model, ids, prefilled(model, ids, cache), max_new_tokens=60, num_beams=3)
+            for cache in both(codes=2)
+        )
+        assert torch.equal(output, expected)
+
+    def test_a_batch_for_which_clusters_do_not_fit_has_no_use_of_it(self, model, library):  # noqa: F811
+        ids = digest_of(library, 1000).repeat(48, 1)
+        caches = both(codes=2)
+        expected, output = (
+            generate(model, ids, prefilled(model, ids, cache), max_new_tokens=5, disable_compile=True)
+            for cache in caches
+        )
+        assert torch.equal(output, expected)
 
 
 class TestComing:

@@ -120,7 +120,7 @@ def test_schemas_declare_what_is_mutated():
         "find_candidates": [],
         "refine": [],
         "attend": ["counters"],
-        "chain": ["page_ids"],
+        "chain": ["page_ids", "pool_keys", "pool_values", "pool_tags", "pool_counts"],
         "prompt_estimate": [],
         "prompt_attend": ["output"],
     }
@@ -355,7 +355,13 @@ class TestBuild:
         ]
         sources = {Path(source).name for source in options["sources"]}
         stages = {"append.cu", "attend.cu", "chain.cu", "chain_by_codes.cu", "estimate.cu", "refine.cu", "select.cu"}
-        assert sources == {*stages, "prompt_attend.cu", "prompt_estimate.cu", "bindings.cpp"}
+        assert sources == {
+            *stages,
+            "chain_by_codes_pooled.cu",
+            "prompt_attend.cu",
+            "prompt_estimate.cu",
+            "bindings.cpp",
+        }
         assert re.fullmatch(
             r"hf_quest builds its CUDA kernels for sm_90a in \S+, once ... done in \d+ s\n", capsys.readouterr().err
         )

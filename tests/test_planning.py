@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import kernels_on_cpu
 import pytest
 import torch
 from exact_top_k import ExactTopK
@@ -40,7 +41,9 @@ def size_of(tensors):
 
 def held(cache, on_host=False):
     """Bytes of all tensors of a cache's layers, on the device or in host memory."""
-    tensors = (tensor for layer in cache.layers for tensor in layer.storage.tensors().values())
+    tensors = [tensor for layer in cache.layers for tensor in layer.storage.tensors().values()]
+    pools = [layer.storage.pool for layer in cache.layers if layer.storage.pool is not None]
+    tensors += [tensor for pool in pools for tensor in pool.tensors()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if host.holds(tensor) == on_host)
 
 
@@ -98,6 +101,18 @@ class TestHolds:
             layer.keys[:, :, :length].nbytes + layer.values[:, :, :length].nbytes for layer in cache.layers
         )
         assert ("codes" in plan.cache) == ("codes" in options)
+
+    @pytest.mark.parametrize("pool", [None, 0, 700])
+    def test_with_a_pool_where_there_are_kernels(self, monkeypatch, pool):
+        model, options = make_model(hidden_size=256, dtype=torch.bfloat16), {"offloading": True, "codes": 2}
+        plan = plan_memory(model, 300, QuestCache(256, **options, pool=pool), batch_size=3)
+        kernels_on_cpu.emulate(monkeypatch)
+        cache = read(model, QuestCache(256, **options, pool=pool), tokens(300, batch_size=3))
+        assert sum(plan.cache.values()) == held(cache)
+        slots = {None: 1024, 0: 0, 700: 768}[pool]
+        of_layer = 3 * 2 * (slots * (2 * 64 * 2 + 8) + 16)
+        assert plan.cache.get("pool", 0) == (2 * of_layer if slots else 0)
+        assert sum(plan.host.values()) == held(cache, on_host=True)
 
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
     def test_of_every_method(self, method):
@@ -262,6 +277,11 @@ class TestCommand:
         assert "on the host: keys and values" in result.output
         assert f"Of the host {sum(plan.host.values()) / 2**20:,.2f} MiB; here" in result.output
         assert json.loads(run("--tokens", 3000, "--offloading", "--json").output)["host"] == plan.host
+
+    def test_a_pool_is_as_large_as_one_says(self):
+        options = ("--tokens", 3000, "--budget", 256, "--offloading", "--codes", 2, "--json")
+        sizes = [json.loads(run(*options, *pool).output)["cache"].get("pool") for pool in ([], ["--pool", 512])]
+        assert sizes[0] == pytest.approx(2 * sizes[1], rel=1e-3)
 
     def test_what_does_not_fit_is_said_with_the_context_that_would(self):
         result = run("--tokens", 200_000, "--memory", 1)

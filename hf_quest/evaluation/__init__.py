@@ -2,6 +2,7 @@
 
 from .calibration import calibrate
 from .compare import evaluate_compare
+from .hits import evaluate_hits
 from .longbench import evaluate_longbench
 from .passkey import evaluate_passkey
 from .perplexity import evaluate_perplexity
@@ -13,6 +14,7 @@ from .top10 import evaluate_top10
 __all__ = [
     "calibrate",
     "evaluate_compare",
+    "evaluate_hits",
     "evaluate_longbench",
     "evaluate_passkey",
     "evaluate_perplexity",

@@ -12,6 +12,7 @@ from rich.table import Table
 from .calibration_report import calibration_table, write_html
 from .compare_report import compare_table, draw_compare
 from .harness import harness_table
+from .hits import hits_table
 from .longbench import longbench_table
 from .passkey import passkey_table
 from .perplexity import draw_over_length, perplexity_table
@@ -35,6 +36,7 @@ TABLES = {
     "harness": harness_table,
     "selection": selection_table,
     "compare": compare_table,
+    "hits": hits_table,
 }
 # By what is added to the results file's name.
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {

@@ -21,7 +21,8 @@ PAGE_SIZES = (8, 16, 32, 64)
 MAX_GROUP = 32
 MAX_SLOTS = 2**24  # so that 32 bits count the elements of a head
 ALIGNMENT = 8  # elements of 2 bytes in the 16 that a thread loads at once
-NUM_ADDRESSES = 7  # of a layer, see decode
+NUM_ADDRESSES = 12  # of a layer, see decode
+POOL_STEP = 256  # tokens, a number of which a pool has room for
 CODE_BITS = (2, 4)  # of a channel, for which there are kernels
 PROMPT_HEAD_DIM, PROMPT_BLOCK_SIZES, PROMPT_TILE = 128, (16, 32), 128  # of the kernels for prompts
 PROMPT_MAX_SAMPLES = 1024  # queries of a segment that are looked at, of all heads that choose together
@@ -56,13 +57,14 @@ library.define(
     "chain(Tensor query, Tensor keys, Tensor values, Tensor bounds, Tensor? scales, Tensor length, Tensor padding, "
     "int num_selected, int page_size, float scaling, float? softcap=None, Tensor? sinks=None, "
     "Tensor(a!)? page_ids=None, float width=0.5, bool keeps_first=True, str group='max', Tensor? codes=None, "
-    "int num_tokens=0, str token_group='sum') -> Tensor"
+    "int num_tokens=0, str token_group='sum', Tensor(b!)? pool_keys=None, Tensor(c!)? pool_values=None, "
+    "Tensor(d!)? pool_tags=None, Tensor(e!)? pool_counts=None) -> Tensor"
 )
 library.define(
     "decode(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor addresses, Tensor length, Tensor padding, "
     "int layer_idx, int num_kv_heads, int num_selected, int page_size, float scaling, float? softcap=None, "
     "Tensor? sinks=None, float width=0.5, bool keeps_first=True, str group='max', int code_bits=0, int num_tokens=0, "
-    "str token_group='sum') -> Tensor"
+    "str token_group='sum', bool has_pool=False) -> Tensor"
 )
 
 library.define(
@@ -79,6 +81,15 @@ def serves(keys, values, page_size):
     """Whether the kernels serve a layer with such storage; builds them on first use. On a GPU, a no is announced."""
     if keys.device.type != "cuda":
         return False
+    reason = why_not(keys, values, page_size)
+    if reason is not None:
+        warnings.warn(f"hf_quest has no CUDA kernels for {reason} and runs its slower PyTorch path.", stacklevel=2)
+        return False
+    return build.load()
+
+
+def why_not(keys, values, page_size):
+    """What of a layer with such storage no kernels serve, or None."""
     for is_served, what in (
         (keys.dtype in DTYPES, f"{keys.dtype} keys (float16 and bfloat16 are served)"),
         (keys.shape[-1] in HEAD_DIMS, f"a head dim of {keys.shape[-1]} ({HEAD_DIMS} are served)"),
@@ -87,9 +98,13 @@ def serves(keys, values, page_size):
         (keys.shape[2] < MAX_SLOTS, f"{keys.shape[2]} slots (fewer than {MAX_SLOTS} are served)"),
     ):
         if not is_served:
-            warnings.warn(f"hf_quest has no CUDA kernels for {what} and runs its slower PyTorch path.", stacklevel=2)
-            return False
-    return build.load()
+            return what
+    return None
+
+
+def has_pools(device):
+    """Whether the kernels of a device look for tokens in a pool: those that have clusters of thread blocks do."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes=None):
@@ -255,6 +270,7 @@ def chain(
     codes=None,
     num_tokens=0,
     token_group="sum",
+    pool=None,
 ):
     """`estimate`, `select` and `attend`, in one kernel where the GPU has thread block clusters (sm_90 and later).
 
@@ -267,6 +283,9 @@ def chain(
         codes: as in `refine`, or None. With them K pages are candidates, `num_tokens` of whose tokens are attended,
             `token_group` is the group of `refine`, and `page_ids`, [B, Hkv, 1, num_tokens], gets the tokens, ordered as
             those of `refine`.
+        pool: of what was attended lately, where keys and values are in the host's memory: keys and values [B, Hkv, N,
+            D], tags [B, Hkv, N] and counts [B, Hkv, 2] int64, mutated, see `storage.pool`; or None. It is used by the
+            one kernel with codes. The output is the same.
 
     Returns:
         [B, Hq, 1, D].
@@ -290,8 +309,10 @@ def chain(
         _check("page_ids", page_ids, keys.device, (torch.int64,), shape)
     _check_score(score)
     _check_group(token_group)
+    if pool is not None:
+        _check_pool(pool, keys)
     where = (length, padding, num_selected, page_size, scaling)
-    how = (softcap, sinks, page_ids, *score, codes, num_tokens, token_group)
+    how = (softcap, sinks, page_ids, *score, codes, num_tokens, token_group, *(pool or ()))
     return torch.ops.hf_quest.chain(query, keys, values, bounds, scales, *where, *how)
 
 
@@ -313,6 +334,7 @@ def decode(
     code_bits=0,
     num_tokens=0,
     token_group="sum",
+    has_pool=False,
 ):
     """A decode step of one layer, all its stages: append; estimate and select, unless it is dense, and with codes
     refine; attend.
@@ -324,14 +346,15 @@ def decode(
     Args:
         query: [B, Hq, 1, D].
         new_keys, new_values: [B, Hkv, 1, D], or None where they are stored already.
-        addresses: [layers, 7] int64, a row for every layer: the addresses of its keys, values, bounds, scales and
-            scores ([B, Hkv, 1, P] float32, to work in), its capacity in slots, and the address of its codes; 0 for what
-            there is not.
+        addresses: [layers, 12] int64, a row for every layer: the addresses of its keys, values, bounds, scales and
+            scores ([B, Hkv, 1, P] float32, to work in), its capacity in slots, the addresses of its codes and of its
+            pool's keys, values, tags and counts, and that pool's slots; 0 for what there is not.
         length: [1] int64. padding: [B] int64.
         num_selected: K, or 0 for every page, which is dense attention.
         score: a `reference.Score`.
         code_bits: of a channel in codes, beside which bounds are in 8 bits, or 0 where there are none. num_tokens,
             token_group: as in `chain`.
+        has_pool: whether the layer may have a pool, as in `chain`.
 
     Returns:
         [B, Hq, 1, D].
@@ -368,6 +391,7 @@ def decode(
         code_bits,
         num_tokens,
         token_group,
+        has_pool,
     )
 
 
@@ -509,6 +533,18 @@ def _check_codes(codes, like, rows):
     head_dim = like.shape[-1]
     _check_code_bits(codes.shape[-1] * 8 // head_dim)
     _check("codes", codes, like.device, (torch.uint8,), (*rows, *codes.shape[2:]))
+
+
+def _check_pool(pool, stored):
+    """Raise unless this is a pool for such keys."""
+    keys, values, tags, counts = pool
+    rows, (size, head_dim) = stored.shape[:2], keys.shape[2:]
+    _check("pool keys", keys, stored.device, (stored.dtype,), (*rows, size, stored.shape[3]))
+    _check("pool values", values, stored.device, (stored.dtype,), (*rows, size, head_dim))
+    _check("pool tags", tags, stored.device, (torch.int64,), (*rows, size))
+    _check("pool counts", counts, stored.device, (torch.int64,), (*rows, 2))
+    if size % POOL_STEP:
+        raise ValueError(f"a pool has room for multiples of {POOL_STEP} tokens, not {size}.")
 
 
 def _check_score(score):

@@ -59,6 +59,13 @@ class Method:
         """Tokens that a decode step attends per KV head at most."""
         return self.budget
 
+    @property
+    def num_pooled(self) -> int:
+        """Tokens of a KV head of which the kernels hold copies on the device by default, where keys and values lie in
+        the host's memory; 0 if they cannot.
+        """
+        return 0
+
     def beside_tokens(self, head_dim: int, dtype: torch.dtype) -> dict:
         """What is kept beside every token, for keys of this dim and dtype: by name, the shape that follows [B, Hkv,
         slots] and the dtype.

@@ -14,6 +14,7 @@ from .base import Method, is_int
 # How the query heads of a KV head agree on tokens, whatever the pages are found by: by the attention that a token would
 # get from all of them.
 TOKEN_GROUP = "sum"
+POOL = 4  # times as many tokens as a step attends, see docs/offloading.md for how many of them are then there
 
 
 class Chain:
@@ -29,7 +30,8 @@ class Chain:
         # Not by `ops`, whose checks would tell of the storage's own tensors at every step.
         stored = (pages.keys, pages.values, pages.beside["bounds"], pages.beside.get("scales"))
         where = (length, pages.padding, method.num_found, pages.page_size)
-        by_codes = (pages.beside["codes"], method.num_attended, TOKEN_GROUP) if method.codes else ()
+        pool = () if pages.pool is None else pages.pool.tensors()
+        by_codes = (pages.beside["codes"], method.num_attended, TOKEN_GROUP, *pool) if method.codes else ()
         return torch.ops.hf_quest.chain(query, *stored, *where, *logits, ids, *method.score, *by_codes)
 
     @staticmethod
@@ -42,7 +44,8 @@ class Chain:
         where = (on_device.addresses, on_device.length, on_device.padding, layer_idx, pages.num_kv_heads)
         num_found = 0 if reads_all else method.num_found
         # A dense layer has none.
-        by_codes = (method.codes, method.num_attended, TOKEN_GROUP) if "codes" in pages.beside else ()
+        has_pool = pages.pool is not None
+        by_codes = (method.codes, method.num_attended, TOKEN_GROUP, has_pool) if "codes" in pages.beside else ()
         new = new or (None, None)
         return ops.decode(query, *new, *where, num_found, pages.page_size, *logits, method.score, *by_codes)
 
@@ -128,6 +131,10 @@ class Quest(Method):
     @property
     def num_attended(self):
         return self.num_selected * self.page_size
+
+    @property
+    def num_pooled(self):
+        return POOL * self.num_attended if self.codes and self.fused else 0
 
     @property
     def choice_shape(self) -> tuple[int, int]:

@@ -51,6 +51,9 @@ class MethodCache(generate.Events, Saving, former.Cache):
         prefill: a CritiPrefill, by which long prompts are read; by default they are dense.
         offloading: whether layers that choose keep keys and values in the host's memory, where the GPU's kernels read
             what is chosen in place. The tokens are the same.
+        pool: with offloading, how many tokens that steps attended lately each KV head of these layers holds on the GPU
+            as well, to read fewer of the host's; rounded up to a multiple of 256. By default four times what a step
+            attends, where there are kernels for it: those of codes, from compute capability 9.0 on. 0 for none.
 
     Raises:
         ValueError: for arguments outside these ranges, and later for a batch, model, dtype or length that does not fit;
@@ -67,9 +70,10 @@ class MethodCache(generate.Events, Saving, former.Cache):
         compile: bool = True,
         prefill: CritiPrefill | None = None,
         offloading: bool = False,
+        pool: int | None = None,
     ):
-        check_settings(method, dense_layers, max_cache_len, prefill, offloading)
-        self.shared = State(method, dense_layers, max_cache_len, prefill, offloading)
+        check_settings(method, dense_layers, max_cache_len, prefill, offloading, pool)
+        self.shared = State(method, dense_layers, max_cache_len, prefill, offloading, pool)
         self.config: Any = None  # of the model, as its mask function knows it
         self.compile = compile
         super().__init__(layers=[])

@@ -38,7 +38,7 @@ class QuestCache(MethodCache):
             May be changed at any time by assignment.
         page_size: tokens in a page, a power of two.
         dense_layers: how many of the first layers attend everything (Quest, section 3.4).
-        max_cache_len, compile, prefill, offloading: see `MethodCache`.
+        max_cache_len, compile, prefill, offloading, pool: see `MethodCache`.
         bounds_dtype: torch.int8, in which pages' minima and maxima are rounded outwards, so that scores stay upper
             bounds, and a step reads half as many bytes of them as in 16 bits; or None for the dtype of the keys, as in
             the paper.
@@ -75,6 +75,7 @@ class QuestCache(MethodCache):
         candidates: int | None = 8,
         mass: float | None = None,
         offloading: bool = False,
+        pool: int | None = None,
     ):
         method = Quest(budget, page_size, score_named(score), bounds_dtype, codes, candidates, mass)
         super().__init__(
@@ -84,7 +85,15 @@ class QuestCache(MethodCache):
             compile=compile,
             prefill=prefill,
             offloading=offloading,
+            pool=pool,
         )
+
+    @property
+    def pool_counts(self) -> tuple[int, int]:
+        """How many tokens the steps with these pools have looked up in them, and how many of them were there."""
+        pools = [layer.storage.pool for layer in self.layers if layer.storage.pool is not None]
+        looked_up, found = (sum(int(pool.counts[..., which].sum()) for pool in pools) for which in range(2))
+        return looked_up, found
 
     def take_former(self, settings: dict[str, Any], layers: list[former.Layer], compile: bool) -> None:
         """Become what a pickle of version 0.1 held."""

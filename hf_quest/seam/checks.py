@@ -11,7 +11,7 @@ from .same_model import num_caching_layers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_settings(method, dense_layers, max_cache_len, prefill, offloading):
+def check_settings(method, dense_layers, max_cache_len, prefill, offloading, pool):
     """Raise for arguments of a cache that mean nothing, or nothing together."""
     if not is_int(dense_layers) or dense_layers < 0:
         raise ValueError(f"dense_layers is a number of layers, 0 or more, not {dense_layers!r}.")
@@ -30,6 +30,15 @@ def check_settings(method, dense_layers, max_cache_len, prefill, offloading):
         raise ValueError(f"offloading is True or False, not {offloading!r}.")
     if offloading and method.evicts:
         raise ValueError("A method that evicts keeps so little that the GPU has the room: leave offloading out.")
+    if pool is not None and (not is_int(pool) or pool < 0):
+        raise ValueError(f"pool is a number of tokens, 0 for no pool, or None for the default, not {pool!r}.")
+    if pool and not offloading:
+        raise ValueError("pool is for keys and values in the host's memory: QuestCache(codes=2, offloading=True).")
+    if pool and not method.num_pooled:
+        raise ValueError(
+            f"There are no CUDA kernels with a pool for {method}: those of QuestCache(codes=2) and codes=4 have one, "
+            "with bounds in 8 bits and without mass. Leave pool out."
+        )
 
 
 def check_arrival(layer, key_states, value_states):

@@ -100,6 +100,7 @@ class Saving(Forwards):
             "prefill": None if shared.prefill is None else as_json(shared.prefill),
             "compile": self.compile,
             "offloading": shared.offloading,
+            "pool": shared.pool,
         }
 
     @classmethod
@@ -141,7 +142,9 @@ class Saving(Forwards):
                 f"{type(model).__name__} caches keys and values in {num_caching_layers(model.config)} layers, and "
                 f"{folder} holds those of {len(content['layers'])}. Load the model that read the document."
             )
-        place = {} if offloading is None else {"offloading": offloading}
+        place: dict[str, Any] = {} if offloading is None else {"offloading": offloading}
+        if offloading is False:
+            place["pool"] = None
         cache = cls._with_method(**arguments_of({**content["settings"], **place}, method, folder))
         cache._restore(folder, content, model)
         return cache

@@ -16,13 +16,14 @@ from .step import Step
 
 @dataclass
 class State:
-    """What the layers of one cache share: the first five are settings, the others what has happened."""
+    """What the layers of one cache share: the first six are settings, the others what has happened."""
 
     method: Method
     dense_layers: int
     max_cache_len: int | None = None  # tokens
     prefill: CritiPrefill | None = None
     offloading: bool = False
+    pool: int | None = None  # tokens of a KV head, for layers that lie in the host's memory; None: as the method says
 
     rows: Rows = field(default_factory=Rows)
     step: Step = field(default_factory=Step)
@@ -54,6 +55,8 @@ class State:
         block_size = method.page_size if self.prefill is None else self.prefill.block_size  # pages are in whole blocks
         options = {"keeps_bounds": is_fused and not is_dense, "gives_step_gradients": method.evicts, **beside}
         pages = Offloaded if self.offloading and not is_dense else Pages
+        if pages is Offloaded:
+            options["num_pooled"] = method.num_pooled if self.pool is None else self.pool
         return pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
 
     def choose_by(self, method: Method) -> None:

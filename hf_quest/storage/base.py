@@ -35,6 +35,7 @@ class Storage:
         self.on_device = None  # rows.on the device of this storage
         self.device = None  # where the model computes
         self.is_away = False  # on the CPU, see `offload`
+        self.pool = None  # of what lies in the host's memory, see `new_pool`
 
     @property
     def capacity(self):
@@ -80,6 +81,10 @@ class Storage:
         """Have new storage for the next tokens, where none are stored."""
         self.keys = self.values = None
         self.beside = {}
+
+    def new_pool(self, keys, values, has_kernels):
+        """A Pool beside such keys and values, or None."""
+        return None
 
     def at_hand(self, keys, values):
         """Keys and values that `append` returned, where attention that reads them several times should find them."""

@@ -1,19 +1,71 @@
 """Offloaded: every token of a layer, keys and values in the host's memory."""
 
+from ..kernels import ops
 from . import host
 from .coming import Coming
 from .pages import Pages
+from .pool import Pool
 
 
 class Offloaded(Pages):
     """Pages whose keys and values lie in host memory, where kernels read and write them in place, see `host`.
 
     What is beside tokens and pages is on the device. Nothing makes a copy of all keys there but `at_hand`, for the
-    attention of one layer.
+    attention of one layer. Where the kernels serve it, a `pool` on the device has what steps attended lately: no token
+    that is stored no more, or in another slot.
+
+    Args:
+        num_pooled: tokens of a row's head that the pool has room for, or 0 for none.
+        arguments, options: of Pages.
     """
 
     offloading = True
     coming: Coming | None = None  # copies for the attention of the forward under way
+
+    def __init__(self, *arguments, num_pooled=0, **options):
+        super().__init__(*arguments, **options)
+        self.num_pooled = num_pooled
+
+    def new_pool(self, keys, values, has_kernels):
+        # A plan of memory is made as if for kernels.
+        is_served = has_kernels or (keys.is_meta and ops.why_not(keys, values, self.page_size) is None)
+        if not (self.num_pooled and is_served and ops.has_pools(keys.device)):
+            return None
+        return Pool(keys, values, self.num_pooled)
+
+    def forget(self, slot):
+        """Have nothing in the pool of what is in the slots from `slot` on."""
+        if self.pool is not None:
+            self.pool.forget(slot, self.padding)
+
+    def set_length(self, length):
+        self.forget(length)
+        super().set_length(length)
+
+    def set_left_padding(self, left_padding):
+        super().set_left_padding(left_padding)
+        self.forget(0)
+
+    def reorder(self, sources, start=0):
+        super().reorder(sources, start)
+        self.forget(start)
+
+    def offload(self):
+        super().offload()
+        self.pool = None
+
+    def prefetch(self):
+        if self.is_away:
+            super().prefetch()
+            self.pool = self.new_pool(self.keys, self.values, self.has_kernels)
+
+    def discard(self):
+        super().discard()
+        self.pool = None
+
+    def find_addresses(self):
+        addresses = super().find_addresses()
+        return addresses if self.pool is None else [*addresses[:7], *self.pool.addresses()]
 
     def new_slots(self, like, slots, dtype):
         return host.empty((*slots, like.shape[-1]), dtype, like.device, self.rows.reserved)
@@ -83,7 +135,7 @@ class Offloaded(Pages):
         return {name: host.seen_by_cpu(tensors[name]) for name in self.names if tensors.get(name) is not None}
 
     def __getstate__(self):
-        return {**self.__dict__, **self.seen_by_cpu(self.__dict__), "coming": None}
+        return {**self.__dict__, **self.seen_by_cpu(self.__dict__), "coming": None, "pool": None}
 
     def __setstate__(self, state):
         """Of a copy or a pickle, whose keys and values are where such things are put."""
@@ -91,3 +143,4 @@ class Offloaded(Pages):
         if self.keys is not None:
             self.keys, self.values = (host.copied(tensor, self.device) for tensor in (self.keys, self.values))
             self.be_written()  # as these are: all can be, or none
+            self.pool = self.new_pool(self.keys, self.values, self.has_kernels)

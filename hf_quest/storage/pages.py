@@ -240,12 +240,13 @@ class Pages(Sharing):
             beside = {name: keys.new_zeros(*slots, *shape, dtype=kind) for name, (shape, kind) in of_tokens.items()}
             beside |= {name: keys.new_empty(*pages, *shape, dtype=kind) for name, (shape, kind) in of_pages.items()}
             has_kernels, counters, work = ops.serves(keys, values, self.page_size), None, None
+            pool = self.new_pool(keys, values, has_kernels)
             if has_kernels:
                 counters = ops.new_counters(keys)
                 work = keys.new_empty(*pages[:2], 1, pages[2], dtype=torch.float32) if self.keeps_bounds else None
         # Together: memory that runs out on the way leaves what there was.
         self.keys, self.values, self.beside, self.prefix = keys, values, beside, prefix
-        self.has_kernels, self.counters, self.work = has_kernels, counters, work
+        self.has_kernels, self.counters, self.work, self.pool = has_kernels, counters, work, pool
         self.num_kv_heads = num_kv_heads
         self.widened = Widened()
         self.has_moved()
@@ -289,7 +290,7 @@ class Pages(Sharing):
         beside = [self.kernel_tensor("bounds"), self.kernel_tensor("scales")]
         tensors = [self.keys, self.values, *beside, self.work, self.kernel_tensor("codes")]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return [*addresses[:5], self.capacity, addresses[5]]
+        return [*addresses[:5], self.capacity, addresses[5], *[0] * 5]
 
 
 def nothing(head_dim, dtype):

@@ -12,7 +12,7 @@ import typer
 from ..options import JsonOption, RealModel, console, names
 from .answers import harness_command, longbench_command, passkey_command, recall_command, ruler_command
 from .comparison import compare_command
-from .predictions import perplexity_command, prefill_command, selection_command, top10_command
+from .predictions import hits_command, perplexity_command, prefill_command, selection_command, top10_command
 
 
 def models_command(
@@ -56,6 +56,7 @@ EVALUATIONS = {
     "ruler": ruler_command,
     "harness": harness_command,
     "selection": selection_command,
+    "hits": hits_command,
     "compare": compare_command,
     "models": models_command,
     "report": report_command,

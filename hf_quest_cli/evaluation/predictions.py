@@ -125,6 +125,35 @@ def selection_command(
     conclude(report, output, as_json)
 
 
+def hits_command(
+    model: ModelOption = None,
+    text: Annotated[Path | None, typer.Option(help="A document. By default the tiny model's held-out text.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window of the text.")] = 8192,
+    budget: BudgetOption = (256, 512),
+    steps: Annotated[int, typer.Option(min=1, help="Tokens at the end of a window that are fed one by one.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, at equal steps through the text.")] = 2,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+):
+    """How many of the tokens that a step chooses were chosen lately: hits of pools, by their size."""
+    from hf_quest.evaluation import evaluate_hits
+    from hf_quest.evaluation.commands import conclude
+
+    report = evaluate_hits(
+        *loaded(model, device, dtype),
+        text_of(text),
+        source=text.name if text else "heldout.txt",
+        length=length,
+        budgets=list(budget),
+        num_steps=steps,
+        num_windows=windows,
+        output=output,
+    )
+    conclude(report, output, as_json)
+
+
 def top10_command(
     model: ModelOption = None,
     job: Annotated[list[Job], typer.Option(help="The documents. May be repeated.")] = (Job.passkey,),
