@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import Self
 
 from .. import former
-from ..errors import QuestError, say_once
+from ..errors import QuestError
 from ..methods import Method
 from ..prompts import CritiPrefill
 from ..watch import Watcher
@@ -296,7 +296,5 @@ class MethodCache(generate.Events, Saving, former.Cache):
         """What follows the prompt is drafts, each of which selects for itself."""
         if self.method.evicts:
             refuse_crop()
-        if self.get_seq_length() and generate.assisted_reads_whole_text():
-            say_once("Assisted decoding reads all of its text, stored or not: the cache was emptied for it.")
-            self.reset()
+        generate.empty_before_assisted(self)
         self.shared.expect_drafts(num_prompt or self.get_seq_length() or None)

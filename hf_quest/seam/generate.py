@@ -86,11 +86,11 @@ def prompt_length_of_caller():
     return max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
 
 
-def assisted_reads_whole_text():
-    """Whether the inputs of the assisted decoding under way are the whole text, and not what is new to a cache only.
+def empty_before_assisted(cache):
+    """Empty a cache that is filled, where the assisted decoding under way is given the whole text.
 
-    Its first forward feeds all of them, whatever the cache holds. A mask that is longer tells of tokens before them;
-    from Transformers 5.24 on one of ones is known by its length only.
+    Its first forward feeds all of its inputs, whatever the cache holds. A mask that is longer than they are tells of
+    tokens before them; from Transformers 5.24 on one of ones is known by its length only.
     """
     frame = sys._getframe(1)
     while frame is not None and id(frame.f_code) not in ASSISTED:
@@ -98,7 +98,10 @@ def assisted_reads_whole_text():
     names = {} if frame is None else frame.f_locals
     ids, mask = names.get("input_ids"), names.get("model_kwargs", {}).get("attention_mask")
     known = getattr(names.get("generation_config"), "_mask_length", None)
-    return isinstance(ids, torch.Tensor) and ids.shape[1] == (known if mask is None else mask.shape[1])
+    is_whole = isinstance(ids, torch.Tensor) and ids.shape[1] == (known if mask is None else mask.shape[1])
+    if is_whole and cache.get_seq_length():
+        say_once("Assisted decoding reads all of its text, stored or not: the cache was emptied for it.")
+        cache.reset()
 
 
 def prompt_under_way():
