@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -80,7 +81,11 @@ def _load():
     start = time.perf_counter()
     cpp_extension.load(
         name,
-        sources=[str(path) for path in sorted(source_directory.glob("*.c*")) if path.suffix in (".cu", ".cpp") and path.name != FOR_CPU],
+        sources=[
+            str(path)
+            for path in sorted(source_directory.glob("*.c*"))
+            if path.suffix in (".cu", ".cpp") and path.name != FOR_CPU
+        ],
         extra_cflags=["-O3", "-std=c++20", *spare_headers],
         extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
         extra_ldflags=[f"-L{build_directory}"],
@@ -95,7 +100,7 @@ def _load():
 def load_for_cpu():
     """Build the stages for this CPU, or find them built; return them as a library of `ctypes`.
 
-    None if they are not there. Unless the environment asks for that, the reason and the way out were said in one warning.
+    None if they are not there: the environment asks for that, or the reason and the way out were said in one warning.
     """
     if os.environ.get(SWITCH) == "0":
         return None
@@ -107,9 +112,9 @@ def load_for_cpu():
         return ctypes.CDLL(str(path))
     except Exception as error:  # as in `load`
         warnings.warn(
-            f"hf_quest could not build its kernels for this CPU and runs its slower PyTorch path. The reason: "
-            f"{complaints_of(str(error))}\nWhat helps: a C++ compiler, g++ or clang++, on the PATH or named by CXX; then "
-            f"start Python again. {SWITCH}=0 in the environment is for going without.",
+            "hf_quest could not build its kernels for this CPU and runs its slower PyTorch path. The reason: "
+            f"{complaints_of(str(error))}\nWhat helps: a C++ compiler, g++ or clang++, on the PATH or named by CXX; "
+            f"then start Python again. {SWITCH}=0 in the environment goes without them and says nothing.",
             stacklevel=3,
         )
         return None
@@ -147,14 +152,12 @@ def build_for_cpu(path, command):
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"hf_quest builds its kernels for this CPU in {path.parent}, once ...", end=" ", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    begun = path.with_suffix(f".{platform.node()}.{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        begun = Path(folder) / path.name
         done = subprocess.run([*command, str(begun)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr or f"{command[0]} ended with {done.returncode}")
         os.replace(begun, path)
-    finally:
-        begun.unlink(missing_ok=True)
     print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 

@@ -6,6 +6,10 @@ They are for one query per row in rows without padding, as those of `cpu`, which
 import ctypes
 import functools
 from collections.abc import Callable
+from ctypes import c_double as Float
+from ctypes import c_int64 as Number
+from ctypes import c_void_p as Address
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +19,51 @@ from . import build
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MULTIPLE, MAX_DIM, MAX_GROUP = 16, 1024, 128  # of head dims, and query heads of a KV head
 
-Address, Number, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-Threads = (Address, ctypes.c_int)
-ARGUMENTS = {
-    "bound": (Address, ctypes.c_int, *[Number] * 5, Address, Address),
-    "estimate": (*[Address] * 4, ctypes.c_int, *[Number] * 5, Float, Float, *Threads),
-    "select": (Address, Address, *[Number] * 3, ctypes.c_bool, *Threads),
-    "attend": (*[Address] * 5, ctypes.c_int, Address, *[Number] * 8, Float, *Threads),
+
+def struct(addresses: str, numbers: str, floats: str = "", strides: str = "", has_threads: bool = True):
+    """One of csrc/cpu_step.cpp, by the names of its members, in their order."""
+    fields: list[tuple[str, Any]] = [(name, Address) for name in addresses.split()]
+    fields += [(name, Number) for name in numbers.split()]
+    fields += [(name, Number * 3) for name in strides.split()]
+    fields += [(name, Float) for name in floats.split()]
+    fields += [("fork", Address), ("num_threads", Number)] if has_threads else []
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
+
+
+STRUCTS = {
+    "bound": struct("keys bounds scales", "type num_rows head_dim capacity page_size page", has_threads=False),
+    "estimate": struct(
+        "query bounds scales scores", "type num_rows group_size head_dim num_pages capacity", "scaling width"
+    ),
+    "select": struct("scores ids", "num_rows num_pages num_selected keeps_first"),
+    "attend": struct(
+        "query keys values ids output",
+        "type batch_size num_kv_heads group_size head_dim value_dim num_ids size length",
+        "scaling",
+        "key_strides value_strides",
+    ),
 }
 
 
 @functools.cache
 def functions():
-    """The functions of the library by name, and in `fork` that by which they reach PyTorch's threads; None without."""
+    """(the functions of the library by name, the address by which they reach PyTorch's threads), or None."""
     library = build.load_for_cpu()
     if library is None:
         return None
-    found = {"fork": ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)}
-    for name, types in ARGUMENTS.items():
-        found[name] = ctypes.CFUNCTYPE(None, *types)((f"hf_quest_{name}", library))
-    return found
+    kind = ctypes.CFUNCTYPE(None, Address)
+    fork = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, Address).value
+    return {name: kind((f"hf_quest_{name}", library)) for name in STRUCTS}, fork
 
 
-def call(name, *arguments):
-    found = functions()
-    threads = () if name == "bound" else (found["fork"], torch.get_num_threads())
-    found[name](*arguments, *threads)
+def call(name, *members):
+    found, fork = functions()
+    threads = () if name == "bound" else (fork, torch.get_num_threads())
+    found[name](ctypes.byref(STRUCTS[name](*members, *threads)))
 
 
 def serves(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `attend` is for a query [B, Hq, 1, D] with these keys and values, and `bound`, `estimate` for the keys."""
+    """Whether `attend` is for a query, [B, Hq, 1, D], these keys and values; and the other stages for their layer."""
     return (
         keys.dtype in TYPES
         and values.dtype is keys.dtype
@@ -61,7 +80,7 @@ def is_plain(tensor):
 
 
 def with_gradients(output: Tensor, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
-    """`output`, which knows of no gradients, with those of what PyTorch's operators compute where an input gets some."""
+    """`output`, which has no gradients, with those of the same from PyTorch's operators where an input gets some."""
     if not torch.is_grad_enabled() or not any(each.requires_grad for each in inputs):
         return output
     same = compute()
@@ -70,9 +89,9 @@ def with_gradients(output: Tensor, inputs: tuple[Tensor, ...], compute: Callable
 
 def bound(keys: Tensor, bounds: Tensor, scales: Tensor, page: int, page_size: int) -> None:
     """`reference.refresh_bounds` of one full page of every row, for bounds in 8 bits."""
-    *rows, capacity, head_dim = keys.shape
-    where = (rows[0] * rows[1], capacity, head_dim, page_size, page)
-    call("bound", keys.data_ptr(), TYPES[keys.dtype], *where, bounds.data_ptr(), scales.data_ptr())
+    batch_size, num_kv_heads, capacity, _, head_dim = bounds.shape
+    where = (batch_size * num_kv_heads, head_dim, capacity, page_size, page)
+    call("bound", keys.data_ptr(), bounds.data_ptr(), scales.data_ptr(), TYPES[keys.dtype], *where)
 
 
 def estimate(query: Tensor, bounds: Tensor, scales: Tensor | None, num_pages: int, scaling: float, width: float):
@@ -84,9 +103,10 @@ def estimate(query: Tensor, bounds: Tensor, scales: Tensor | None, num_pages: in
     batch_size, num_kv_heads, capacity, _, head_dim = bounds.shape
     query = query.float().contiguous()
     scores = query.new_empty(batch_size, num_kv_heads, 1, num_pages)
-    stored = (bounds.data_ptr(), None if scales is None else scales.data_ptr(), scores.data_ptr())
+    of_scales, kind = (None, TYPES[bounds.dtype]) if scales is None else (scales.data_ptr(), 0)
+    tensors = (query.data_ptr(), bounds.data_ptr(), of_scales, scores.data_ptr())
     shape = (batch_size * num_kv_heads, query.shape[1] // num_kv_heads, head_dim, num_pages, capacity)
-    call("estimate", query.data_ptr(), *stored, TYPES.get(bounds.dtype, 0), *shape, scaling, width)
+    call("estimate", *tensors, kind, *shape, scaling, width)
     return scores
 
 
@@ -94,20 +114,20 @@ def select(scores: Tensor, num_selected: int, keeps_first: bool) -> Tensor:
     """`reference.select` where the last of the P pages is the newest, of P ids at most."""
     *rows, num_pages = scores.shape
     ids = scores.new_empty(*rows, min(num_selected, num_pages), dtype=torch.int64)
-    shape = (ids.shape[:-1].numel(), num_pages, ids.shape[-1])
-    call("select", scores.data_ptr(), ids.data_ptr(), *shape, keeps_first)
+    call(
+        "select", scores.data_ptr(), ids.data_ptr(), scores.numel() // num_pages, num_pages, ids.shape[-1], keeps_first
+    )
     return ids
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, ids: Tensor | None, length: int, size: int, scaling: float):
-    """`reference.attend` over the tokens of `ids` [B, Hkv, 1, K], each of which stands for `size` tokens, or over all."""
+    """`reference.attend` over what `ids` [B, Hkv, 1, K] name, each of which stands for `size` tokens, or over all."""
     batch_size, num_kv_heads, _, head_dim = keys.shape
     value_dim, num_heads, dtype = values.shape[-1], query.shape[1], query.dtype
-    query = query.float().contiguous()
+    query, ids = query.float().contiguous(), None if ids is None else ids.contiguous()
     output = query.new_empty(batch_size, num_heads, 1, value_dim)
-    strides = (Number * 6)(*keys.stride()[:3], *values.stride()[:3])
-    ids_at, num_ids = (None, 0) if ids is None else (ids.data_ptr(), ids.shape[-1])
-    tensors = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), ids_at, output.data_ptr(), TYPES[keys.dtype])
+    of_ids, num_ids = (None, 0) if ids is None else (ids.data_ptr(), ids.shape[-1])
+    tensors = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), of_ids, output.data_ptr())
     shape = (batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim, value_dim, num_ids, size, length)
-    call("attend", *tensors, strides, *shape, scaling)
+    call("attend", *tensors, TYPES[keys.dtype], *shape, keys.stride()[:3], values.stride()[:3], scaling)
     return output.to(dtype)

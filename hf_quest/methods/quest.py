@@ -158,7 +158,9 @@ class Quest(Method):
         """Bring bounds and codes of the newest tokens' pages up to date."""
         bounds = (pages.beside["bounds"], pages.beside.get("scales"))
         where = (num_new, length, pages.padding, self.page_size)
-        is_full = num_new == 1 and isinstance(length, int) and not length % self.page_size and not any(pages.left_padding)
+        is_full = (
+            num_new == 1 and isinstance(length, int) and not length % self.page_size and not any(pages.left_padding)
+        )
         if is_full and bounds[1] is not None and native.serves(pages.keys, pages.keys, pages.keys):
             native.bound(pages.keys, *bounds, length // self.page_size - 1, self.page_size)
         else:
