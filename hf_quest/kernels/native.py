@@ -64,19 +64,24 @@ def call(name, *members):
 
 def serves(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `attend` is for a query, [B, Hq, 1, D], these keys and values; and the other stages for their layer."""
+    head_dim, value_dim = keys.shape[-1], values.shape[-1]
     return (
         keys.dtype in TYPES
         and values.dtype is keys.dtype
-        and all(0 < dim <= MAX_DIM and not dim % MULTIPLE for dim in (keys.shape[-1], values.shape[-1]))
+        and not (head_dim % MULTIPLE or value_dim % MULTIPLE)
+        and 0 < head_dim <= MAX_DIM
+        and 0 < value_dim <= MAX_DIM
         and query.shape[1] <= MAX_GROUP * keys.shape[1]
-        and all(is_plain(each) and each.stride(-1) == 1 for each in (query, keys, values))
+        and is_in_rows(query)
+        and is_in_rows(keys)
+        and is_in_rows(values)
         and functions() is not None
     )
 
 
-def is_plain(tensor):
-    """Whether a tensor is numbers of the CPU, and no stand-in of a tracer."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
+def is_in_rows(tensor):
+    """Whether a tensor is rows of numbers of the CPU, and no stand-in of a tracer."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.stride(-1) == 1
 
 
 def with_gradients(output: Tensor, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
@@ -89,6 +94,7 @@ def with_gradients(output: Tensor, inputs: tuple[Tensor, ...], compute: Callable
 
 def bound(keys: Tensor, bounds: Tensor, scales: Tensor, page: int, page_size: int) -> None:
     """`reference.refresh_bounds` of one full page of every row, for bounds in 8 bits."""
+    assert all(tensor.is_contiguous() for tensor in (keys, bounds, scales)), "storage is contiguous"
     batch_size, num_kv_heads, capacity, _, head_dim = bounds.shape
     where = (batch_size * num_kv_heads, head_dim, capacity, page_size, page)
     call("bound", keys.data_ptr(), bounds.data_ptr(), scales.data_ptr(), TYPES[keys.dtype], *where)
@@ -101,8 +107,9 @@ def estimate(query: Tensor, bounds: Tensor, scales: Tensor | None, num_pages: in
         bounds: [B, Hkv, capacity / S, 2, D]. scales: [B, Hkv, capacity / S, D / 32] or None.
     """
     batch_size, num_kv_heads, capacity, _, head_dim = bounds.shape
-    query = query.float().contiguous()
+    query, bounds = query.float().contiguous(), bounds.contiguous()
     scores = query.new_empty(batch_size, num_kv_heads, 1, num_pages)
+    scales = None if scales is None else scales.contiguous()
     of_scales, kind = (None, TYPES[bounds.dtype]) if scales is None else (scales.data_ptr(), 0)
     tensors = (query.data_ptr(), bounds.data_ptr(), of_scales, scores.data_ptr())
     shape = (batch_size * num_kv_heads, query.shape[1] // num_kv_heads, head_dim, num_pages, capacity)
