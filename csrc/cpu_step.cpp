@@ -69,12 +69,8 @@ using Floats = Vector<float>;
 using Words = Vector<uint32_t>;
 
 enum Type { kFloat, kBFloat16, kHalf };
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
+enum class BFloat16 : uint16_t {};
+enum class Half : uint16_t {};
 
 Floats load(const float* from) { return read<Floats>(from); }
 
