@@ -11,6 +11,8 @@ What depends on the score has the default one, and in a table of its own the pub
 both in turns; `chain by sums of shares` is what the default is not, since it costs more. `chain by codes` is what
 `QuestCache(512, codes=2)` runs, one kernel again: tokens of eight times the budget's pages are chosen by their codes;
 `of larger pages` are those of 32 tokens. `find candidates`, `refine` and `attend tokens` are its stages by themselves.
+`append with codes` ends a page, whose codes it makes; `append amid a page` does not, as 15 of 16 tokens do not.
+`append a prompt`, without codes and with them, stores all tokens at once.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 
@@ -36,7 +38,8 @@ try:
 except ImportError:
     flashinfer = None
 
-CASES = [(*heads, context) for heads in ((1, 32, 32), (1, 32, 8), (8, 32, 8)) for context in (2048, 32768, 131072)]
+HEADS = ((1, 32, 32), (1, 32, 8), (8, 32, 8))
+CASES = [(*heads, context) for heads in HEADS for context in (512, 2048, 32768, 131072)]
 SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 FLASHINFER = {"FlashInfer": False, "FlashInfer, tensor cores": True}
 BASELINES = (*SDPA, *FLASHINFER) if flashinfer else tuple(SDPA)
@@ -62,9 +65,11 @@ class Layer:
     new_value: torch.Tensor
     counters: torch.Tensor
     where: tuple  # length, padding
+    before_the_last: torch.Tensor  # the length of one token less
     num_selected: int
     codes: torch.Tensor
     larger_pages: tuple  # bounds with scales, and codes
+    prompt: tuple  # keys and values of as many tokens as are stored, of all layers
     scores: torch.Tensor = None
     page_ids: torch.Tensor = None
     candidates: torch.Tensor = None
@@ -102,6 +107,16 @@ class Layer:
     def append_with_codes(self):
         tokens = (self.new_key, self.new_value)
         ops.append(self.keys, self.values, *self.bounds, *tokens, *self.where, PAGE_SIZE, self.codes)
+
+    def append_amid_a_page(self):
+        where = (self.before_the_last, self.where[1])
+        ops.append(self.keys, self.values, *self.bounds, self.new_key, self.new_value, *where, PAGE_SIZE, self.codes)
+
+    def append_a_prompt(self):
+        ops.append(self.keys, self.values, *self.bounds, *self.prompt, *self.where, PAGE_SIZE)
+
+    def append_a_prompt_with_codes(self):
+        ops.append(self.keys, self.values, *self.bounds, *self.prompt, *self.where, PAGE_SIZE, self.codes)
 
     def find_candidates(self):
         where = (*self.where, CANDIDATES * CODE_BUDGET // PAGE_SIZE, PAGE_SIZE, DEFAULT.keeps_first)
@@ -145,7 +160,7 @@ class Layer:
         ops.attend(self.query, self.keys, self.values, page_ids, *where, counters=self.counters)
 
 
-def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
+def make_layer(batch_size, num_heads, num_kv_heads, context, budget, prompt=()):
     def normal(*shape):
         return torch.empty(*shape, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
 
@@ -168,8 +183,8 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget):
     ops.append(keys, values, *bounds, keys, values, *where, PAGE_SIZE, codes)
     ops.append(keys, values, *larger_pages[:2], keys, values, *where, LARGER_PAGE, larger_pages[2])
     tokens = (query, new_key, new_value)
-    choice = (budget // PAGE_SIZE, codes, larger_pages)
-    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, *choice)
+    choice = (min(budget, context) // PAGE_SIZE, codes, larger_pages, prompt)
+    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, length - 1, *choice)
     for stage in (layer.estimate, layer.select, layer.find_candidates, layer.refine):
         stage()
     return layer
@@ -236,7 +251,9 @@ def measure(case, budget, num_replays):
     token_bytes = 2 * HEAD_DIM * DTYPE.itemsize * batch_size * num_kv_heads  # of keys and values
     page_bytes = (2 * HEAD_DIM + HEAD_DIM // ops.SCALE_BLOCK) * batch_size * num_kv_heads  # of bounds
     num_layers = min(MAX_LAYERS, int(MAX_BYTES / (token_bytes * context)))
-    layers = [make_layer(*case, budget) for _ in range(num_layers)]
+    shape = (batch_size, num_kv_heads, context, HEAD_DIM)
+    prompt = tuple(torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(2))
+    layers = [make_layer(*case, budget, prompt) for _ in range(num_layers)]
     num_pages = context // PAGE_SIZE
     score_bytes = 4 * batch_size * num_kv_heads * num_pages
     moved = {
@@ -253,6 +270,9 @@ def measure(case, budget, num_replays):
     num_looked_at = min(CANDIDATES * CODE_BUDGET, context)
     code_bytes = HEAD_DIM * CODE_BITS // 8 * batch_size * num_kv_heads  # of a token
     moved["append with codes"] = moved["append"]  # a page's are written with its last token
+    moved["append amid a page"] = moved["append"]
+    moved["append a prompt"] = 2 * token_bytes * context + page_bytes * num_pages
+    moved["append a prompt with codes"] = moved["append a prompt"] + code_bytes * context
     moved["find candidates"] = score_bytes
     moved["refine"] = code_bytes * num_looked_at + page_bytes * (num_looked_at // PAGE_SIZE)
     moved["attend tokens"] = token_bytes * min(CODE_BUDGET, context)

@@ -32,8 +32,9 @@ methods=(
 names=(smollm2 gemma3)
 smollm2=(--length 2048 --length 4096 --length 8192 --windows 20 --steps 128 --batch-size 10)
 gemma3=(--length 2048 --length 4096 --length 8192 --length 16384 --length 30720 --windows 10 --steps 64 --batch-size 5)
-ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samples 20 --batch-size 20 --budget 128 --budget 512)
-ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512)
+answers=(--method quest-published --method quest --method quest-codes)  # dense attention comes first
+ruler_smollm2=(--dtype bfloat16 --length 2048 --length 4096 --length 8192 --samples 20 --batch-size 20 --budget 128 --budget 512 "${answers[@]}")
+ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch-size 20 --budget 128 --budget 512 "${answers[@]}")
 budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
 if [ -n "${QUICK:-}" ]; then
   names=(smollm2) methods=(published default codes-tokens codes-tokens,mass=0.95 best-pages best-tokens)

@@ -2,6 +2,7 @@
 
     python benchmarks/sanitize.py
     python benchmarks/sanitize.py --tools racecheck --seconds 600
+    python benchmarks/sanitize.py --every 10                        one test of ten
 
 What a process found is kept once it has ended, failures too. What failed, or had not ended when the seconds were over,
 is left to the next call, which goes on from the results of the same commit. The tools look at our kernels alone, but
@@ -161,10 +162,11 @@ def main():
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--jobs", type=int, default=8, help="processes for each GPU; more need over 80 GB")
     parser.add_argument("--seconds", type=float, default=86_400, help="after which what has not ended is given up")
+    parser.add_argument("--every", type=int, default=1, help="look at one of so many tests, spread over all of them")
     parser.add_argument("--output", type=Path, default=RESULTS / "sanitizers.json")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    tests = collect()
+    tests = collect()[:: arguments.every]
     environment = describe("cuda")
     report = {
         "environment": environment,

@@ -68,12 +68,16 @@ def codes_table(report):
         "chain by codes": "by codes",
         "chain by codes of larger pages": "by codes, pages of 32",
     }
-    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), "append that ends a page")
+    appends = "append that ends a page", "append, mean of a page's tokens", "append of a prompt, over one without codes"
+    table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), *appends)
     for case in report["cases"]:
         stages = {name: stage["us"] for name, stage in case["stages"].items() if "us" in stage}
-        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), stages["append with codes"]]
+        last, amid = stages["append with codes"], stages["append amid a page"]
+        mean = (last + (report["page_size"] - 1) * amid) / report["page_size"]
+        times = [case["speedup"] * stages["chain"], *(stages[way] for way in ways), last, mean]
+        over = stages["append a prompt with codes"] / stages["append a prompt"] - 1
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
-        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times))
+        table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times), f"{over:+.1%}")
     return table
 
 
@@ -87,6 +91,22 @@ def generate_table(report):
         cases.setdefault((result["shape"], result["batch_size"], result["context"]), {})[result["way"]] = cell
     for (shape, batch_size, context), cells in cases.items():
         table.add_row(shape, str(batch_size), f"{context:,}", *(cells.get(way, "-") for way in ways))
+    return table
+
+
+def house_table(before, after):
+    """ms per token of runs in turns, before and after the code was arranged anew, and how their means differ."""
+    runs = {}
+    for of_time, reports in (("before", before), ("after", after)):
+        for report in reports:
+            for result in report["results"]:
+                case = runs.setdefault((result["context"], result["way"]), {"before": [], "after": []})
+                case[of_time].append(result["ms_per_token"])
+    table = Table("tokens", "way", "before", "after", "difference")
+    for (context, way), times in runs.items():
+        cells = [", ".join(f"{ms:.2f}" for ms in times[of_time]) for of_time in ("before", "after")]
+        change = np.mean(times["after"]) / np.mean(times["before"]) - 1
+        table.add_row(f"{context:,}", way, *cells, f"{change:+.1%}")
     return table
 
 
@@ -333,6 +353,11 @@ def tables():
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
         found[f"method_{name}"] = markdown(method_table(compared, methods))
+    house = [
+        [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}*.json"))]
+        for of_time in ("before", "after")
+    ]
+    found["house"] = markdown(house_table(*house))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found

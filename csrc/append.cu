@@ -4,7 +4,8 @@
 // loads before the stores, and keeps the minimum and maximum of the keys in registers. A page that begins among the new
 // tokens starts its bounds afresh; an older one starts from the bounds that it has, and no stored key is read again:
 // bounds of 8 bits, once rounded outwards, widen to what rounding the bounds of all keys would give.
-// When a page is full its keys are read once more, and their codes written by its bounds.
+// When a page is full its keys are read once more, and their codes written by its bounds: where one token is new, by a
+// whole block, whose threads know the bounds as well and have a few keys each.
 // Slots before a row's padding are cut into pages as well, of negative index: they are copied and have no bounds.
 
 #include "common.cuh"
@@ -85,9 +86,10 @@ __device__ void encode(const uint4* keys, int64_t stride, int num_keys, const fl
     for (int first = 0; first < num_keys; first += kKeysInFlight) {
         uint4 key[kKeysInFlight];
 #pragma unroll
-        for (int i = 0; i < kKeysInFlight; ++i) key[i] = keys[(first + i) * stride];
+        for (int i = 0; i < kKeysInFlight; ++i) key[i] = keys[min(first + i, num_keys - 1) * stride];
 #pragma unroll
         for (int i = 0; i < kKeysInFlight; ++i) {
+            if (first + i >= num_keys) break;
             unsigned code = 0;
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
@@ -112,10 +114,13 @@ __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(con
     const Storage storage = find(params.storage);
     const int num_vectors = params.head_dim / kVector;
     const int pages_per_block = blockDim.x / num_vectors;
-    const int vector_idx = threadIdx.x % num_vectors;
-    const int64_t touched_idx = int64_t(blockIdx.x) * pages_per_block + threadIdx.x / num_vectors;
+    const int vector_idx = threadIdx.x % num_vectors, page_of_block = threadIdx.x / num_vectors;
     const int kv_head_idx = blockIdx.y, row_idx = blockIdx.z;
-    if (threadIdx.x / num_vectors >= pages_per_block) return;
+    if (page_of_block >= pages_per_block) return;
+    // Where one token is new there is one page, of which the threads for others make some codes.
+    const bool is_shared = kBits > 0 && params.num_new == 1;
+    const int num_sharing = is_shared ? pages_per_block : 1, first_key = is_shared ? page_of_block : 0;
+    const int64_t touched_idx = is_shared ? 0 : int64_t(blockIdx.x) * pages_per_block + page_of_block;
 
     const int64_t end = *params.length, first = end - params.num_new;
     const int64_t padding = params.padding[row_idx];
@@ -170,14 +175,18 @@ __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(con
 #pragma unroll
         for (int i = 0; i < kTokensInFlight; ++i) {
             if (slot + i < slot_end) {
+                widen<T>(lowest, highest, key[i]);
+                if (first_key > 0) continue;
                 keys[(slot + i) * num_vectors] = key[i];
                 values[(slot + i) * num_vectors] = value[i];
-                widen<T>(lowest, highest, key[i]);
             }
         }
     }
-    if (has_bounds8) {
-        widen<T>(widest, lowest, highest);
+    if (is_shared) __syncthreads();  // all have read the bounds, and see the key
+    if (has_bounds8) widen<T>(widest, lowest, highest);
+    if (first_key > 0) {
+        // another thread writes the bounds
+    } else if (has_bounds8) {
         bounds8[0] = widest.lowest;
         bounds8[num_vectors] = widest.highest;
         if (vector_idx % 4 == 0) *scale = uint8_t(widest.exponent);
@@ -201,17 +210,21 @@ __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(con
             }
         }
         const int64_t code_bytes = params.head_dim * kBits / 8;
-        uint8_t* codes = storage.codes + (head_idx * storage.capacity + page_start) * code_bytes;
-        encode<T, kBits>(keys + page_start * num_vectors, num_vectors, params.page_size, low, high,
-                         codes + vector_idx * kBits, code_bytes);
+        const int64_t first_slot = page_start + first_key;
+        const int num_keys = (params.page_size - first_key + num_sharing - 1) / num_sharing;
+        uint8_t* codes = storage.codes + (head_idx * storage.capacity + first_slot) * code_bytes;
+        encode<T, kBits>(keys + first_slot * num_vectors, num_sharing * num_vectors, num_keys, low, high,
+                         codes + vector_idx * kBits, num_sharing * code_bytes);
     }
 }
 
 }  // namespace
 
 cudaError_t launch_append(const AppendParams& params) {
-    const int num_threads = params.num_new == 1 ? kWarpSize : kThreads;
-    const int64_t pages_per_block = num_threads / (params.head_dim / kVector);
+    const int num_vectors = params.head_dim / kVector;
+    const int of_one = params.code_bits > 0 ? kThreads / num_vectors * num_vectors : kWarpSize;
+    const int num_threads = params.num_new == 1 ? of_one : kThreads;
+    const int64_t pages_per_block = num_threads / num_vectors;
     const int64_t num_touched = ceil_div<int64_t>(params.num_new - 1, params.page_size) + 1;
     const dim3 grid(unsigned(ceil_div(num_touched, pages_per_block)), params.num_kv_heads, params.num_rows);
     const auto run = [&](auto bits) {

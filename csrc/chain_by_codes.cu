@@ -4,8 +4,9 @@
 // Each block looks after some of the stripes of pages (stripes.cuh): it scores their pages, finds the best of each,
 // scores the tokens of those by their codes (integer_keys.cuh), chooses the best of each stripe and attends them. So
 // blocks need no word of each other but the sums of each head's softmax over all candidates, where heads agree by
-// shares, and in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no
-// more tokens are stored than may be attended, they all are, without a look at their bounds.
+// shares, and in the end what they have attended. A warp chooses in a stripe, or a team of warps where the block has
+// fewer stripes than warps. Where no more tokens are stored than may be attended, they all are, without a look at their
+// bounds.
 
 #include "cluster.cuh"
 #include "integer_keys.cuh"
@@ -29,11 +30,11 @@ struct Shared : ClusterShared<kHeadDim> {
     union {
         struct {
             alignas(16) unsigned keys[kMaxKeys];  // of this block's pages, stripe by stripe; 0 for none
-            alignas(16) char tiles[kTileBytes];   // of bounds
+            alignas(16) char tiles[kTileBytes];  // of bounds
         };
         float logits[kLogitsBytes / sizeof(float)];  // [heads, slots], once candidates are found; keys in the end
-        alignas(16) char rows[kRowsBytes];         // of keys and values, once tokens are chosen
-        WarpSums<kHeadDim, kWarps> warp_sums;      // once they are attended
+        alignas(16) char rows[kRowsBytes];  // of keys and values, once tokens are chosen
+        WarpSums<kHeadDim, kWarps> warp_sums;  // once they are attended
     };
     IntegerQuery<kHeadDim, kBits> integer_query;
     SharedGrid<kHeadDim, kBits> grids[kWarps];
@@ -83,9 +84,9 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     const int lane_idx = threadIdx.x % kWarpSize;
     const int num_stripes = ceil_div(kStripes - rank, cluster_size);  // of this block
     const bool has_shares = Block::params.group_size > 1 && Block::params.choice.agreement != Agreement::kMax;
-    int* page_ids;   // candidates
+    int* page_ids;  // candidates
     int* token_ids;  // that this block attends
-    int num_own;     // how many these are
+    int num_own;  // how many these are
 
     __device__ CodesBlock(const AttendParams& params, Shared<T, kHeadDim, kBits>& shared, char* score_query,
                           int* page_ids, int* token_ids)
@@ -151,22 +152,44 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         shared.first_chosen[lane_idx] = end_chosen - chosen;
     }
 
+    // Calls choose(own, choose_in_own) for each of this block's stripes, by all warps of its team.
+    template <typename Choose>
+    __device__ void choose_in_stripes(Choose choose) {
+        // Where there is a team of more than a warp, there is one for each stripe and no second round.
+        const int num_members = num_stripes > kWarps / 2 ? 1 : num_stripes > 2 ? 2 : num_stripes > 1 ? 4 : 8;
+        const Team team = {warp_idx % num_members, num_members};
+        unsigned* taken = shared.lists[warp_idx - team.member].taken;
+        const auto synchronize = [&] {
+            if (num_members > 1) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+        };
+        int own = warp_idx / num_members;
+        if (num_members > 1 && own >= num_stripes) synchronize();  // as those do that have a stripe
+#pragma unroll 1
+        for (; own < num_stripes; own += kWarps / num_members) {
+            choose(own, [&](int num_keys, int num_wanted, auto key_of, auto tell) {
+                choose_in_stripe(shared.lists[warp_idx], num_keys, num_wanted, key_of, tell, team, taken, synchronize);
+            });
+        }
+    }
+
     __device__ void find_candidates(int length, const unsigned* distant_keys) {
         const Stripes stripes(num_earlier());
-#pragma unroll 1
-        for (int own = warp_idx; own < num_stripes; own += kWarps) {
+        choose_in_stripes([&](int own, auto choose_in_own) {
             const int stripe = stripe_of(own), first = shared.first_candidate[own];
             const auto choose = [&](auto key_of) {
-                choose_in_stripe(shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first,
-                                 key_of,
-                                 [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
+                choose_in_own(stripes.count(stripe), shared.first_candidate[own + 1] - first, key_of,
+                              [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
             };
             if (distant_keys == nullptr) {
                 choose([&](int idx) { return shared.keys[own * length + idx]; });
             } else {
                 choose([&](int idx) { return distant_keys[stripe + idx * kStripes]; });
             }
-        }
+        });
     }
 
     // Has the candidates' codes brought to L2: more than is on its way while they are scored.
@@ -314,8 +337,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const unsigned* keys = reinterpret_cast<const unsigned*>(shared.logits);
         const Stripes stripes(num_earlier());
         int64_t* told = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.choice.num_tokens;
-#pragma unroll 1
-        for (int own = warp_idx; own < num_stripes; own += kWarps) {
+        choose_in_stripes([&](int own, auto choose_in_own) {
             const int first_page = shared.first_candidate[own], first = shared.first_chosen[own];
             const int num_keys = (shared.first_candidate[own + 1] - first_page) << page_shift;
             const int num_chosen = shared.first_chosen[own + 1] - first;
@@ -327,9 +349,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
                 token_ids[first + place] = token_idx;
                 if (told != nullptr) told[first_told + place] = token_idx;
             };
-            choose_in_stripe(
-                shared.lists[warp_idx], num_keys, num_chosen, [&](int idx) { return of_stripe[idx]; }, tell);
-        }
+            choose_in_own(num_keys, num_chosen, [&](int idx) { return of_stripe[idx]; }, tell);
+        });
         // The newest page's own tokens are those of the block whose stripe comes next.
         num_own = shared.first_chosen[num_stripes];
         if (num_earlier() % kStripes % cluster_size != rank) return;

@@ -1,4 +1,4 @@
-// Stripes of a row's pages (hf_quest/stripes.py), and how a warp chooses in one.
+// Stripes of a row's pages (hf_quest/stripes.py), and how a warp, or a team of some, chooses in one.
 #pragma once
 
 #include "select.cuh"
@@ -41,6 +41,12 @@ constexpr int kMaxOfStripe = 192;
 struct alignas(16) StripeList {
     uint64_t candidates[kMaxOfStripe];
     unsigned tops[2 * kWarpSize];  // of groups of keys the highest
+    unsigned taken[kMaxOfStripe / kWarpSize];  // which of the candidates are, a bit for each, of a team's first warp
+};
+
+// Some warps of a block, of which each makes the list, and looks at a share of what is on it.
+struct Team {
+    int member, num_members;
 };
 
 __device__ inline unsigned lower_lanes() { return (1u << threadIdx.x % kWarpSize) - 1; }
@@ -50,6 +56,7 @@ template <typename KeyOf>
 struct StripeSelector {
     const int num_keys, num_wanted;
     const KeyOf key_of;
+    const Team team;
     const int lane_idx = threadIdx.x % kWarpSize;
 
     __device__ unsigned key(int idx) const { return idx < num_keys ? key_of(idx) : 0; }
@@ -99,38 +106,36 @@ struct StripeSelector {
         return num_listed;
     }
 
-    template <typename Tell>
-    __device__ void tell_best(const StripeList& list, int num_listed, Tell tell) const {
-        int num_before = 0;  // that are taken
+    // Finds which of the listed keys are taken: those with fewer than `num_wanted` above them.
+    __device__ void take(const StripeList& list, int num_listed, unsigned* taken) const {
 #pragma unroll 1
-        for (int first = 0; first < num_listed; first += 2 * kWarpSize) {
-            uint64_t own[2];
-            int num_above[2] = {};
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                own[j] = list.candidates[min(first + j * kWarpSize + lane_idx, num_listed - 1)];
-            }
+        for (int first = team.member * kWarpSize; first < num_listed; first += team.num_members * kWarpSize) {
+            const uint64_t own = list.candidates[min(first + lane_idx, num_listed - 1)];
+            int num_above = 0;
 #pragma unroll 1
             for (int i = 0; i < num_listed; i += 8) {
                 ulonglong2 pairs[4];
 #pragma unroll
                 for (int k = 0; k < 4; ++k) pairs[k] = reinterpret_cast<const ulonglong2*>(&list.candidates[i])[k];
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) num_above[j] += (pairs[k].x > own[j]) + (pairs[k].y > own[j]);
-                }
+                for (int k = 0; k < 4; ++k) num_above += (pairs[k].x > own) + (pairs[k].y > own);
             }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const bool is_there = first + j * kWarpSize + lane_idx < num_listed;
-                const bool is_taken = is_there && num_above[j] < num_wanted;
-                const unsigned taken = __ballot_sync(kWholeWarp, is_taken);
-                if (is_taken) tell(page_of(own[j]), num_before + __popc(taken & lower_lanes()));
-                num_before += __popc(taken);
-            }
+            const bool is_taken = first + lane_idx < num_listed && num_above < num_wanted;
+            const unsigned word = __ballot_sync(kWholeWarp, is_taken);
+            if (lane_idx == 0) taken[first / kWarpSize] = word;
         }
-        __syncwarp();  // before the list is another stripe's
+    }
+
+    template <typename Tell>
+    __device__ void tell_taken(const StripeList& list, int num_listed, const unsigned* taken, Tell tell) const {
+#pragma unroll 1
+        for (int first = team.member * kWarpSize; first < num_listed; first += team.num_members * kWarpSize) {
+            const unsigned word = taken[first / kWarpSize];
+            int place = __popc(word & lower_lanes());
+#pragma unroll 1
+            for (int i = 0; i < first / kWarpSize; ++i) place += __popc(taken[i]);
+            if (word >> lane_idx & 1) tell(page_of(list.candidates[first + lane_idx]), place);
+        }
     }
 
     // Without a list: the last key that is taken is found bit by bit.
@@ -165,23 +170,32 @@ struct StripeSelector {
 };
 
 // Finds the `num_wanted` highest keys, of equal ones the first, and calls tell(idx, place) for each in one lane, places
-// in ascending order. Keys are 1 or more; key_of(idx) is asked for more than once. By a warp.
+// in ascending order. Keys are 1 or more; key_of(idx) is asked for more than once. By the warps of a team, each with a
+// list of its own; `taken` is that of the first one's, and synchronize() is a barrier of the team.
+template <typename KeyOf, typename Tell, typename Synchronize>
+__device__ void choose_in_stripe(StripeList& list, int num_keys, int num_wanted, KeyOf key_of, Tell tell, Team team,
+                                 unsigned* taken, Synchronize synchronize) {
+    const StripeSelector<KeyOf> selector = {num_keys, num_wanted, key_of, team};
+    const bool is_choice = 0 < num_wanted && num_wanted < num_keys;
+    int num_listed = kMaxOfStripe + 1;
+    if (is_choice && num_wanted <= 2 * kWarpSize) num_listed = selector.note(list, selector.find_bound(list));
+    const bool is_listed = num_listed <= kMaxOfStripe;
+    if (is_listed) selector.take(list, num_listed, taken);
+    synchronize();
+    if (is_listed) {
+        selector.tell_taken(list, num_listed, taken, tell);
+    } else if (is_choice) {
+        if (team.member == 0) selector.tell_by_bits(tell);
+    } else if (num_wanted > 0) {
+        const int first = team.member * kWarpSize + selector.lane_idx;
+        for (int idx = first; idx < num_keys; idx += team.num_members * kWarpSize) tell(idx, idx);
+    }
+}
+
+// The same by one warp.
 template <typename KeyOf, typename Tell>
 __device__ void choose_in_stripe(StripeList& list, int num_keys, int num_wanted, KeyOf key_of, Tell tell) {
-    const StripeSelector<KeyOf> selector = {num_keys, num_wanted, key_of};
-    if (num_wanted >= num_keys) {
-        for (int idx = selector.lane_idx; idx < num_keys; idx += kWarpSize) tell(idx, idx);
-        return;
-    }
-    if (num_wanted <= 0) return;
-    if (num_wanted <= 2 * kWarpSize) {
-        const int num_listed = selector.note(list, selector.find_bound(list));
-        if (num_listed <= kMaxOfStripe) {
-            selector.tell_best(list, num_listed, tell);
-            return;
-        }
-    }
-    selector.tell_by_bits(tell);
+    choose_in_stripe(list, num_keys, num_wanted, key_of, tell, {0, 1}, list.taken, [] { __syncwarp(); });
 }
 
 }  // namespace hf_quest

@@ -4,6 +4,7 @@ A model's chat template is applied once. The text is prefilled dense, question a
 token.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,17 @@ def make_samples(
         fits = len(context) + len(tail) + max_new_tokens <= length
         return (context, tail, sample) if fits else None
 
-    fewest, limit = MIN_UNITS, len(words()) - 10 if task == "cwe" else length
-    while fewest < limit:  # the most units that fit the first sample lie from `fewest` to `limit`
-        middle = (fewest + limit + 1) // 2
-        fewest, limit = (middle, limit) if built(middle, indices[0]) else (fewest, middle - 1)
+    def most_units(limit: int, index: int) -> int:
+        """The most units up to `limit` whose sample is not too long; below MIN_UNITS where none is."""
+        sizes = range(MIN_UNITS, limit + 1)
+        if built(limit, index):
+            return limit
+        return MIN_UNITS - 1 + bisect_left(sizes, True, key=lambda num_units: built(num_units, index) is None)
+
+    num_units = most_units(len(words()) - 10 if task == "cwe" else length, indices[0])
     samples = []
     for index in indices:
-        sizes = (built(num_units, index) for num_units in range(fewest, MIN_UNITS - 1, -1))
-        sample = next((each for each in sizes if each), None)
+        sample = built(most_units(num_units, index), index) if num_units >= MIN_UNITS else None
         if sample is None:
             raise ValueError(f"{length:,} tokens are too few for {task} and its answer of {max_new_tokens} tokens.")
         samples.append(sample)
@@ -133,17 +137,19 @@ def evaluate_ruler(
     }
     results = Results(model, configuration, output)
     units: dict[str, tuple] = {}
+    samples = {}
+    for task in tasks:
+        for length in lengths:
+            limit = max_new_tokens or TASKS[task][1]
+            made = make_samples(tokenizer, task, length, spread(range(num_samples), fraction), seed, limit)
+            # Those of a batch leave the context at once.
+            samples[task, length, limit] = sorted(made, key=lambda sample: len(sample[1]))
     for of_dense in (True, False):
-        for task in tasks:
-            for length in lengths:
-                limit = max_new_tokens or TASKS[task][1]
-                indices = spread(range(num_samples), fraction)
-                samples = make_samples(tokenizer, task, length, indices, seed, limit)
-                samples.sort(key=lambda sample: len(sample[1]))  # those of a batch leave the context at once
-                for first in range(0, len(samples), batch_size):
-                    way = "dense" if of_dense else "others"
-                    name = f"{task}, {length:,} tokens, {way}, from sample {first + 1}"
-                    units[name] = (of_dense, task, length, limit, samples[first : first + batch_size])
+        for (task, length, limit), of_length in samples.items():
+            for first in range(0, len(of_length), batch_size):
+                way = "dense" if of_dense else "others"
+                name = f"{task}, {length:,} tokens, {way}, from sample {first + 1}"
+                units[name] = (of_dense, task, length, limit, of_length[first : first + batch_size])
 
     def evaluate(unit: str) -> Iterator[dict[str, Any]]:
         of_dense, task, length, limit, batch = units[unit]
