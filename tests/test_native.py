@@ -247,6 +247,7 @@ def test_the_answer_is_that_of_pytorchs_operators(model, monkeypatch):
 def anew(monkeypatch, tmp_path):
     """Nothing is built or loaded; afterwards it is again."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv(build.SWITCH, raising=False)
     build.load_for_cpu.cache_clear()
     native.functions.cache_clear()
     yield tmp_path
