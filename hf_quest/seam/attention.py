@@ -252,7 +252,7 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwar
         output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
         return output.reshape(query.shape[0], 1, -1, value.shape[-1])
 
-    if attention_mask is not None or torch.compiler.is_compiling() or not native.serves(query, key, value):
+    if attention_mask is not None or torch.compiler.is_dynamo_compiling() or not native.serves(query, key, value):
         return attend(), None
     logits = logits_of(query, scaling)
     output = native.attend(query, key, value, None, key.shape[2], 1, logits.scaling).transpose(1, 2)
