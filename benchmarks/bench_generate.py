@@ -13,7 +13,8 @@ removal, as assisted decoding does it, which `generate` never compiles.
 
 Weights that are random accept no drafts. The ways on a text that repeats are therefore told what comes next, by a
 processor of logits that leaves only the text's next token: every draft of prompt lookup is then accepted, which is the
-most that it can gain. `text` is plain decoding by the same processor.
+most that it can gain. `text` is plain decoding by the same processor. Assisted decoding would read a context that is in
+the cache once more, so here each answer reads the whole prompt, by CritiPrefill, and so does `start`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rich.console import Console
 from tables import RESULTS, generate_table, markdown
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from hf_quest import CACHE_NAME, QuestCache, capture, compile_prompts, decode_ahead
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, capture, compile_prompts, decode_ahead
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -70,6 +71,7 @@ HEADROOM = 1024  # tokens that all rounds together may write
 SHORT = 8  # tokens
 NUM_DRAFTS = 5
 PERIOD = 512  # tokens after which the text that repeats does so
+STEPS_OF_TEXT = 220  # tokens timed at least, over seconds of reading
 LOOKUP = 10  # drafts of prompt lookup; a forward makes one token more, and answers are whole numbers of forwards
 
 
@@ -124,10 +126,12 @@ WAYS = {
         "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
     ),
     "quest-beams": quest("QuestCache, 4 beams", options={"num_beams": 4}),
-    "text": quest("QuestCache, text that repeats", options=FORCED),
-    "text-lookup": quest("QuestCache, prompt lookup, all drafts accepted", options=BY_LOOKUP),
+    "text": quest("QuestCache, text that repeats", options=FORCED, prefill=CritiPrefill()),
+    "text-lookup": quest("QuestCache, prompt lookup, all drafts accepted", options=BY_LOOKUP, prefill=CritiPrefill()),
     "text-lookup-compiled": quest(
-        "QuestCache, compile_prompts(model), prompt lookup, all drafts accepted", options=BY_LOOKUP
+        "QuestCache, compile_prompts(model), prompt lookup, all drafts accepted",
+        options=BY_LOOKUP,
+        prefill=CritiPrefill(),
     ),
     "dynamic-text-lookup": Way(
         "DynamicCache, sdpa, prompt lookup, all drafts accepted",
@@ -207,6 +211,35 @@ def verify_ms(model, cache, num_rounds):
     return round(statistics.median(times[2:]), 2)
 
 
+def time_answers(model, way, cache, ids, num_steps, num_rounds):
+    """Seconds of a first answer on a filled cache, and of each round the ms per token of answers that go on from it."""
+    ids, start_s = answer(model, cache, ids, SHORT, way.options)
+    ids, _ = answer(model, cache, ids, SHORT, way.options)
+    round_ms = []
+    for _ in range(num_rounds):
+        ids, short_s = answer(model, cache, ids, SHORT, way.options)
+        ids, long_s = answer(model, cache, ids, SHORT + num_steps, way.options)
+        round_ms.append((long_s - short_s) / num_steps * 1e3)
+    return start_s, round_ms
+
+
+def time_texts(model, way, context, budget, num_steps, num_rounds):
+    """`time_answers` of a text that repeats, which every answer reads from its beginning."""
+    text = torch.randint(1, model.config.vocab_size, (1, PERIOD), device="cuda")
+    ids = text.repeat(1, -(-context // PERIOD))[:, :context]
+    num_steps = -(-max(num_steps, STEPS_OF_TEXT) // (LOOKUP + 1)) * (LOOKUP + 1)
+
+    def seconds(num_tokens):
+        return answer(model, way.make_cache(model.config, context, budget), ids, num_tokens, way.options)[1]
+
+    start_s, _ = seconds(LOOKUP + 1), seconds(LOOKUP + 1 + num_steps)
+    round_ms = []
+    for _ in range(num_rounds):
+        short_s, long_s = seconds(LOOKUP + 1), seconds(LOOKUP + 1 + num_steps)
+        round_ms.append((long_s - short_s) / num_steps * 1e3)
+    return start_s, round_ms
+
+
 def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
     """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
     way = WAYS[name]
@@ -215,22 +248,17 @@ def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
         capture(model, compile=CAPTURED[name])
     compile_prompts(model, name == "text-lookup-compiled")
     model.set_attn_implementation(way.attn_implementation)
-    cache = way.make_cache(model.config, context, budget)
-    fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
-    short = SHORT
     if "logits_processor" in way.options:
-        ids = ids[:, :PERIOD].repeat(1, -(-context // PERIOD))[:, :context]
-        short, num_steps = LOOKUP + 1, (LOOKUP + 1) * -(-num_steps // (LOOKUP + 1))
-    ids, start_s = answer(model, cache, ids, short, way.options)
-    ids, _ = answer(model, cache, ids, short, way.options)
-    round_ms = []
-    for _ in range(num_rounds):
-        ids, short_s = answer(model, cache, ids, short, way.options)
-        ids, long_s = answer(model, cache, ids, short + num_steps, way.options)
-        round_ms.append((long_s - short_s) / num_steps * 1e3)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start_s, round_ms = time_texts(model, way, context, budget, num_steps, num_rounds)
+    else:
+        cache = way.make_cache(model.config, context, budget)
+        fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
+        start_s, round_ms = time_answers(model, way, cache, ids, num_steps, num_rounds)
     result = {
         "ms_per_token": round(statistics.median(round_ms), 2),
         "round_ms": [round(ms, 2) for ms in round_ms],

@@ -20,8 +20,7 @@ import bench_stages
 import torch
 from environment import describe
 from rich.console import Console
-from rich.table import Table
-from tables import RESULTS, markdown
+from tables import RESULTS, markdown, profile_table
 
 from hf_quest.kernels import ops
 
@@ -30,7 +29,6 @@ PAGE_SIZES = (bench_stages.PAGE_SIZE, bench_stages.LARGER_PAGE)
 KERNEL = "chain_by_codes"
 ENDS = ("BAR.SYNC", "UCGABAR_WAIT", "SYNCS.PHASECHK", "EXIT")
 STALL = "stall_"
-SMALLEST_SHARE = 0.015  # of the samples, of a section that is shown
 # What a section does, by an instruction that it has and that those before do not rule out.
 WORK = {
     "IMMA": "scores of pages",
@@ -100,19 +98,11 @@ def sections(instructions):
     return found
 
 
-def profile_table(report):
-    """Every section of some share, with what was waited for most."""
-    table = Table("B, Hq, Hkv", "tokens", "pages of", "section", "ends with", "share of time", "waits for")
-    for launch in report["launches"]:
-        for section in launch["sections"]:
-            share = sum(section["shares"].values())
-            if share < SMALLEST_SHARE:
-                continue
-            reasons = sorted(section["shares"].items(), key=lambda item: -item[1])[:3]
-            waits = ", ".join(f"{reason} {part:.1%}" for reason, part in reasons)
-            case = (", ".join(map(str, launch["case"][:3])), f"{launch['case'][3]:,}", str(launch["page_size"]))
-            table.add_row(*case, section["work"], section["ends_with"].partition(".")[0], f"{share:.1%}", waits)
-    return table
+def write(report, path):
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
+    title = "What the kernel by codes waits for"
+    path.with_suffix(".md").write_text(f"# {title}\n\n{markdown(profile_table(report))}\n{conditions}")
 
 
 def main():
@@ -128,10 +118,7 @@ def main():
     report = {"environment": describe("cuda"), "launches": []}
     for (case, page_size), instructions in zip(launches, kernels, strict=True):
         report["launches"].append({"case": case, "page_size": page_size, "sections": sections(instructions)})
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
-    title = "What the kernel by codes waits for"
-    arguments.output.with_suffix(".md").write_text(f"# {title}\n\n{markdown(profile_table(report))}\n{conditions}")
+    write(report, arguments.output)
     Console(width=160).print(profile_table(report))
 
 

@@ -37,6 +37,7 @@ METHODS = {
     "subgen": ["subgen"],
 }
 COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
+SMALLEST_SECTION = 0.02  # share of a kernel's time
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
@@ -78,6 +79,21 @@ def codes_table(report):
         over = stages["append a prompt with codes"] / stages["append a prompt"] - 1
         heads = f"{case['batch_size']}, {case['num_heads']}, {case['num_kv_heads']}"
         table.add_row(heads, f"{case['context']:,}", *(f"{us:.1f}" for us in times), f"{over:+.1%}")
+    return table
+
+
+def profile_table(report):
+    """Every section that takes a share of the time worth showing, with what was waited for most."""
+    table = Table("B, Hq, Hkv", "tokens", "pages of", "section", "ends with", "share of time", "waits for")
+    for launch in report["launches"]:
+        for section in launch["sections"]:
+            share = sum(section["shares"].values())
+            if share < SMALLEST_SECTION:
+                continue
+            reasons = sorted(section["shares"].items(), key=lambda item: -item[1])[:3]
+            waits = ", ".join(f"{reason} {part:.1%}" for reason, part in reasons)
+            case = (", ".join(map(str, launch["case"][:3])), f"{launch['case'][3]:,}", str(launch["page_size"]))
+            table.add_row(*case, section["work"], section["ends_with"].partition(".")[0], f"{share:.1%}", waits)
     return table
 
 
@@ -368,12 +384,18 @@ def tables():
     reports = {path.stem.removeprefix("selection_"): json.loads(path.read_text()) for path in paths}
     found["codes_settings"] = markdown(codes_settings_table(reports))
     found["codes_mass"] = markdown(mass_table(reports))
+    # Of the commit of the stages.
+    paths = [path for model in COMPARED if (path := RESULTS / f"side_by_side_{model}.json").exists()]
+    reports = {path.stem.removeprefix("side_by_side_"): json.loads(path.read_text()) for path in paths}
     stages = json.loads((RESULTS / "stages_h200.json").read_text())
     found["side_by_side"] = markdown(side_by_side_table(reports, stages))
     paths = [RESULTS / f"compare_{model}.json" for model in COMPARED]
     compared = [json.loads(path.read_text()) for path in paths if path.exists()]
     for name, methods in METHODS.items():
         found[f"method_{name}"] = markdown(method_table(compared, methods))
+    profile = json.loads((RESULTS / "profile_codes.json").read_text())
+    of_pages = [launch for launch in profile["launches"] if launch["page_size"] == 16 and launch["case"][3] == 32768]
+    found["profile_codes"] = markdown(profile_table({"launches": of_pages}))
     house = [
         [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}*.json"))]
         for of_time in ("before", "after")

@@ -13,6 +13,7 @@ import transformers
 from rich.console import Console
 
 import hf_quest
+from hf_quest.kernels import build
 
 OLDEST = (8, 0)  # compute capability that the kernels need
 EXTRAS = {
@@ -25,6 +26,7 @@ EXTRAS = {
 def examine(as_json):
     facts, advice = found(), []
     facts["kernels"] = kernels(advice)
+    facts["CPU kernels"] = kernels_for_cpu(advice)
     for extra, missing in missing_of(EXTRAS).items():
         verb = "is" if len(missing) == 1 else "are"
         advice.append(f'For `{extra}`, {", ".join(missing)} {verb} missing: pip install "hf-quest[{extra}]"')
@@ -75,7 +77,7 @@ def missing_of(extras):
 def kernels(advice):
     """Where the kernels are built, or why they are not; what to do goes to `advice`."""
     if not torch.cuda.is_available():
-        advice.append("Without a CUDA GPU everything runs in PyTorch, and nothing needs to be built.")
+        advice.append("Without a CUDA GPU no CUDA kernels are needed.")
         return "not needed: there is no CUDA GPU"
     if all(torch.cuda.get_device_capability(index) < OLDEST for index in range(torch.cuda.device_count())):
         advice.append("The kernels need compute capability 8.0 (Ampere) or later. Everything runs in PyTorch, slower.")
@@ -87,6 +89,21 @@ def kernels(advice):
         advice.append(f"{name}: {what}")
     advice.append("The kernels are built when a model first decodes on the GPU, once, in one to three minutes.")
     return f"not built yet; they will be in {build_root()}"
+
+
+def kernels_for_cpu(advice):
+    """The same of the kernels for this CPU."""
+    if os.environ.get(build.SWITCH) == "0":
+        return f"turned off by {build.SWITCH}=0"
+    try:
+        path, _ = build.plan_for_cpu()
+    except RuntimeError as error:
+        advice.append("For faster steps on a CPU install g++, such as apt-get install g++.")
+        return f"not built: {error}"
+    if path.exists():
+        return str(path)
+    advice.append("The kernels for this CPU are built when a model first decodes on it, once, in some seconds.")
+    return f"not built yet; they will be in {path.parent}"
 
 
 def build_root():

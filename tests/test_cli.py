@@ -35,6 +35,7 @@ from hf_quest.evaluation.methods import CACHES, METHODS
 from hf_quest.evaluation.real_models import SOURCES
 from hf_quest.evaluation.ruler_tasks import TASKS
 from hf_quest.evaluation.selection import BUDGETS
+from hf_quest.kernels import build
 from hf_quest.prompts import segments
 from hf_quest.seam import attention
 from hf_quest_cli.show import layer_kinds
@@ -153,9 +154,29 @@ def test_doctor_says_what_is_there():
     assert found["PyTorch"] == torch.__version__
     assert found["hf_quest"].startswith(hf_quest.__version__)
     assert found["advice"]
+    assert found["CPU kernels"]
     lines = run("doctor").stdout.splitlines()
     assert f"{'hf_quest':17}{found['hf_quest']}" in lines  # its folder, and not only what of it fits a terminal
     assert f"{'Transformers':17}{found['Transformers']}" in lines
+
+
+def test_doctor_says_where_the_kernels_for_the_cpu_are_or_why_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "plan_for_cpu", lambda: (tmp_path / "folder" / "cpu_step.so", []))
+    assert (
+        json.loads(run("doctor", "--json").stdout)["CPU kernels"] == f"not built yet; they will be in {tmp_path}/folder"
+    )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "cpu_step.so").touch()
+    assert json.loads(run("doctor", "--json").stdout)["CPU kernels"] == f"{tmp_path}/folder/cpu_step.so"
+    monkeypatch.undo()
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert json.loads(run("doctor", "--json").stdout)["CPU kernels"] == "turned off by HF_QUEST_CPU_KERNELS=0"
+    monkeypatch.delenv(build.SWITCH)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["CPU kernels"] == "not built: there is no C++ compiler: none on the PATH, and no CXX"
+    assert any("install g++" in line for line in found["advice"])
 
 
 SMALL = ["--budget", "64", "--length", "512"]

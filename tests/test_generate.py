@@ -185,6 +185,15 @@ class TestAssistedDecoding:
             )
         assert torch.equal(answer(new_cache(), prompt_lookup_num_tokens=3), answer(new_cache()))
 
+    def test_a_cache_that_is_filled_is_filled_again(self, model, new_cache):
+        """Transformers feeds the whole text to a filled cache, with a DynamicCache too."""
+        cache, prompt = new_cache(), tokens(40).repeat(1, 4)
+        for num_tokens in (len(prompt[0]) - 30, len(prompt[0])):
+            text = prompt[:, :num_tokens]
+            expected = generate(model, text, new_cache())
+            assert torch.equal(generate(model, text, cache, prompt_lookup_num_tokens=4), expected)
+            assert cache.get_seq_length() == num_tokens + ANSWER - 1
+
     def test_a_turn_after_assisted_decoding_is_prefilled_densely(self, model, new_cache):
         first, second = new_cache(), new_cache()
         sequence = generate(model, tokens(PROMPT), first, prompt_lookup_num_tokens=6)

@@ -1,9 +1,12 @@
 """CritiPrefill on a GPU is that of the CPU."""
 
+import copy
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from hf_quest import CritiPrefill, QuestCache, tiny
+from hf_quest import CACHE_NAME, CritiPrefill, QuestCache, compile_prompts, tiny
 from hf_quest.evaluation.documents import heldout_text
 from hf_quest.prompts import BlockScores, critiprefill, dense, segments
 from hf_quest.reference import Logits
@@ -70,3 +73,35 @@ def test_chunks_are_the_whole(config):
         expected = model(prompt, past_key_values=whole).logits
         logits = torch.cat([model(part, past_key_values=chunked).logits for part in prompt.split(256, dim=1)], dim=1)
     assert (logits.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean() > 0.9  # bfloat16 sums in another order
+
+
+@pytest.fixture(scope="module")
+def prompt_of_the_tiny_model():
+    model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.float32)
+    prompt = tokenizer(heldout_text()[:60_000], return_tensors="pt").input_ids[:, :8192].cuda()
+    return model.cuda().eval(), prompt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [8192, 1000], ids=["whole", "chunks"])
+def test_a_compiled_prompt_is_nearer_to_float32_or_as_near(prompt_of_the_tiny_model, chunk):
+    """By one graph, in chunks of another length too, and with no more memory."""
+    exact, prompt = prompt_of_the_tiny_model
+    rounded = copy.deepcopy(exact).bfloat16()
+    compiled = compile_prompts(copy.deepcopy(rounded))
+
+    def read(model):
+        cache = QuestCache(max_cache_len=8192)
+        for _ in range(2):  # the first time compiles and loads
+            cache.reset()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            parts = [model(part, **{CACHE_NAME: cache}).logits for part in prompt.split(chunk, dim=1)]
+        return torch.cat(parts, dim=1).float(), torch.cuda.max_memory_allocated() - before
+
+    graphs = counters["stats"]["unique_graphs"]
+    (truth, _), (expected, most), (logits, memory) = (read(model) for model in (exact, rounded, compiled))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    assert (logits - truth).abs().mean() <= 1.1 * (expected - truth).abs().mean()  # which rounding leaves to chance
+    assert memory <= 1.01 * most  # which an allocator rounds

@@ -1,11 +1,17 @@
-"""Builds the CUDA kernels in csrc/ on first use: the only file that knows nvcc and ninja."""
+"""Builds the kernels in csrc/ on first use, for GPUs and for this CPU: the only file that knows compilers."""
 
 import contextlib
+import ctypes
 import functools
+import hashlib
 import importlib.util
 import os
+import platform
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +19,8 @@ from pathlib import Path
 import torch
 
 OLDEST_CAPABILITY = (8, 0)
+FOR_CPU = "cpu_step.cpp"
+SWITCH = "HF_QUEST_CPU_KERNELS"  # 0 in the environment: none of these
 
 
 @functools.cache
@@ -73,7 +81,11 @@ def _load():
     start = time.perf_counter()
     cpp_extension.load(
         name,
-        sources=[str(path) for path in sorted(source_directory.glob("*.c*")) if path.suffix in (".cu", ".cpp")],
+        sources=[
+            str(path)
+            for path in sorted(source_directory.glob("*.c*"))
+            if path.suffix in (".cu", ".cpp") and path.name != FOR_CPU
+        ],
         extra_cflags=["-O3", "-std=c++20", *spare_headers],
         extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
         extra_ldflags=[f"-L{build_directory}"],
@@ -82,6 +94,71 @@ def _load():
     )
     if is_new:
         print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+@functools.cache
+def load_for_cpu():
+    """Build the stages for this CPU, or find them built; return them as a library of `ctypes`.
+
+    None if they are not there: the environment asks for that, or the reason and the way out were said in one warning.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        ctypes.CDLL(None).GOMP_parallel  # noqa: B018, of the OpenMP that PyTorch has loaded
+        path, command = plan_for_cpu()
+        if not path.exists():
+            build_for_cpu(path, command)
+        return ctypes.CDLL(str(path))
+    except Exception as error:  # as in `load`
+        warnings.warn(
+            "hf_quest could not build its kernels for this CPU and runs its slower PyTorch path. The reason: "
+            f"{complaints_of(str(error))}\nWhat helps: a C++ compiler, g++ or clang++, on the PATH or named by CXX; "
+            f"then start Python again. {SWITCH}=0 in the environment goes without them and says nothing.",
+            stacklevel=3,
+        )
+        return None
+
+
+def plan_for_cpu():
+    """(where the library for this CPU is or will be, the command that builds it but for the name of its output)."""
+    from torch.utils import cpp_extension
+
+    found = [shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+    compiler = next(filter(None, found), None)
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler: none on the PATH, and no CXX")
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    source = find_sources() / FOR_CPU
+    command = [compiler, "-std=c++17", "-O3", tune, "-fopenmp-simd", "-fPIC", "-shared", str(source), "-o"]
+    # Machines may share the folder, and what is made for one of them crashes on another.
+    parts = (source.read_text(), *command[1:-2], instructions())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / f"hf_quest_cpu_{key}" / "cpu_step.so", command
+
+
+def instructions():
+    """What tells CPUs with other instructions apart; where the system does not list them, this machine from others."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
+        return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in names}))
+    return f"{platform.machine()} {platform.processor()} {platform.node()}"
+
+
+def build_for_cpu(path, command):
+    """Have the library at `path`, whole at once: other processes may build the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"hf_quest builds its kernels for this CPU in {path.parent}, once ...", end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        begun = Path(folder) / path.name
+        done = subprocess.run([*command, str(begun)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr or f"{command[0]} ended with {done.returncode}")
+        os.replace(begun, path)
+    print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def find_sources():

@@ -18,7 +18,7 @@ SORTED_AT_ONCE = 1024  # scores up to which a whole stable sort is faster than t
 def serves(query: Tensor, length: Length, left_padding: tuple[int, ...]) -> bool:
     """Whether the stages here are for these queries, [B, Hq, T, D]."""
     is_step = query.shape[2] == 1 and isinstance(length, int) and not any(left_padding)
-    return is_step and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_step and query.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
 
 
 def estimate(query: Tensor, bounds: Tensor, scaling: float, score: Score) -> Tensor:

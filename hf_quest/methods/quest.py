@@ -7,7 +7,7 @@ import torch
 
 from .. import reference, stripes
 from ..codes import BITS, find_candidates, refine, refresh_codes
-from ..kernels import cpu, ops
+from ..kernels import cpu, native, ops
 from ..reference import Choice, Score
 from .base import Method, is_int
 
@@ -165,15 +165,19 @@ class Quest(Method):
         """Bring bounds and codes of the newest tokens' pages up to date."""
         bounds = (pages.beside["bounds"], pages.beside.get("scales"))
         where = (num_new, length, pages.padding, self.page_size)
-        reference.refresh_bounds(pages.keys, *bounds, *where)
+        is_full = (
+            num_new == 1 and isinstance(length, int) and not length % self.page_size and not any(pages.left_padding)
+        )
+        if is_full and bounds[1] is not None and native.serves(pages.keys, pages.keys, pages.keys):
+            native.bound(pages.keys, *bounds, length // self.page_size - 1, self.page_size)
+        else:
+            reference.refresh_bounds(pages.keys, *bounds, *where)
         if self.codes is not None:
             refresh_codes(pages.keys, *bounds, pages.beside["codes"], *where, self.codes)
 
     def choose(self, pages, query, logits, length):
         if self.codes is None and cpu.serves(query, length, pages.left_padding):
-            bounds = pages.widened.of(pages)[..., : pages.num_pages(length)]
-            scores = cpu.estimate(query.detach(), bounds, logits.scaling, self.score)
-            return Choice(cpu.select(scores, self.num_selected, self.score.keeps_first), self.page_size)
+            return Choice(self.choose_on_cpu(pages, query.detach(), logits.scaling, length), self.page_size)
         num_pages = pages.num_pages(length) if isinstance(length, int) else None  # a graph looks at all
         bounds = [pages.beside["bounds"][:, :, :num_pages], pages.beside.get("scales")]
         bounds[1] = None if bounds[1] is None else bounds[1][:, :, :num_pages]
@@ -185,6 +189,16 @@ class Quest(Method):
         how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP, self.mass)
         candidates = find_candidates(scores, *where_found)
         return Choice(refine(query, *bounds, pages.beside["codes"], candidates, *where, *how), 1)
+
+    def choose_on_cpu(self, pages, query, scaling, length):
+        """Page ids [B, Hkv, 1, K] for one query per row, in rows without padding."""
+        num_pages, how = pages.num_pages(length), (self.num_selected, self.score.keeps_first)
+        is_largest = self.score.group == "max" or query.shape[1] == pages.num_kv_heads
+        if is_largest and native.serves(query, pages.keys, pages.values):
+            bounds = (pages.beside["bounds"], pages.beside.get("scales"))
+            return native.select(native.estimate(query, *bounds, num_pages, scaling, self.score.width), *how)
+        bounds = pages.widened.of(pages)[..., :num_pages]
+        return cpu.select(cpu.estimate(query, bounds, scaling, self.score), *how)
 
     def read_beside(self, pages):
         if self.codes is None:

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import QuestError, say_once
+from ..kernels import native
 from ..methods import Attended
 from ..methods.weights import weighted_attention
 from ..reference import Logits
@@ -244,10 +245,18 @@ def dense_decode(module, query, key, value, attention_mask, scaling=None, **kwar
     is_per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if is_per_head or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in EAGER_ONLY + NOT_SPARSE):
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # The query heads of a group as queries of their KV head: left as heads, each would read all its keys again.
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(query.shape[0], 1, -1, value.shape[-1]), None
+
+    def attend():
+        # The query heads of a group as queries of their KV head: left as heads, each would read all its keys again.
+        grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return output.reshape(query.shape[0], 1, -1, value.shape[-1])
+
+    if attention_mask is not None or torch.compiler.is_dynamo_compiling() or not native.serves(query, key, value):
+        return attend(), None
+    logits = logits_of(query, scaling)
+    output = native.attend(query, key, value, None, key.shape[2], 1, logits.scaling).transpose(1, 2)
+    return native.with_gradients(output, (query, key, value), attend), None
 
 
 def register():

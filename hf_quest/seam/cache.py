@@ -296,4 +296,5 @@ class MethodCache(generate.Events, Saving, former.Cache):
         """What follows the prompt is drafts, each of which selects for itself."""
         if self.method.evicts:
             refuse_crop()
+        generate.empty_before_assisted(self)
         self.shared.expect_drafts(num_prompt or self.get_seq_length() or None)

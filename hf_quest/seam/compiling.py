@@ -28,7 +28,7 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
     What surrounds the attention of a decoder layer becomes one graph, in which norms, rotary embeddings, activations
     and residuals are fused. It is compiled with the first prompt, which takes seconds, and serves all layers of a kind,
     and prompts, chunks and drafts of any length over any number of stored tokens. Decode steps, training, and forwards
-    without such a cache run as before.
+    without such a cache or with a watcher run as before.
 
     The answers are those of the model as it stands but for rounding: in 16 bits a fused operation rounds once, where
     each of the model's own rounds its result.
@@ -137,6 +137,8 @@ def cache_of_prompt(args, kwargs):
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, MethodCache)]
     hidden_states = args[0] if args else kwargs.get("hidden_states")
     if len(caches) != 1 or not isinstance(hidden_states, torch.Tensor) or hidden_states.shape[-2] == 1:
+        return None
+    if caches[0].shared.watcher is not None:  # which may keep what it is told of, where a graph writes again
         return None
     if torch.is_autocast_enabled(hidden_states.device.type):
         say_once("compile_prompts leaves prompts under autocast as they are.")

@@ -86,6 +86,24 @@ def prompt_length_of_caller():
     return max((tensor.shape[1] for tensor in inputs if isinstance(tensor, torch.Tensor)), default=0)
 
 
+def empty_before_assisted(cache):
+    """Empty a cache that is filled, where the assisted decoding under way is given the whole text.
+
+    Its first forward feeds all of its inputs, whatever the cache holds. A mask that is longer than they are tells of
+    tokens before them; from Transformers 5.24 on one of ones is known by its length only.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and id(frame.f_code) not in ASSISTED:
+        frame = frame.f_back
+    names = {} if frame is None else frame.f_locals
+    ids, mask = names.get("input_ids"), names.get("model_kwargs", {}).get("attention_mask")
+    known = getattr(names.get("generation_config"), "_mask_length", None)
+    is_whole = isinstance(ids, torch.Tensor) and ids.shape[1] == (known if mask is None else mask.shape[1])
+    if is_whole and cache.get_seq_length():
+        say_once("Assisted decoding reads all of its text, stored or not: the cache was emptied for it.")
+        cache.reset()
+
+
 def prompt_under_way():
     """Tokens of the prompt that `generate` has read, in chunks as it may be; 0 where it reads none or does not know."""
     frame = sys._getframe(1)

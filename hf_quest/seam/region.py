@@ -40,6 +40,8 @@ class Region:
     def attend(self, query, keys, values, attention_mask, **options):
         """Store the new keys and values, and attend: [B, T, Hq, D]."""
         self.num_calls += 1
+        if self.cache.method.fused is None:  # a method may keep what it is given, where the graph writes again
+            query, keys, values = query.clone(), keys.clone(), values.clone()
         keys, values = self.cache.update(keys, values, self.module.layer_idx)
         output, _ = self.attention(self.module, query, keys, values, attention_mask, **options)
         return output
@@ -59,7 +61,8 @@ def attend_in_region(
     """`Region.attend` of the region that this thread is in.
 
     The operator changes the cache, of which its schema says nothing. Its output feeds the rest of the model, so it runs
-    once, and after the layers before it.
+    once, and after the layers before it. The graph may write to what it is given once it is done, so nothing of that is
+    kept.
 
     Args:
         query: [B, Hq, T, D].

@@ -4,7 +4,7 @@ import torch
 
 from .. import reference
 from ..errors import say_if_constant, say_once
-from ..kernels import cpu, ops
+from ..kernels import cpu, native, ops
 from .copies import check_restored, copy_by_head, exchange_rows, filled_up
 from .memory import Memories, Memory
 from .rows import cannot_be_written
@@ -108,7 +108,10 @@ class Pages(Sharing):
         page_ids, page_size = (None, self.page_size) if choice is None else choice
         is_plain = logits.softcap is None and logits.sinks is None
         if page_ids is not None and is_plain and cpu.serves(query, length, self.left_padding):
-            return cpu.attend(query, self.keys, self.values, page_ids, length, page_size, logits.scaling)
+            chosen = (query, self.keys, self.values, page_ids, length, page_size, logits.scaling)
+            if not native.serves(*chosen[:3]):
+                return cpu.attend(*chosen)
+            return native.with_gradients(native.attend(*chosen), chosen[:1], lambda: cpu.attend(*chosen))
         stored = (self.keys, self.values, page_ids)
         return reference.attend(query, *stored, length, self.padding, page_size, *logits)
 
