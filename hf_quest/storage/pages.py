@@ -112,8 +112,7 @@ class Pages(Sharing):
             if not native.serves(*chosen[:3]):
                 return cpu.attend(*chosen)
             return native.with_gradients(native.attend(*chosen), chosen[:1], lambda: cpu.attend(*chosen))
-        stored = (self.keys, self.values, page_ids)
-        return reference.attend(query, *stored, length, self.padding, page_size, *logits)
+        return reference.attend(query, self.keys, self.values, page_ids, length, self.padding, page_size, *logits)
 
     def attend_all_by_kernel(self, query, length, logits):
         """Dense attention of one query per row, [B, Hq, 1, D], in the slots before `length`, [1] int64."""
