@@ -3,8 +3,8 @@
 //
 // Work is cut into items, which the threads of PyTorch's own OpenMP take one after the other: a pointer to its
 // GOMP_parallel is all that this needs of it, and no second pool waits on the same cores. Attention goes by blocks of
-// tokens: their logits, a running maximum, the weighted sum of their values. What items have of one KV head is put
-// together at the end.
+// tokens: their logits, a running maximum, the weighted sum of their values. The parts of a KV head are
+// merged at the end.
 
 #include <algorithm>
 #include <atomic>
@@ -18,7 +18,6 @@
 namespace {
 
 constexpr int kBlock = 64;  // tokens whose logits are held at once
-constexpr int kMaxGroup = 128;  // query heads of a KV head, MAX_GROUP
 constexpr int kMaxDim = 1024;  // channels, MAX_DIM
 constexpr int kScaleBlock = 32;  // channels that share a scale, SCALE_BLOCK
 constexpr int kPages = 128;  // pages that are scored in one item
@@ -327,6 +326,7 @@ void attend_tokens(const Attend& of, int64_t row, int64_t first, int64_t last, f
 template <class T>
 void attend(const Attend& of) {
     const int64_t num_rows = of.batch_size * of.num_kv_heads, part_size = of.value_dim + 2;
+    if (num_rows == 0) return;
     const int64_t num_tokens = of.ids ? of.num_ids * of.size : of.length;
     // Items for all threads, and some more, as one of them may have other work, too.
     const int64_t wanted = std::min((8 * of.threads.num + num_rows - 1) / num_rows, num_tokens / kBlock);
@@ -341,15 +341,16 @@ void attend(const Attend& of) {
     for (int64_t head = 0; head < num_rows * of.group_size; head++) {
         const int64_t row = head / of.group_size, stride = of.group_size * part_size;
         const float* part = &parts[row * per_row * stride + head % of.group_size * part_size];
-        float largest = -1e38f, sum = 0, *output = of.output + head * of.value_dim;
+        float largest = -INFINITY, sum = 0, *output = of.output + head * of.value_dim;
         for (int64_t i = 0; i < per_row; i++) largest = std::max(largest, part[i * stride]);
+        const float base = largest == -INFINITY ? 0 : largest;
         std::fill_n(output, of.value_dim, 0.0f);
         for (int64_t i = 0; i < per_row; i++) {
-            const float share = exponential(part[i * stride] - largest);
+            const float share = exponential(part[i * stride] - base);
             sum += share * part[i * stride + 1];
             for (int64_t d = 0; d < of.value_dim; d++) output[d] += share * part[i * stride + 2 + d];
         }
-        for (int64_t d = 0; d < of.value_dim; d++) output[d] /= sum;
+        for (int64_t d = 0; d < of.value_dim && sum != 0; d++) output[d] /= sum;
     }
 }
 

@@ -18,7 +18,7 @@ from test_families import build, left_padded, prompts, quest_cache, warnings_sai
 from test_families import generate as generate_family
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from hf_quest import CACHE_NAME, CritiPrefill, H2OCache, PageReads, QuestCache, TokenSelectCache, compile_prompts
 from hf_quest.seam import compiling
@@ -152,6 +152,96 @@ def test_families_answer_as_before_and_say_what_is_not_compiled(family, warnings
     assert bool(said) == bool(reasons)
     assert said <= {f"compile_prompts leaves a {layer} as it is: {reason}" for reason in reasons}
     assert (num_graphs() > 0) == (family not in NONE)
+
+
+PARTS = {
+    "layer": lambda model: model.model.layers[1],
+    "attention": lambda model: model.model.layers[1].self_attn,
+    "mlp": lambda model: model.model.layers[1].mlp,
+    "projection": lambda model: model.model.layers[1].self_attn.q_proj,
+}
+
+
+class TestLaterChanges:
+    """What is put into a model once its prompts have run compiled."""
+
+    def forward(self, model, **options):
+        with torch.no_grad():
+            return model(tokens(PROMPT), **{CACHE_NAME: new_cache()}, **options)
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_a_hook_is_called_and_changes_what_it_would(self, model, compiled, part):
+        plain = self.forward(compiled).logits
+        calls, logits = [], []
+        for idx, each in enumerate((model, compiled)):
+
+            def halve(module, inputs, output, idx=idx):
+                calls.append(idx)
+                return (output[0] * 0.5, *output[1:]) if isinstance(output, tuple) else output * 0.5
+
+            handle = PARTS[part](each).register_forward_hook(halve)
+            logits.append(self.forward(each).logits)
+            handle.remove()
+        assert calls == [0, 1]
+        assert torch.equal(*logits)
+        assert not torch.equal(logits[1], plain)
+        assert torch.equal(self.forward(compiled).logits, plain)
+
+    def test_a_hook_of_all_modules(self, model, compiled):
+        self.forward(compiled)
+        calls = [[], []]
+        for each, seen in zip((model, compiled), calls, strict=True):
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, inputs, output, seen=seen: seen.append(type(module))
+            )
+            self.forward(each)
+            handle.remove()
+        assert calls[0] == calls[1] != []
+
+    def test_a_config_that_asks_for_hidden_states(self, model, compiled):
+        self.forward(compiled)
+        outputs = []
+        for each in (model, compiled):
+            each.config.output_hidden_states = True
+            outputs.append(self.forward(each).hidden_states)
+        assert len(outputs[0]) == 1 + LAYERS["num_hidden_layers"]
+        assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:compile_prompts leaves a layer")
+def test_layers_that_run_more_than_once_are_left_as_they_are():
+    HrmTextConfig = pytest.importorskip("transformers").HrmTextConfig
+    torch.manual_seed(0)
+    config = HrmTextConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        H_cycles=2,
+        L_cycles=2,
+        max_position_embeddings=512,
+        prefix_lm=False,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="quest").eval()
+    compiled = compile_prompts(copy.deepcopy(model), backend="eager")
+    caches, ids = [new_cache(), new_cache()], tokens(PROMPT) % 94 + 2
+    for each in (ids, ids[:, :1], ids[:, :5]):
+        with torch.no_grad():
+            first, second = (
+                one(each, **{CACHE_NAME: cache}).logits for one, cache in zip((model, compiled), caches, strict=True)
+            )
+        assert torch.equal(first, second)
+
+
+def test_an_unknown_backend_is_said_at_once(model):
+    with pytest.raises(ValueError, match="There is no backend 'nosuch' for compile_prompts"):
+        compile_prompts(model, backend="nosuch")
 
 
 class TestWhatStays:

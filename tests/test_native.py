@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_llama import BUDGET, PROMPT, generate, make_model, tokens
 
 from hf_quest import QuestCache, reference
@@ -112,6 +113,21 @@ def test_values_may_have_another_head_dim_and_any_strides():
 
 
 @needs_compiler
+@pytest.mark.parametrize("key", [-3e38, -1e37], ids=["infinite", "finite"])
+def test_logits_lower_than_all_others(key):
+    """-inf, which attends nothing, and -1.6e38, which attends all alike."""
+    query, keys = torch.ones(1, 1, 1, 16), torch.full((1, 1, 3, 16), key)
+    values = torch.arange(48.0).view(1, 1, 3, 16)
+    output = native.attend(query, keys, values, None, 3, 1, 1.0)
+    expected = F.scaled_dot_product_attention(query, keys, values, scale=1.0)
+    torch.testing.assert_close(output, expected.nan_to_num(0.0))
+
+
+def test_no_rows_are_none():
+    query, keys = torch.empty(0, 4, 1, 16), torch.empty(0, 2, 5, 16)
+    assert native.attend(query, keys, keys, None, 5, 1, 1.0).shape == (0, 4, 1, 16)
+
+
 def test_what_is_not_finite_is_what_it_is_in_the_reference():
     query, keys, values = random((1, 1, 2, 16), 40)
     ids = torch.arange(3).view(1, 1, 1, 3)

@@ -336,6 +336,14 @@ class TestPool:
             for each in caches:
                 each.crop(-2)
 
+    @torch.no_grad()
+    def test_it_has_no_more_room_than_the_storage(self, model):
+        """But for being a multiple of 256 tokens."""
+        cache = QuestCache(1 << 20, codes=2, dense_layers=1, offloading=True)
+        model(tokens(PROMPT), **{CACHE_NAME: cache})
+        storage = cache.layers[1].storage
+        assert storage.capacity <= storage.pool.tags.shape[2] < storage.capacity + 256
+
     @pytest.mark.parametrize("mode", MODES)
     def test_in_every_mode_of_generate(self, model, mode):
         ids = tokens(PROMPT // 2).repeat(1, 2)

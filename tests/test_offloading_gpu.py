@@ -257,7 +257,7 @@ class TestGraphs:
 
 
 needs_clusters = pytest.mark.skipif(
-    not torch.cuda.is_available() or not ops.has_pools(torch.device("cuda")), reason="needs a GPU with clusters"
+    not torch.cuda.is_available() or not ops.has_pools(torch.device("cuda"), 1), reason="needs a GPU with clusters"
 )
 
 

@@ -66,7 +66,8 @@ def make_samples(
     num_units = most_units(len(words()) - 10 if task == "cwe" else length, indices[0])
     samples = []
     for index in indices:
-        sample = built(most_units(num_units, index), index) if num_units >= MIN_UNITS else None
+        own = most_units(num_units, index) if num_units >= MIN_UNITS else num_units
+        sample = built(own, index) if own >= MIN_UNITS else None
         if sample is None:
             raise ValueError(f"{length:,} tokens are too few for {task} and its answer of {max_new_tokens} tokens.")
         samples.append(sample)

@@ -102,9 +102,15 @@ def why_not(keys, values, page_size):
     return None
 
 
-def has_pools(device):
-    """Whether the kernels of a device look for tokens in a pool: those that have clusters of thread blocks do."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def has_pools(device, num_heads):
+    """Whether the kernels of a device look for tokens in a pool, for so many KV heads of all rows together.
+
+    They do where the device has clusters of thread blocks, and room for one of two blocks for each head at once.
+    """
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and 2 * num_heads <= properties.multi_processor_count
 
 
 def append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes=None):

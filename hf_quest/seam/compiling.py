@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import _dynamo, nn
 from torch.fx.experimental import _config
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 
 from ..errors import say_once
@@ -46,7 +47,7 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
 
     Raises:
         TypeError: for what is no model of Transformers.
-        ValueError: for a model without a decoder layer that holds one attention.
+        ValueError: for a model without a decoder layer that holds one attention, and for an unknown backend.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -56,6 +57,10 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
     layers = {layer: attention for layer in decoder_layers(model) if (attention := attention_of(layer)) is not None}
     if not layers:
         raise ValueError(f"compile_prompts found no decoder layer with one attention in a {type(model).__name__}.")
+    try:
+        _dynamo.lookup_backend(backend)
+    except _dynamo.exc.InvalidBackend as error:
+        raise ValueError(f"There is no backend {backend!r} for compile_prompts: {error}") from None
     compiled = compiled_call(backend)
     for layer, attention in layers.items():
         layer._compiled_call_impl = PromptLayer(layer, attention, compiled) if enabled else None
@@ -114,7 +119,7 @@ class PromptLayer:
     def __call__(self, *args, **kwargs):
         layer = self.layer()
         cache = None if torch.compiler.is_dynamo_compiling() or not self.is_fit else cache_of_prompt(args, kwargs)
-        if cache is None:
+        if cache is None or _has_any_global_hook():  # which no guard of the compiler looks at
             return layer._call_impl(*args, **kwargs)
         args, kwargs = tuple(map(as_made, args)), {name: as_made(value) for name, value in kwargs.items()}
         with Region(cache, self.attention(), quest_attention) as region:
@@ -124,7 +129,7 @@ class PromptLayer:
             except (_dynamo.exc.TorchDynamoException, _dynamo.exc.FailOnRecompileLimitHit) as error:
                 if region.num_calls:
                     raise
-                reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+                reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0].rstrip(".")
         self.is_fit = False
         say_once(f"compile_prompts leaves a {type(layer).__name__} as it is: {reason}.")
         return layer._call_impl(*args, **kwargs)
@@ -140,6 +145,9 @@ def cache_of_prompt(args, kwargs):
         return None
     if caches[0].shared.watcher is not None:  # which may keep what it is told of, where a graph writes again
         return None
+    if any(type(value) is int for value in (*args, *kwargs.values())):  # by which it finds its keys, for example
+        say_once("compile_prompts leaves a layer as it is that is told a number, as those are that run more than once.")
+        return None
     if torch.is_autocast_enabled(hidden_states.device.type):
         say_once("compile_prompts leaves prompts under autocast as they are.")
         return None
@@ -147,7 +155,7 @@ def cache_of_prompt(args, kwargs):
 
 
 def as_made(value):
-    """An argument of a layer; of positions that are a chunk's part of a prompt's a copy, since strides are compiled."""
+    """An argument of a layer; a contiguous copy of positions: a chunk's are a view, whose strides would be compiled."""
     is_positions = isinstance(value, torch.Tensor) and value.dim() <= 3 and value.dtype == torch.int64
     return value.clone(memory_format=torch.contiguous_format) if is_positions else value
 
@@ -155,6 +163,7 @@ def as_made(value):
 @contextlib.contextmanager
 def settings():
     """Settings of PyTorch's compiler for a region: in some versions they are those of all threads."""
-    # Or lengths that are equal in the first prompt would be taken for one.
-    with one_at_a_time, symbols.patch(use_duck_shape=False), _dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+    # Or lengths that are equal in the first prompt would be taken for one, and hooks that come later not be seen.
+    of_graphs = {"recompile_limit": MOST_GRAPHS, "skip_nnmodule_hook_guards": False}
+    with one_at_a_time, symbols.patch(use_duck_shape=False), _dynamo.config.patch(of_graphs):
         yield

@@ -182,6 +182,11 @@ class Forwards(Cache):
                 f"The layers {cross_layers} of this model are cross-attention, whose keys are not of its text. "
                 f"{type(self).__name__} does not serve it. Use the model without {type(self).__name__}."
             )
+        if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
+            raise QuestError(
+                "This model attends what its cache stores (recurrent_kv_cache_mode='last_loop') in place of what it is "
+                f"handed. {type(self).__name__} does not serve it. Use the model without {type(self).__name__}."
+            )
         self.config = config
         reaches = reaches_of(config, max_positions)
         if not self.layers:

@@ -99,7 +99,7 @@ def empty_before_assisted(cache):
     ids, mask = names.get("input_ids"), names.get("model_kwargs", {}).get("attention_mask")
     known = getattr(names.get("generation_config"), "_mask_length", None)
     is_whole = isinstance(ids, torch.Tensor) and ids.shape[1] == (known if mask is None else mask.shape[1])
-    if is_whole and cache.get_seq_length():
+    if is_whole and 0 < cache.get_seq_length() < ids.shape[1]:
         say_once("Assisted decoding reads all of its text, stored or not: the cache was emptied for it.")
         cache.reset()
 

@@ -57,6 +57,7 @@ class State:
         pages = Offloaded if self.offloading and not is_dense else Pages
         if pages is Offloaded:
             options["num_pooled"] = method.num_pooled if self.pool is None else self.pool
+            options["is_pool_wanted"] = bool(self.pool)
         return pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
 
     def choose_by(self, method: Method) -> None:

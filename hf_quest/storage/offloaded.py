@@ -1,5 +1,6 @@
 """Offloaded: every token of a layer, keys and values in the host's memory."""
 
+from ..errors import say_once
 from ..kernels import ops
 from . import host
 from .coming import Coming
@@ -16,22 +17,25 @@ class Offloaded(Pages):
 
     Args:
         num_pooled: tokens of a row's head that the pool has room for, or 0 for none.
+        is_pool_wanted: whether it is said where there is none.
         arguments, options: of Pages.
     """
 
     offloading = True
     coming: Coming | None = None  # copies for the attention of the forward under way
 
-    def __init__(self, *arguments, num_pooled=0, **options):
+    def __init__(self, *arguments, num_pooled=0, is_pool_wanted=False, **options):
         super().__init__(*arguments, **options)
-        self.num_pooled = num_pooled
+        self.num_pooled, self.is_pool_wanted = num_pooled, is_pool_wanted
 
     def new_pool(self, keys, values, has_kernels):
         # A plan of memory is made as if for kernels.
         is_served = has_kernels or (keys.is_meta and ops.why_not(keys, values, self.page_size) is None)
-        if not (self.num_pooled and is_served and ops.has_pools(keys.device)):
+        if not (self.num_pooled and is_served and ops.has_pools(keys.device, keys.shape[0] * keys.shape[1])):
+            if self.is_pool_wanted:
+                say_once("There is no pool for these keys on this device: all that is chosen comes from the host.")
             return None
-        return Pool(keys, values, self.num_pooled)
+        return Pool(keys, values, min(self.num_pooled, keys.shape[2]))
 
     def forget(self, slot):
         """Have nothing in the pool of what is in the slots from `slot` on."""
