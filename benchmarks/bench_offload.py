@@ -5,10 +5,10 @@
     python benchmarks/bench_offload.py --cases llama-3.1-8b:1:131072 --ways memory offloaded --prompt
 
 Weights are random, and a context is put into the cache as random keys and values, as in bench_generate.py, which also
-says what the figures are. But what is chosen moves from step to step as it does in real models, see `be_like_real`: by
-default 73 % are chosen again by the next step, and the tokens chosen last, four times as many as a step chooses, hold
-96 %, nearly as of SmolLM2 with 8,192 tokens (docs/offloading.md). `hits` are those of the pools in the rounds that are timed, `again` is the
-share of tokens that the step before chose, too, in some eager steps before them.
+says what the figures are. But what is chosen moves from step to step as it does in real models, see `be_like_real`:
+by default 73 % are chosen again by the next step, and the tokens chosen last, four times as many as a step chooses,
+hold 96 %, nearly as of SmolLM2 with 8,192 tokens (docs/offloading.md). `hits` are those of the pools in the rounds
+that are timed, `again` is the share of tokens that the step before chose, too, in some eager steps before them.
 
 With `--prompt` a context is read by the model, in chunks, and how long that takes is measured, too.
 
