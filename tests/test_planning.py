@@ -105,11 +105,11 @@ class TestHolds:
     @pytest.mark.parametrize("pool", [None, 0, 700])
     def test_with_a_pool_where_there_are_kernels(self, monkeypatch, pool):
         model, options = make_model(hidden_size=256, dtype=torch.bfloat16), {"offloading": True, "codes": 2}
-        plan = plan_memory(model, 300, QuestCache(256, **options, pool=pool), batch_size=3)
+        plan = plan_memory(model, 300, QuestCache(64, **options, pool=pool), batch_size=3)
         kernels_on_cpu.emulate(monkeypatch)
-        cache = read(model, QuestCache(256, **options, pool=pool), tokens(300, batch_size=3))
+        cache = read(model, QuestCache(64, **options, pool=pool), tokens(300, batch_size=3))
         assert sum(plan.cache.values()) == held(cache)
-        slots = {None: 1024, 0: 0, 700: 768}[pool]
+        slots = {None: 256, 0: 0, 700: 768}[pool]
         of_layer = 3 * 2 * (slots * (2 * 64 * 2 + 8) + 16)
         assert plan.cache.get("pool", 0) == (2 * of_layer if slots else 0)
         assert sum(plan.host.values()) == held(cache, on_host=True)
