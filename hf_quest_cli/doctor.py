@@ -98,7 +98,8 @@ def kernels_for_cpu(advice):
     try:
         path, _ = build.plan_for_cpu()
     except RuntimeError as error:
-        advice.append("For faster steps on a CPU install g++, such as apt-get install g++.")
+        if "compiler" in str(error):
+            advice.append("For faster steps on a CPU install g++, such as apt-get install g++.")
         return f"not built: {error}"
     if path.exists():
         return str(path)

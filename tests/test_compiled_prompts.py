@@ -242,6 +242,8 @@ def test_layers_that_run_more_than_once_are_left_as_they_are():
 def test_an_unknown_backend_is_said_at_once(model):
     with pytest.raises(ValueError, match="There is no backend 'nosuch' for compile_prompts"):
         compile_prompts(model, backend="nosuch")
+    with pytest.raises(ValueError, match="would record a prompt's attention once"):
+        compile_prompts(model, backend="cudagraphs")
 
 
 class TestWhatStays:

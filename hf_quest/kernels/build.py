@@ -105,7 +105,6 @@ def load_for_cpu():
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        ctypes.CDLL(None).GOMP_parallel  # noqa: B018, of the OpenMP that PyTorch has loaded
         path, command = plan_for_cpu()
         if not path.exists():
             build_for_cpu(path, command)
@@ -124,6 +123,8 @@ def plan_for_cpu():
     """(where the library for this CPU is or will be, the command that builds it but for the name of its output)."""
     from torch.utils import cpp_extension
 
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        raise RuntimeError("this build of PyTorch has not loaded GNU's OpenMP (libgomp), whose threads they take")
     found = [shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
     compiler = next(filter(None, found), None)
     if compiler is None:

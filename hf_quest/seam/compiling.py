@@ -47,7 +47,8 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
 
     Raises:
         TypeError: for what is no model of Transformers.
-        ValueError: for a model without a decoder layer that holds one attention, and for an unknown backend.
+        ValueError: for a model without a decoder layer that holds one attention, and for an unknown backend or
+            "cudagraphs".
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -57,6 +58,8 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
     layers = {layer: attention for layer in decoder_layers(model) if (attention := attention_of(layer)) is not None}
     if not layers:
         raise ValueError(f"compile_prompts found no decoder layer with one attention in a {type(model).__name__}.")
+    if backend == "cudagraphs":
+        raise ValueError("The backend 'cudagraphs' would record a prompt's attention once, and store nothing later.")
     try:
         _dynamo.lookup_backend(backend)
     except _dynamo.exc.InvalidBackend as error:

@@ -47,7 +47,7 @@ class Region:
         return output
 
 
-@torch.library.custom_op("hf_quest::attend_in_region", mutates_args=())
+@torch.library.custom_op("hf_quest::attend_in_region", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_in_region(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -61,8 +61,8 @@ def attend_in_region(
     """`Region.attend` of the region that this thread is in.
 
     The operator changes the cache, of which its schema says nothing. Its output feeds the rest of the model, so it runs
-    once, and after the layers before it. The graph may write to what it is given once it is done, so nothing of that is
-    kept.
+    once, and after the layers before it. A CUDA graph must not hold it: replayed, that would store nothing. The graph
+    may write to what it is given once it is done, so nothing of that is kept.
 
     Args:
         query: [B, Hq, T, D].
