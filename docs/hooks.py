@@ -28,6 +28,8 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri.startswith("results/"):
         title = "" if markdown.startswith("# ") else f"# {Path(page.file.src_uri).stem}\n\n"
         return f"{title}{markdown}\n\n[Back to all results](../measured.md)\n"
+    if page.file.src_uri == "changelog.md":  # which stands beside docs/ in the repository, and in it on the site
+        return markdown.replace("](docs/", "](")
     return re.sub(r"(\]\()((?:\.\./)+)benchmarks/results/", lambda m: m[1] + m[2][3:] + "results/", markdown)
 
 

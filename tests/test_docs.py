@@ -89,7 +89,7 @@ def test_every_result_is_on_a_page():
     assert shown == set(found_tables())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_links_lead_to_files(page):
     for link, place in re.findall(r"\]\((?!https?://|#)([^)#\s]+)(?:#([^)\s]+))?", page.read_text()):
         if link == "changelog.md":  # which the site makes of CHANGELOG.md
