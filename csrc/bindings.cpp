@@ -156,15 +156,17 @@ Tensor select_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& 
 }
 
 Tensor find_candidate_pages(const Storage& storage, int64_t num_kv_heads, const Tensor& length, const Tensor& padding,
-                            int64_t num_candidates, int64_t page_size, bool keeps_first) {
-    const Tensor page_ids = at::empty(
-        {padding.size(0), num_kv_heads, 1, kStripes, count_most_in_stripe(num_candidates)}, padding.options());
+                            int64_t num_candidates, int64_t page_size, bool keeps_first, int64_t num_stripes) {
+    const Tensor page_ids =
+        at::empty({padding.size(0), num_kv_heads, 1, num_stripes, count_most_in_stripe(num_candidates, num_stripes)},
+                  padding.options());
     CandidatesParams params = {};
     params.launch = launch_on_current_stream();
     params.num_rows = padding.size(0);
     params.num_kv_heads = num_kv_heads;
     params.page_size = page_size;
     params.num_candidates = num_candidates;
+    params.num_stripes = num_stripes;
     params.keeps_first = keeps_first;
     params.length = length.data_ptr<int64_t>();
     params.padding = padding.data_ptr<int64_t>();
@@ -174,8 +176,10 @@ Tensor find_candidate_pages(const Storage& storage, int64_t num_kv_heads, const 
     return page_ids;
 }
 
-TokenChoice choice_of(int64_t code_bits, int64_t num_candidates, int64_t num_tokens, std::string_view group) {
-    return {int(code_bits), int(num_candidates), int(num_tokens), agreement_of(group)};
+TokenChoice choice_of(int64_t code_bits, int64_t num_candidates, int64_t num_tokens, int64_t page_size,
+                      std::string_view group) {
+    return {int(code_bits), int(num_candidates), int(num_tokens), count_stripes(num_tokens, page_size),
+            agreement_of(group)};
 }
 
 Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv_heads, const Tensor& page_ids,
@@ -184,6 +188,7 @@ Tensor refine_tokens(const Storage& storage, const Tensor& query, int64_t num_kv
     RefineParams params = {};
     set_step(params, storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size, scaling);
     params.code_bits = choice.code_bits;
+    params.num_stripes = page_ids.size(3);
     params.most_in_stripe = page_ids.size(4);
     params.num_tokens = choice.num_tokens;
     params.agreement = choice.agreement;
@@ -302,7 +307,7 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
     Tensor ids;
     if (is_by_codes) {
         const Tensor candidates = find_candidate_pages(storage, params.num_kv_heads, length, padding, num_selected,
-                                                       params.page_size, score.keeps_first);
+                                                       params.page_size, score.keeps_first, choice.num_stripes);
         ids = refine_tokens(storage, query, params.num_kv_heads, candidates, length, padding, params.page_size,
                             params.scaling, choice);
         params.page_size = 1;
@@ -354,12 +359,13 @@ Tensor select(const Tensor& scores, const Tensor& length, const Tensor& padding,
 }
 
 Tensor find_candidates(const Tensor& scores, const Tensor& length, const Tensor& padding, int64_t num_candidates,
-                       int64_t page_size, bool keeps_first) {
+                       int64_t page_size, bool keeps_first, int64_t num_stripes) {
     const c10::cuda::CUDAGuard guard(scores.device());
     Storage storage = {};
     storage.scores = scores.data_ptr<float>();
     storage.capacity = scores.size(3) * page_size;
-    return find_candidate_pages(storage, scores.size(1), length, padding, num_candidates, page_size, keeps_first);
+    return find_candidate_pages(storage, scores.size(1), length, padding, num_candidates, page_size, keeps_first,
+                                num_stripes);
 }
 
 Tensor refine(const Tensor& query, const Tensor& bounds, const std::optional<Tensor>& scales, const Tensor& codes,
@@ -370,7 +376,7 @@ Tensor refine(const Tensor& query, const Tensor& bounds, const std::optional<Ten
     set_bounds(storage, bounds, scales);
     storage.codes = static_cast<uint8_t*>(address_of(codes));
     storage.capacity = codes.size(2);
-    const TokenChoice choice = choice_of(code_bits_of(codes, query.size(3)), 0, num_tokens, group);
+    const TokenChoice choice = choice_of(code_bits_of(codes, query.size(3)), 0, num_tokens, page_size, group);
     return refine_tokens(storage, query, bounds.size(1), candidates, length, padding, page_size, scaling, choice);
 }
 
@@ -403,7 +409,8 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
     set_bounds(storage, bounds, scales);
     storage.capacity = keys.size(2);
     if (codes) storage.codes = static_cast<uint8_t*>(address_of(*codes));
-    const TokenChoice choice = choice_of(code_bits_of(codes, keys.size(3)), num_selected, num_tokens, token_group);
+    const TokenChoice choice =
+        choice_of(code_bits_of(codes, keys.size(3)), num_selected, num_tokens, page_size, token_group);
     const Tensor output = at::empty(query.sizes(), query.options());
     AttendParams params = describe(storage, keys.scalar_type(), query, keys.size(1), length, padding, page_size,
                                    scaling, softcap, sinks, output);
@@ -434,7 +441,7 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
                                          scaling, softcap, sinks, output);
     if (num_selected > 0) {
         const Score score = score_of(width, keeps_first, group);
-        const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, token_group);
+        const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, page_size, token_group);
         attend_chosen(params, query, length, padding, num_selected, score, choice, has_pool, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));

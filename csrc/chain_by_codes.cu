@@ -18,14 +18,15 @@ int find_cluster_size_by_codes(const AttendParams& params) {
     });
     cudaGetLastError();  // a size that does not fit is no error
     if (cluster_size == 0) return 0;
-    const int num_stripes = ceil_div(kStripes, cluster_size);  // of the busiest block, which fewer blocks may have, too
-    return ceil_div(kStripes, num_stripes);
+    // Stripes of the busiest block, which fewer blocks may have, too.
+    const int num_stripes = ceil_div(params.choice.num_stripes, cluster_size);
+    return ceil_div(params.choice.num_stripes, num_stripes);
 }
 
 bool needs_scores_by_codes(const AttendParams& params, int cluster_size) {
     const int64_t num_pages = ceil_div<int64_t>(params.storage.capacity, params.page_size);
-    const int64_t length = ceil_div<int64_t>(num_pages, kStripes) + kPagesPerTile;
-    return length * ceil_div(kStripes, cluster_size) > kMaxKeys;
+    const int64_t length = ceil_div<int64_t>(num_pages, params.choice.num_stripes) + kPagesPerTile;
+    return length * ceil_div(params.choice.num_stripes, cluster_size) > kMaxKeys;
 }
 
 cudaError_t launch_chain_by_codes(const AttendParams& params, int cluster_size) {

@@ -46,7 +46,7 @@ struct Shared : ClusterShared<kHeadDim> {
     // Of each head's softmax over the candidates' tokens, of warps and of blocks: maximum and sum.
     float2 warp_logits[kWarps][kHeadTile], block_logits[kMaxClusterSize][kHeadTile];
     float2 head_logits[kHeadTile];  // of all: maximum and the inverse of the sum
-    int first_candidate[kStripes + 1], first_chosen[kStripes + 1];  // of this block's stripes, in its lists
+    int first_candidate[kMaxStripes + 1], first_chosen[kMaxStripes + 1];  // of this block's stripes, in its lists
 };
 
 // What blocks need of shared memory for lists, after `Shared` and the query for scores.
@@ -54,11 +54,13 @@ struct ListSizes {
     int num_pages, num_tokens, num_logits;
 
     __host__ __device__ ListSizes(const AttendParams& params, int cluster_size) {
-        const int num_stripes = (kStripes + cluster_size - 1) / cluster_size;
-        const int num_best = params.choice.num_tokens - params.page_size;
-        num_pages = num_stripes * most_pages(params.choice.num_candidates - 1);
+        const TokenChoice& choice = params.choice;
+        const int num_stripes = (choice.num_stripes + cluster_size - 1) / cluster_size;
+        const int num_best = choice.num_tokens - params.page_size;
+        num_pages = num_stripes * most_pages(choice.num_candidates - 1, choice.num_stripes);
         // A stripe has no more than its share, and that of one page more (hf_quest/stripes.py).
-        num_tokens = num_stripes * ((num_best + kStripes - 1) / kStripes + params.page_size) + params.page_size;
+        const int share = (num_best + choice.num_stripes - 1) / choice.num_stripes;
+        num_tokens = num_stripes * (share + params.page_size) + params.page_size;
         num_logits = num_pages * params.page_size * params.group_size;
     }
 };
@@ -67,15 +69,15 @@ struct ListSizes {
 
 // The pages of a block, numbered stripe by stripe, each filled up to `length`.
 struct PagesInStripes {
-    int first_stripe, cluster_size, length, last_page;
+    int first_stripe, cluster_size, num_stripes, length, last_page;
 
     __device__ int stripe_of(int idx) const { return int(__fdividef(idx + 0.5f, float(length))); }  // of this block
     __device__ int page_of(int idx) const {
         const int stripe = stripe_of(idx);
-        return first_stripe + stripe * cluster_size + (idx - stripe * length) * kStripes;
+        return first_stripe + stripe * cluster_size + (idx - stripe * length) * num_stripes;
     }
     __device__ int find(int idx) const { return min(page_of(idx), last_page); }
-    __device__ int find(int first, int i) const { return min(page_of(first) + i * kStripes, last_page); }
+    __device__ int find(int first, int i) const { return min(page_of(first) + i * num_stripes, last_page); }
 };
 
 template <typename T, int kHeadDim, int kBits, bool kIsPooled>
@@ -86,7 +88,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     using Layout = CodeLayout<kHeadDim, kBits>;
     static constexpr int kTokensOfUnit = 2 * kCodeTile;
     const int lane_idx = threadIdx.x % kWarpSize;
-    const int num_stripes = ceil_div(kStripes - rank, cluster_size);  // of this block
+    const int num_stripes = ceil_div(Block::params.choice.num_stripes - rank, cluster_size);  // of this block
     const bool has_shares = Block::params.group_size > 1 && Block::params.choice.agreement != Agreement::kMax;
     int* page_ids;   // candidates
     int* token_ids;  // that this block attends
@@ -112,7 +114,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         return *reinterpret_cast<Pool*>((end + 7) / 8 * 8);
     }
     __device__ HeadPool<T, kHeadDim> head_pool(const Pool& pool) const {
-        return {pool, kv_idx, page_shift, num_tokens};
+        return {pool, kv_idx, params.choice.num_stripes, page_shift, num_tokens};
     }
 
     __device__ void begin_pool() {
@@ -127,12 +129,13 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         return num_pages <= 1 || int64_t(num_earlier()) << page_shift <= num_wanted();
     }
     __device__ int stripe_of(int own) const { return rank + own * cluster_size; }
+    __device__ int stripe_of_newest() const { return num_earlier() & (params.choice.num_stripes - 1); }
+    __device__ Stripes stripes() const { return {num_earlier(), params.choice.num_stripes}; }
 
     // Scores this block's pages. Returns where their keys are, stripe by stripe.
     __device__ int score(unsigned* distant_keys) {
-        const Stripes stripes(num_earlier());
-        const int length = ceil_div(stripes.count(0), kPagesPerTile) * kPagesPerTile;
-        const PagesInStripes pages = {rank, cluster_size, length, num_earlier() - 1};
+        const int length = ceil_div(stripes().count(0), kPagesPerTile) * kPagesPerTile;
+        const PagesInStripes pages = {rank, cluster_size, params.choice.num_stripes, length, num_earlier() - 1};
         const int num_keys = num_stripes * length;
         const auto store = [&](int, int, int idx, float score) {
             if (idx >= num_keys) return;
@@ -160,7 +163,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     // Where the candidates and the chosen tokens of each stripe begin in this block's lists, by a warp.
     __device__ void plan() {
-        const Stripes stripes(num_earlier());
+        const Stripes stripes = this->stripes();
         const int num_candidates = min(params.choice.num_candidates - 1, stripes.num_pages);
         int candidates = 0, chosen = 0;
         if (lane_idx < num_stripes) {
@@ -175,19 +178,19 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     }
 
     __device__ void find_candidates(int length, const unsigned* distant_keys) {
-        const Stripes stripes(num_earlier());
+        const Stripes stripes = this->stripes();
 #pragma unroll 1
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int stripe = stripe_of(own), first = shared.first_candidate[own];
             const auto choose = [&](auto key_of) {
-                choose_in_stripe(shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first,
-                                 key_of,
-                                 [&](int idx, int place) { page_ids[first + place] = stripe + idx * kStripes; });
+                choose_in_stripe(
+                    shared.lists[warp_idx], stripes.count(stripe), shared.first_candidate[own + 1] - first, key_of,
+                    [&](int idx, int place) { page_ids[first + place] = stripe + idx * params.choice.num_stripes; });
             };
             if (distant_keys == nullptr) {
                 choose([&](int idx) { return shared.keys[own * length + idx]; });
             } else {
-                choose([&](int idx) { return distant_keys[stripe + idx * kStripes]; });
+                choose([&](int idx) { return distant_keys[stripe + idx * params.choice.num_stripes]; });
             }
         }
     }
@@ -335,7 +338,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     __device__ void choose_tokens() {
         const unsigned* keys = reinterpret_cast<const unsigned*>(shared.logits);
-        const Stripes stripes(num_earlier());
+        const Stripes stripes = this->stripes();
         int64_t* told = params.told_ids == nullptr ? nullptr : params.told_ids + kv_idx * params.choice.num_tokens;
 #pragma unroll 1
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
@@ -355,7 +358,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         }
         // The newest page's own tokens are those of the block whose stripe comes next.
         num_own = shared.first_chosen[num_stripes];
-        if (num_earlier() % kStripes % cluster_size != rank) return;
+        if (stripe_of_newest() % cluster_size != rank) return;
         const int newest_start = num_earlier() << page_shift, num_newest = num_tokens - newest_start;
         for (int idx = threadIdx.x; idx < params.page_size; idx += kThreads) {
             if (idx < num_newest) token_ids[num_own + idx] = newest_start + idx;
@@ -372,7 +375,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int first = shared.first_chosen[own], num_chosen = shared.first_chosen[own + 1] - first;
             const int end = shared.first_chosen[num_stripes];
-            const bool has_newest = num_earlier() % kStripes == stripe_of(own);
+            const bool has_newest = stripe_of_newest() == stripe_of(own);
             own_pool.look_up(stripe_of(own), num_chosen + (has_newest ? num_own - end : 0), token_ids, places(),
                              [&](int idx) { return idx < num_chosen ? first + idx : end + idx - num_chosen; });
         }
@@ -380,7 +383,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     __device__ void choose() {
         const int64_t first_page = kv_idx * count_pages(storage, params.page_size);
-        const int most_keys = num_stripes * ceil_div(Stripes(num_earlier()).count(0), kPagesPerTile) * kPagesPerTile;
+        const int most_keys = num_stripes * ceil_div(stripes().count(0), kPagesPerTile) * kPagesPerTile;
         unsigned* distant_keys =
             most_keys <= kMaxKeys ? nullptr : reinterpret_cast<unsigned*>(storage.scores + first_page);
         const int length = score(distant_keys);

@@ -94,18 +94,18 @@ struct SelectParams {
 // Of `num_candidates` pages the newest is one, and not among those that are found: its tokens are chosen anyway.
 struct CandidatesParams {
     Launch launch;
-    int num_rows, num_kv_heads, page_size, num_candidates;
+    int num_rows, num_kv_heads, page_size, num_candidates, num_stripes;
     bool keeps_first;
     const int64_t* length;   // [1]
     const int64_t* padding;  // [B]
     Storage storage;
-    int64_t* page_ids;       // [B, Hkv, 1, kStripes, count_most_in_stripe()]
+    int64_t* page_ids;       // [B, Hkv, 1, num_stripes, count_most_in_stripe()]
 };
 
 struct RefineParams {
     Launch launch;
     DataType data_type;
-    int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, most_in_stripe, num_tokens;
+    int num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_stripes, most_in_stripe, num_tokens;
     float scaling;
     Agreement agreement;
     const void* query;         // [B, Hq, 1, D]
@@ -113,17 +113,18 @@ struct RefineParams {
     const int64_t* length;     // [1]
     const int64_t* padding;    // [B]
     Storage storage;
-    const int64_t* page_ids;   // [B, Hkv, 1, kStripes, most_in_stripe], candidates
+    const int64_t* page_ids;   // [B, Hkv, 1, num_stripes, most_in_stripe], candidates
     int num_blocks;            // count_refine_blocks()
-    float* logits;             // [B, Hkv, G, kStripes * most_in_stripe * S]; scratch
+    float* logits;             // [B, Hkv, G, num_stripes * most_in_stripe * S]; scratch
     float2* head_sums;         // [B, Hkv, head tiles, num_blocks, 8]; scratch
-    unsigned* keys;            // [B, Hkv, kStripes * most_in_stripe * S]; scratch
+    unsigned* keys;            // [B, Hkv, num_stripes * most_in_stripe * S]; scratch
     int64_t* token_ids;        // [B, Hkv, 1, num_tokens]
 };
 
 // How tokens are chosen by their codes: code_bits 0 where pages are attended whole.
 struct TokenChoice {
     int code_bits, num_candidates, num_tokens;  // candidates are pages, the newest among them
+    int num_stripes;                            // count_stripes()
     Agreement agreement;
 };
 
@@ -182,11 +183,17 @@ struct PromptAttendParams : PromptParams {
     int64_t output_strides[2];  // of tokens and heads
 };
 
-// Stripes of a row's pages, see hf_quest/stripes.py.
-constexpr int kStripes = 16;
+// Into how many stripes a row's pages are dealt where so many tokens are chosen, those of the newest page included: as
+// hf_quest/stripes.py does. A power of two.
+constexpr int kMaxStripes = 16, kMinStripes = 4, kLeastShare = 12;
+constexpr int count_stripes(int num_tokens, int page_size) {
+    int num = kMaxStripes;
+    while (num > kMinStripes && num * kLeastShare > num_tokens - page_size) num /= 2;
+    return num;
+}
 
 // A pool has so many slots or a multiple: sets of 16 in each stripe.
-constexpr int kPoolWays = 16, kPoolStep = kStripes * kPoolWays;
+constexpr int kPoolWays = 16, kPoolStep = kMaxStripes * kPoolWays;
 
 // Query heads that one thread block attends for together.
 constexpr int kHeadTile = 8;
@@ -202,7 +209,7 @@ int64_t count_head_sums(const EstimateParams& params);  // 0 where heads don't a
 cudaError_t launch_select(const SelectParams& params);
 cudaError_t launch_attend(const AttendParams& params);
 cudaError_t launch_find_candidates(const CandidatesParams& params);
-int count_most_in_stripe(int num_candidates);
+int count_most_in_stripe(int num_candidates, int num_stripes);
 cudaError_t launch_refine(const RefineParams& params);
 int count_refine_blocks(const RefineParams& params);  // of a row's KV head
 

@@ -71,18 +71,19 @@ template <typename T, int kHeadDim>
 struct HeadPool {
     T *keys, *values;
     uint64_t *tags, *counts;
-    int num_sets;  // of a stripe, or 0 where there is no pool
+    int num_stripes, num_sets;  // sets are of a stripe, or 0 where there is no pool
     int page_shift, now;
 
     HeadPool() = default;
 
     // `now` are the row's tokens.
-    __device__ HeadPool(const Pool& pool, int64_t kv_idx, int page_shift, int now)
+    __device__ HeadPool(const Pool& pool, int64_t kv_idx, int num_stripes, int page_shift, int now)
         : keys(static_cast<T*>(pool.keys) + kv_idx * pool.size * kHeadDim),
           values(static_cast<T*>(pool.values) + kv_idx * pool.size * kHeadDim),
           tags(pool.tags + kv_idx * pool.size),
           counts(pool.counts + kv_idx * 2),
-          num_sets(int(pool.size) / kPoolStep),
+          num_stripes(num_stripes),
+          num_sets(int(pool.size) / (num_stripes * kPoolWays)),
           page_shift(page_shift),
           now(now) {}
 
@@ -97,7 +98,7 @@ struct HeadPool {
 
     // The first slot of a token's set.
     __device__ int first_slot(int stripe, int token) const {
-        const int page_of_stripe = (token >> page_shift) / kStripes;
+        const int page_of_stripe = (token >> page_shift) >> (__ffs(num_stripes) - 1);
         const int token_of_stripe = (page_of_stripe << page_shift) + (token & ((1 << page_shift) - 1));
         return (stripe * num_sets + token_of_stripe % num_sets) * kPoolWays;
     }

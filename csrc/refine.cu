@@ -19,7 +19,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 4;
 
-constexpr int kStripeThreads = kStripes * kWarpSize;  // of a block that chooses, a warp for each stripe
+constexpr int kMaxThreads = kMaxStripes * kWarpSize;  // of a block that chooses, a warp for each stripe
 constexpr int kMaxKeys = 4864;  // in shared memory; more lie in L2
 
 __device__ inline bool has_shares(const RefineParams& params) {
@@ -31,8 +31,8 @@ __device__ inline int count_earlier_pages(int64_t num_tokens, int page_size) {
     return num_tokens > 0 ? int((num_tokens - 1) / page_size) : 0;
 }
 
-__global__ void __launch_bounds__(kStripeThreads) find_candidates_kernel(const CandidatesParams params) {
-    __shared__ StripeList lists[kStripes];
+__global__ void __launch_bounds__(kMaxThreads) find_candidates_kernel(const CandidatesParams params) {
+    __shared__ StripeList lists[kMaxStripes];
     wait_for_previous_kernel();
     let_next_kernel_begin();
 
@@ -41,15 +41,15 @@ __global__ void __launch_bounds__(kStripeThreads) find_candidates_kernel(const C
     const Storage storage = find(params.storage);
     const float* scores = storage.scores + kv_idx * count_pages(storage, params.page_size);
     const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
-    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size));
-    const int num_earlier = params.num_candidates - 1, most = most_pages(num_earlier);
+    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size), params.num_stripes);
+    const int num_earlier = params.num_candidates - 1, most = most_pages(num_earlier, params.num_stripes);
     const int num_chosen = stripes.count_chosen(min(num_earlier, stripes.num_pages), stripe);
-    int64_t* page_ids = params.page_ids + (kv_idx * kStripes + stripe) * most;
+    int64_t* page_ids = params.page_ids + (kv_idx * params.num_stripes + stripe) * most;
     const auto key_of = [&](int idx) {
         const bool is_kept = params.keeps_first && idx == 0 && stripe == 0;
-        return is_kept ? ~0u : order_of(__ldcg(scores + idx * kStripes + stripe));
+        return is_kept ? ~0u : order_of(__ldcg(scores + idx * params.num_stripes + stripe));
     };
-    const auto tell = [&](int idx, int place) { page_ids[place] = idx * kStripes + stripe; };
+    const auto tell = [&](int idx, int place) { page_ids[place] = idx * params.num_stripes + stripe; };
     choose_in_stripe(lists[stripe], stripes.count(stripe), num_chosen, key_of, tell);
     for (int place = num_chosen + threadIdx.x % kWarpSize; place < most; place += kWarpSize) page_ids[place] = -1;
 }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const RefinePara
     const int64_t kv_idx = int64_t(row_idx) * params.num_kv_heads + kv_head_idx;
     const Storage storage = find(params.storage);
     const int64_t padding = params.padding[row_idx];
-    const int num_scored = kStripes * params.most_in_stripe;
+    const int num_scored = params.num_stripes * params.most_in_stripe;
 
     const int first_head = kv_head_idx * params.group_size + head_tile * kHeadTile;
     const T* first_query = static_cast<const T*>(params.query) + row_idx * params.query_strides[0];
@@ -171,8 +171,8 @@ struct TokenAgreement {
     }
 };
 
-__global__ void __launch_bounds__(kStripeThreads) choose_tokens_kernel(const RefineParams params) {
-    __shared__ StripeList lists[kStripes];
+__global__ void __launch_bounds__(kMaxThreads) choose_tokens_kernel(const RefineParams params) {
+    __shared__ StripeList lists[kMaxStripes];
     __shared__ unsigned near_keys[kMaxKeys];
     __shared__ float2 head_sums[4 * kHeadTile];
     wait_for_previous_kernel();
@@ -183,19 +183,19 @@ __global__ void __launch_bounds__(kStripeThreads) choose_tokens_kernel(const Ref
     const int stripe = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
     const Storage storage = find(params.storage);
     const int64_t num_tokens = count_tokens(params.length, params.padding, row_idx, storage.capacity);
-    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size));
+    const Stripes stripes(count_earlier_pages(num_tokens, params.page_size), params.num_stripes);
     const int64_t newest_start = int64_t(stripes.num_pages) << page_shift;
     const int num_wanted = int(min(int64_t(params.num_tokens - params.page_size), newest_start));
     int64_t* token_ids = params.token_ids + kv_idx * params.num_tokens;
     // The newest page's own, and what fills up.
-    for (int place = num_wanted + threadIdx.x; place < params.num_tokens; place += kStripeThreads) {
+    for (int place = num_wanted + threadIdx.x; place < params.num_tokens; place += blockDim.x) {
         const int64_t token_idx = newest_start + place - num_wanted;
         token_ids[place] = token_idx < num_tokens ? token_idx : -1;
     }
 
     const int num_head_tiles = ceil_div(params.group_size, kHeadTile), num_blocks = params.num_blocks;
     if (has_shares(params)) {
-        for (int head_idx = stripe; head_idx < params.group_size; head_idx += kStripes) {
+        for (int head_idx = stripe; head_idx < params.group_size; head_idx += params.num_stripes) {
             const int64_t tile_idx = kv_idx * num_head_tiles + head_idx / kHeadTile;
             LogitSum total;
             for (int i = lane_idx; i < num_blocks; i += kWarpSize) {
@@ -209,14 +209,14 @@ __global__ void __launch_bounds__(kStripeThreads) choose_tokens_kernel(const Ref
         }
     }
     __syncthreads();
-    const int64_t num_slots = int64_t(kStripes * params.most_in_stripe) << page_shift;
+    const int64_t num_slots = int64_t(params.num_stripes * params.most_in_stripe) << page_shift;
     const TokenAgreement agree = {params.logits + kv_idx * params.group_size * num_slots,
                                   head_sums,
                                   num_slots,
                                   params.group_size,
                                   params.agreement,
                                   has_shares(params)};
-    const int64_t* page_ids = params.page_ids + (kv_idx * kStripes + stripe) * params.most_in_stripe;
+    const int64_t* page_ids = params.page_ids + (kv_idx * params.num_stripes + stripe) * params.most_in_stripe;
     int num_pages = 0;  // of the stripe
     for (int idx = lane_idx; idx < params.most_in_stripe; idx += kWarpSize) num_pages += page_ids[idx] >= 0;
     const int num_keys = int(__reduce_add_sync(kWholeWarp, unsigned(num_pages))) << page_shift;
@@ -248,13 +248,14 @@ cudaError_t launch_scores(const RefineParams& params) {
 int count_refine_blocks(const RefineParams& params) {
     const int num_heads = params.num_rows * params.num_kv_heads * ceil_div(params.group_size, kHeadTile);
     const int most = std::max(kBlocksPerSm * params.launch.num_sms / num_heads, 1);
-    return std::max(std::min(ceil_div(kStripes * params.most_in_stripe, kWarps), most), 1);
+    return std::max(std::min(ceil_div(params.num_stripes * params.most_in_stripe, kWarps), most), 1);
 }
 
-int count_most_in_stripe(int num_candidates) { return most_pages(num_candidates - 1); }
+int count_most_in_stripe(int num_candidates, int num_stripes) { return most_pages(num_candidates - 1, num_stripes); }
 
 cudaError_t launch_find_candidates(const CandidatesParams& params) {
-    return launch(find_candidates_kernel, dim3(params.num_rows * params.num_kv_heads), kStripeThreads, 0, params);
+    const dim3 grid(params.num_rows * params.num_kv_heads);
+    return launch(find_candidates_kernel, grid, params.num_stripes * kWarpSize, 0, params);
 }
 
 cudaError_t launch_refine(const RefineParams& params) {
@@ -262,7 +263,8 @@ cudaError_t launch_refine(const RefineParams& params) {
                               : params.code_bits == 4 ? launch_scores<4>(params)
                                                       : cudaErrorInvalidValue;
     if (error != cudaSuccess) return error;
-    return launch(choose_tokens_kernel, dim3(params.num_rows * params.num_kv_heads), kStripeThreads, 0, params);
+    const dim3 grid(params.num_rows * params.num_kv_heads);
+    return launch(choose_tokens_kernel, grid, params.num_stripes * kWarpSize, 0, params);
 }
 
 }  // namespace hf_quest

@@ -6,14 +6,19 @@
 namespace hf_quest {
 
 // The largest share of `num` pages that a stripe has.
-__host__ __device__ constexpr int most_pages(int num) { return (num + kStripes - 1) / kStripes + 1; }
+__host__ __device__ constexpr int most_pages(int num, int num_stripes) {
+    return (num + num_stripes - 1) / num_stripes + 1;
+}
 
-// How the pages before a row's newest one are dealt to stripes: page p is one of stripe p % kStripes.
+// How the pages before a row's newest one are dealt to stripes, of which there are a power of two: page p is one of
+// stripe p % num_stripes.
 struct Stripes {
     int num_pages, each, num_longer;
 
-    __device__ explicit Stripes(int num_pages)
-        : num_pages(num_pages), each(num_pages / kStripes), num_longer(num_pages % kStripes) {}
+    __device__ Stripes(int num_pages, int num_stripes)
+        : num_pages(num_pages),
+          each(num_pages >> (__ffs(num_stripes) - 1)),
+          num_longer(num_pages & (num_stripes - 1)) {}
 
     __device__ int count(int stripe) const { return each + (stripe < num_longer ? 1 : 0); }
 

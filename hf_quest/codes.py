@@ -74,7 +74,13 @@ def refresh_codes(
 
 
 def find_candidates(
-    scores: Tensor, length: Length, padding: Tensor, num_candidates: float, page_size: int, keeps_first: bool
+    scores: Tensor,
+    length: Length,
+    padding: Tensor,
+    num_candidates: float,
+    page_size: int,
+    keeps_first: bool,
+    num_stripes: int,
 ) -> Tensor:
     """Choose, for every query, the pages whose tokens are looked at by their codes: the best of each stripe.
 
@@ -82,6 +88,7 @@ def find_candidates(
         scores: [B, Hkv, T, P] float32.
         length, padding, keeps_first: as in `reference.select`.
         num_candidates: pages, the newest among them; infinite for all.
+        num_stripes: X, `stripes.count` of the tokens that are to be chosen.
 
     Returns:
         [B, Hkv, T, X, W] int64, of each stripe W page ids, ascending, without the newest page; -1 fills up.
@@ -93,11 +100,12 @@ def find_candidates(
     rank = order_of(scores) - page_idx
     if keeps_first:
         rank = rank.masked_fill(page_idx == 0, reference.INT64.max)
-    rank = stripes.by_stripe(rank.masked_fill(page_idx >= newest, reference.INT64.min), reference.INT64.min)
-    shares = stripes.shares_of_pages(newest[..., 0].clamp(max=num_earlier), newest[..., 0])
-    best = stripes.best(rank, shares, stripes.most_pages(num_earlier))
-    stripe = torch.arange(stripes.NUM_STRIPES, device=scores.device)[:, None]
-    return torch.where(best < 0, -1, best * stripes.NUM_STRIPES + stripe)
+    rank = rank.masked_fill(page_idx >= newest, reference.INT64.min)
+    rank = stripes.by_stripe(rank, num_stripes, reference.INT64.min)
+    shares = stripes.shares_of_pages(newest[..., 0].clamp(max=num_earlier), newest[..., 0], num_stripes)
+    best = stripes.best(rank, shares, stripes.most_pages(num_earlier, num_stripes))
+    stripe = torch.arange(num_stripes, device=scores.device)[:, None]
+    return torch.where(best < 0, -1, best * num_stripes + stripe)
 
 
 def refine(
@@ -152,7 +160,7 @@ def refine(
     scores = reduce_group(scores, group, ~is_open[:, :, None])
     rank = (order_of(scores) - position).masked_fill(~is_open, reference.INT64.min).unflatten(-1, (num_stripes, -1))
     num_best = max(num_tokens - page_size, 0)
-    shares = stripes.shares_of_tokens((newest * page_size).clamp(max=num_best), newest)
+    shares = stripes.shares_of_tokens((newest * page_size).clamp(max=num_best), newest, num_stripes)
     visible = visible_tokens(num_queries, length, padding)[:, None, :, None]
     # No stripe has more pages than its share of all, and one.
     best = stripes.best(rank, shares, min(rank.shape[-1], -(-num_best // num_stripes) + page_size))

@@ -1,7 +1,8 @@
 """Stripes: every 16th page of a row, of which each stripe has a like share chosen. A part of the specification.
 
 Blocks of a GPU that look after stripes of their own choose without a word to each other. What matters lies together in
-a text, so neighbours belong to different stripes.
+a text, so neighbours belong to different stripes. A share of few tokens leaves out what is best where it lies in one
+stripe: of a small budget there are fewer stripes, every 8th page or every 4th.
 
 Letters in shapes are those of `reference.py`; X is the number of stripes.
 """
@@ -12,36 +13,42 @@ from torch import Tensor
 
 from . import reference
 
-NUM_STRIPES = 16  # which two, four or eight blocks share evenly
+COUNTS = (16, 8, 4)  # which two or four blocks share evenly
+LEAST_SHARE = 12  # tokens of a stripe, where there are more than the fewest stripes
 
 
-def starts(num_pages: Tensor) -> Tensor:
+def count(num_tokens: int, page_size: int) -> int:
+    """X: into how many stripes pages are dealt where `num_tokens` are chosen, those of the newest page included."""
+    return next((num for num in COUNTS if num * LEAST_SHARE <= num_tokens - page_size), COUNTS[-1])
+
+
+def starts(num_pages: Tensor, num_stripes: int) -> Tensor:
     """[..., X + 1]: how many of `num_pages` [...] pages are in the stripes before each, and in all."""
-    stripe = torch.arange(NUM_STRIPES + 1, device=num_pages.device)
+    stripe = torch.arange(num_stripes + 1, device=num_pages.device)
     num_pages = num_pages[..., None]
-    return stripe * (num_pages // NUM_STRIPES) + torch.minimum(stripe, num_pages % NUM_STRIPES)
+    return stripe * (num_pages // num_stripes) + torch.minimum(stripe, num_pages % num_stripes)
 
 
-def shares_of_tokens(num: Tensor, num_pages: Tensor) -> Tensor:
+def shares_of_tokens(num: Tensor, num_pages: Tensor, num_stripes: int) -> Tensor:
     """[..., X]: how many of `num` [...] tokens each stripe gets, in proportion to its pages; in all they are `num`."""
-    return (num[..., None] * starts(num_pages) // num_pages[..., None].clamp(min=1)).diff(dim=-1)
+    return (num[..., None] * starts(num_pages, num_stripes) // num_pages[..., None].clamp(min=1)).diff(dim=-1)
 
 
-def shares_of_pages(num: Tensor, num_pages: Tensor) -> Tensor:
+def shares_of_pages(num: Tensor, num_pages: Tensor, num_stripes: int) -> Tensor:
     """[..., X]: the same of pages, rounded up, so that they hold its share of the tokens of as many pages."""
-    own = starts(num_pages).diff(dim=-1)
+    own = starts(num_pages, num_stripes).diff(dim=-1)
     return torch.minimum(own, -(-num[..., None] * own // num_pages[..., None].clamp(min=1)))
 
 
-def most_pages(num: int) -> int:
+def most_pages(num: int, num_stripes: int) -> int:
     """The largest share of `num` pages, however many pages there are."""
-    return -(-num // NUM_STRIPES) + 1
+    return -(-num // num_stripes) + 1
 
 
-def by_stripe(of_pages: Tensor, fill: int) -> Tensor:
+def by_stripe(of_pages: Tensor, num_stripes: int, fill: int) -> Tensor:
     """[..., X, P / X]: what [..., P] are, where `fill` stands for pages that there are not."""
-    filled = F.pad(of_pages, (0, -of_pages.shape[-1] % NUM_STRIPES), value=fill)
-    return filled.unflatten(-1, (-1, NUM_STRIPES)).transpose(-1, -2)
+    filled = F.pad(of_pages, (0, -of_pages.shape[-1] % num_stripes), value=fill)
+    return filled.unflatten(-1, (-1, num_stripes)).transpose(-1, -2)
 
 
 def best(rank: Tensor, shares: Tensor, most: int) -> Tensor:

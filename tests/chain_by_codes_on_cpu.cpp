@@ -146,7 +146,8 @@ int run_case() {
     params.num_selected = given.num_candidates;
     params.scaling = given.scaling;
     params.score = {given.width, given.keeps_first != 0, Agreement::kMax};
-    params.choice = {given.code_bits, given.num_candidates, given.num_tokens, Agreement(given.agreement)};
+    params.choice = {given.code_bits, given.num_candidates, given.num_tokens,
+                     count_stripes(given.num_tokens, given.page_size), Agreement(given.agreement)};
     params.query = query.data();
     params.query_strides[0] = int64_t(given.num_kv_heads) * given.group_size * head_dim;
     params.query_strides[1] = head_dim;
@@ -184,16 +185,17 @@ int check_sizes() {
             for (int num_tokens = page_size; num_tokens <= num_candidates * page_size; num_tokens += page_size / 8) {
                 for (int cluster_size = 2; cluster_size <= 16; ++cluster_size) {
                     AttendParams params = {.page_size = page_size};
-                    params.choice = {2, num_candidates, num_tokens, Agreement::kMax};
+                    const int num_stripes = count_stripes(num_tokens, page_size);
+                    params.choice = {2, num_candidates, num_tokens, num_stripes, Agreement::kMax};
                     const ListSizes sizes(params, cluster_size);
                     for (int num_earlier = 1; num_earlier < 130; ++num_earlier) {
                         const int num_wanted = num_tokens - page_size;
                         if (num_earlier * page_size <= num_wanted) continue;  // all are attended
-                        const Stripes stripes(num_earlier);
+                        const Stripes stripes(num_earlier, num_stripes);
                         const int num_found = std::min(num_candidates - 1, num_earlier);
                         for (int rank = 0; rank < cluster_size; ++rank) {
                             int num_pages = 0, num_chosen = 0;
-                            for (int stripe = rank; stripe < kStripes; stripe += cluster_size) {
+                            for (int stripe = rank; stripe < num_stripes; stripe += cluster_size) {
                                 const int found = stripes.count_chosen(num_found, stripe);
                                 const int chosen = stripes.first_token(num_wanted, stripe + 1) -
                                                    stripes.first_token(num_wanted, stripe);
@@ -201,7 +203,7 @@ int check_sizes() {
                                 num_pages += found;
                                 num_chosen += chosen;
                             }
-                            if (num_earlier % kStripes % cluster_size == rank) num_chosen += page_size;
+                            if (num_earlier % num_stripes % cluster_size == rank) num_chosen += page_size;
                             if (num_pages > sizes.num_pages) fail("more candidates than their list holds");
                             if (num_chosen > sizes.num_tokens) fail("more tokens than their list holds");
                         }

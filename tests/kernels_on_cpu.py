@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from hf_quest import codes as codes_
-from hf_quest import reference
+from hf_quest import reference, stripes
 from hf_quest.kernels import ops
 from hf_quest.reference import Score
 from hf_quest.storage.pool import TOKEN
@@ -56,8 +56,9 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
 
 
 @operator
-def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False):
-    return codes_.find_candidates(scores, int(length), padding, num_candidates, page_size, keeps_first)
+def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False, num_stripes=16):
+    where = (int(length), padding, num_candidates, page_size)
+    return codes_.find_candidates(scores, *where, keeps_first, num_stripes)
 
 
 @operator
@@ -87,7 +88,8 @@ def chain(query, keys, values, bounds, scales, length, padding, num_selected, pa
     else:
         bits = codes.shape[-1] * 8 // keys.shape[-1]
         how = (bits, scaling, num_tokens, token_group)
-        candidates = codes_.find_candidates(scores, *where_found)
+        num_stripes = stripes.count(num_tokens, page_size)
+        candidates = codes_.find_candidates(scores, *where_found, num_stripes)
         ids, page_size = codes_.refine(query, bounds, scales, codes, candidates, *where, *how), 1
     if told_ids is not None:
         told_ids.copy_(ids)

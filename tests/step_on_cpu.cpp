@@ -77,11 +77,13 @@ int main() {
 
     auto query = read<uint16_t>(query_heads * head_dim);
     auto page_scores = read<float>(heads * num_pages);
-    const int most = count_most_in_stripe(given.num_candidates);
-    std::vector<int64_t> page_ids(heads * kStripes * most, -2);
+    const int num_stripes = count_stripes(given.num_tokens, given.page_size);
+    const int most = count_most_in_stripe(given.num_candidates, num_stripes);
+    std::vector<int64_t> page_ids(heads * num_stripes * most, -2);
     CandidatesParams find = {.launch = launch, .num_rows = given.num_rows, .num_kv_heads = given.num_kv_heads};
     find.page_size = given.page_size;
     find.num_candidates = given.num_candidates;
+    find.num_stripes = num_stripes;
     find.keeps_first = true;
     find.length = &length;
     find.padding = padding.data();
@@ -97,6 +99,7 @@ int main() {
     params.head_dim = given.head_dim;
     params.page_size = given.page_size;
     params.code_bits = given.code_bits;
+    params.num_stripes = num_stripes;
     params.most_in_stripe = most;
     params.num_tokens = given.num_tokens;
     params.scaling = given.scaling;
@@ -109,7 +112,7 @@ int main() {
     params.storage = storage;
     params.page_ids = page_ids.data();
     params.num_blocks = count_refine_blocks(params);
-    const size_t num_slots = size_t(kStripes) * most * given.page_size;
+    const size_t num_slots = size_t(num_stripes) * most * given.page_size;
     const size_t num_tiles = (given.group_size + kHeadTile - 1) / kHeadTile;
     std::vector<float> logits(query_heads * num_slots);
     std::vector<float2> head_sums(heads * num_tiles * params.num_blocks * kHeadTile);

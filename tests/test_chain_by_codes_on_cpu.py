@@ -12,7 +12,7 @@ import pytest
 import torch
 from on_cpu import build_program, needs_nvcc
 
-from hf_quest import codes, reference
+from hf_quest import codes, reference, stripes
 from hf_quest.evaluation.hits import SetPool
 
 pytestmark = [needs_nvcc, pytest.mark.any_transformers]
@@ -30,7 +30,7 @@ class Case:
     page_size: int = 16
     code_bits: int = 2
     num_candidates: int = 20
-    num_tokens: int = 64
+    num_tokens: int = 208
     capacity: int = 640
     agreement: int = reference.GROUPS.index("sum")
     keeps_first: int = 1
@@ -74,6 +74,8 @@ CASES = {
     "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
     "head dim 96, 4 bits": Case(head_dim=96, group_size=3, code_bits=4),
     "head dim 256": Case(head_dim=256, group_size=5, agreement=BY_SHARE),
+    "four stripes, a cluster of 3": Case(num_tokens=64, cluster_size=3),
+    "eight stripes, a cluster of 5, two rows": Case(num_tokens=128, cluster_size=5, num_rows=2),
     "more of a stripe than are compared": Case(num_candidates=48, num_tokens=1152, page_size=32, capacity=1568),
 }
 
@@ -128,7 +130,7 @@ class Step:
         where = (self.length, self.padding, case.page_size)
         scores = reference.estimate(self.query, *bounds, case.scaling, case.score)
         chosen = (*where[:2], case.num_candidates, case.page_size, bool(case.keeps_first))
-        candidates = codes.find_candidates(scores, *chosen)
+        candidates = codes.find_candidates(scores, *chosen, stripes.count(case.num_tokens, case.page_size))
         how = (case.code_bits, case.scaling, case.num_tokens, case.group)
         return codes.refine(self.query, *bounds, self.codes, candidates, *where, *how)
 
@@ -193,7 +195,7 @@ def test_short_rows_are_taken_whole(program, length, cluster_size):
 def test_a_row_of_padding_alone_has_no_tokens(program):
     told = check(Step(Case(num_rows=3, capacity=320), (0, 304, 303), num_spare=16), program)
     assert (told[1] == -1).all()
-    assert told[2].flatten().tolist() == [0] + [-1] * 63
+    assert told[2].flatten().tolist() == [0] + [-1] * 207
 
 
 EQUAL = {
@@ -215,9 +217,10 @@ def test_equal_keys_are_taken_from_the_first_on(program, case):
     step.store()
     told, size = check(step, program), case.page_size
     num_earlier = (case.capacity - 1) // size
-    for stripe in range(16):
-        chosen = told[(told >= 0) & (told < num_earlier * size) & (told // size % 16 == stripe)]
-        of_stripe = torch.cat([torch.arange(size) + size * page for page in range(stripe, num_earlier, 16)])
+    num_stripes = stripes.count(case.num_tokens, size)
+    for stripe in range(num_stripes):
+        chosen = told[(told >= 0) & (told < num_earlier * size) & (told // size % num_stripes == stripe)]
+        of_stripe = torch.cat([torch.arange(size) + size * page for page in range(stripe, num_earlier, num_stripes)])
         assert chosen.tolist() == of_stripe[: len(chosen)].tolist()
 
 
@@ -244,6 +247,7 @@ def test_lists_are_as_large_as_stripes_may_want(program):
 
 POOLED = {
     "as it is by default": Case(pool_size=256),
+    "four stripes, a cluster of 3": Case(num_tokens=64, cluster_size=3, pool_size=256),
     "two rows and heads, a cluster of 3": Case(num_rows=2, num_kv_heads=2, cluster_size=3, capacity=400, pool_size=512),
     "pages of 32, head dim 128": Case(
         head_dim=128, page_size=32, num_candidates=7, num_tokens=100, group_size=5, pool_size=256, is_found=1
@@ -328,7 +332,8 @@ class TestPool:
     def test_what_was_not_attended_for_longest_goes_first(self, program, case):
         """As in evaluation/hits.py, which tells how many are found, step after step while the text grows."""
         step, size = self.step(case), case.pool_size
-        expected = [SetPool(case.num_kv_heads, size, case.page_size) for _ in range(case.num_rows)]
+        num_stripes = stripes.count(case.num_tokens, case.page_size)
+        expected = [SetPool(case.num_kv_heads, size, case.page_size, num_stripes) for _ in range(case.num_rows)]
         num_found = torch.zeros(step.shape, dtype=torch.int64)
         torch.manual_seed(1)
         for _ in range(4):

@@ -11,7 +11,6 @@ from transformers import DynamicCache
 from hf_quest import QuestCache, QuestError, reference, stripes
 from hf_quest.codes import BITS, LEAST, decode, encode, find_candidates, grid, refine, refresh_codes
 from hf_quest.evaluation.choices import CHOICES, attended_tokens, grouped_logits
-from hf_quest.stripes import NUM_STRIPES
 from hf_quest.watch import PageReads
 
 PAGE = 4
@@ -105,39 +104,47 @@ def test_codes_of_full_pages_do_not_hang_on_how_tokens_came(left_padding, length
         assert torch.equal(whole.codes[row, :, done], grown.codes[row, :, done])
 
 
-def stripes_of(num_pages):
+def stripes_of(num_pages, num_stripes):
     """The pages of each stripe, of so many before the newest."""
-    return [list(range(stripe, num_pages, NUM_STRIPES)) for stripe in range(NUM_STRIPES)]
+    return [list(range(stripe, num_pages, num_stripes)) for stripe in range(num_stripes)]
 
 
+def test_a_small_budget_has_fewer_stripes_so_that_each_has_a_dozen_tokens():
+    assert [stripes.count(num, 16) for num in (32, 64, 111, 112, 128, 207, 208, 4096)] == [4, 4, 4, 8, 8, 8, 16, 16]
+    assert [stripes.count(num, 32) for num in (64, 128, 223, 224)] == [4, 8, 8, 16]
+
+
+@pytest.mark.parametrize("num_stripes", stripes.COUNTS)
 @pytest.mark.parametrize("num_pages", [0, 1, 5, 16, 17, 40, 100])
 @pytest.mark.parametrize("num_candidates", [1, 2, 7, 30, 1000])
 @pytest.mark.parametrize("keeps_first", [True, False])
-def test_candidates_are_the_best_of_each_stripe(num_pages, num_candidates, keeps_first):
+def test_candidates_are_the_best_of_each_stripe(num_pages, num_candidates, keeps_first, num_stripes):
     scores = torch.randn(1, 1, 1, num_pages + 3, generator=torch.Generator().manual_seed(num_pages)).round(decimals=1)
     length = num_pages * PAGE + 2
-    found = find_candidates(scores, length, torch.tensor([0]), num_candidates, PAGE, keeps_first)[0, 0, 0]
+    where = (length, torch.tensor([0]), num_candidates, PAGE)
+    found = find_candidates(scores, *where, keeps_first, num_stripes)[0, 0, 0]
     num = min(num_candidates - 1, num_pages)
-    for own, pages in zip(found.tolist(), stripes_of(num_pages), strict=True):
+    for own, pages in zip(found.tolist(), stripes_of(num_pages, num_stripes), strict=True):
         share = -(-num * len(pages) // max(num_pages, 1))
         by_score = sorted(pages, key=lambda page: (not (keeps_first and page == 0), -scores[0, 0, 0, page], page))
         best = sorted(by_score[:share])
         assert own == best + (len(own) - len(best)) * [-1]
 
 
+@pytest.mark.parametrize("num_stripes", stripes.COUNTS)
 @pytest.mark.parametrize("num_pages", [1, 5, 16, 17, 40, 1000])
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 500])
-def test_shares_are_fair_and_add_up(num_pages, num_tokens):
+def test_shares_are_fair_and_add_up(num_pages, num_tokens, num_stripes):
     """None is a token from its part of the whole, and candidates of as many pages hold what is chosen of them."""
     num_tokens = min(num_tokens, num_pages * PAGE)
-    shares = stripes.shares_of_tokens(torch.tensor(num_tokens), torch.tensor(num_pages)).tolist()
+    shares = stripes.shares_of_tokens(torch.tensor(num_tokens), torch.tensor(num_pages), num_stripes).tolist()
     assert sum(shares) == num_tokens
     num_candidates = torch.tensor(-(-num_tokens // PAGE))
-    of_pages = stripes.shares_of_pages(num_candidates, torch.tensor(num_pages)).tolist()
-    for share, candidates, pages in zip(shares, of_pages, stripes_of(num_pages), strict=True):
+    of_pages = stripes.shares_of_pages(num_candidates, torch.tensor(num_pages), num_stripes).tolist()
+    for share, candidates, pages in zip(shares, of_pages, stripes_of(num_pages, num_stripes), strict=True):
         assert abs(share - num_tokens * len(pages) / num_pages) < 1
         assert share <= candidates * PAGE
-        assert candidates <= min(len(pages), stripes.most_pages(int(num_candidates)))
+        assert candidates <= min(len(pages), stripes.most_pages(int(num_candidates), num_stripes))
 
 
 def chosen_by_formula(stored, query, candidates, num_tokens, group, mass=None):
@@ -176,7 +183,7 @@ def chosen_by_formula(stored, query, candidates, num_tokens, group, mass=None):
                     scores = {token: agree[group](each) for token, each in shares.items()}
                 num_best, num_before = min(num_tokens - PAGE, newest * PAGE), 0
                 best = []
-                for pages in stripes_of(newest):
+                for pages in stripes_of(newest, candidates.shape[3]):
                     num_before += len(pages)
                     share = num_best * num_before // max(newest, 1) - len(best)
                     own = [token for token in scores if token // PAGE in pages]
@@ -200,13 +207,13 @@ def those_that_hold(mass, chosen, scores, least, are_logits):
 @pytest.mark.parametrize("num_heads", [2, 6])
 @pytest.mark.parametrize("left_padding", ODD)
 @pytest.mark.parametrize("num_queries", [1, 3])
-@pytest.mark.parametrize("mass", [None, 0.2, 0.7])
-def test_refine_is_its_formula(group, num_heads, left_padding, num_queries, mass):
+@pytest.mark.parametrize(("mass", "num_stripes"), [(None, 16), (None, 4), (0.2, 16), (0.7, 16)])
+def test_refine_is_its_formula(group, num_heads, left_padding, num_queries, mass, num_stripes):
     stored = Stored(left_padding, 157, seed=num_heads)
     query = torch.randn(len(left_padding), num_heads, num_queries, 16, generator=torch.Generator().manual_seed(1))
     where = (stored.length, stored.padding, PAGE)
     scores = reference.estimate(query, stored.bounds, stored.scales, 0.25, reference.DEFAULT, where)
-    candidates = find_candidates(scores, *where[:2], 20, PAGE, keeps_first=True)
+    candidates = find_candidates(scores, *where[:2], 20, PAGE, True, num_stripes)
     # Nothing else is read: neither other pages, nor keys.
     stored.keys.fill_(torch.nan)
     found = stored.refine(query, candidates, 44, group, mass)
@@ -219,7 +226,7 @@ def test_refine_is_its_formula(group, num_heads, left_padding, num_queries, mass
 def test_where_candidates_have_fewer_tokens_than_are_asked_for_all_are_chosen():
     stored = Stored((0,), 30)
     scores = torch.zeros(1, 2, 1, 9)
-    candidates = find_candidates(scores, 30, stored.padding, 8, PAGE, keeps_first=True)
+    candidates = find_candidates(scores, 30, stored.padding, 8, PAGE, True, 16)
     ids = stored.refine(torch.randn(1, 4, 1, 16), candidates, 40)
     assert ids[0, 0, 0].tolist() == [*range(30), *(10 * [-1])]
 
@@ -280,7 +287,7 @@ def test_a_budget_beyond_the_context_is_dense_and_reads_no_code(model):
 
 def test_a_short_row_of_a_batch_attends_all_of_it():
     stored = Stored((0, 130), 157)
-    candidates = find_candidates(torch.zeros(2, 2, 1, 40), 157, stored.padding, math.inf, PAGE, keeps_first=True)
+    candidates = find_candidates(torch.zeros(2, 2, 1, 40), 157, stored.padding, math.inf, PAGE, True, 4)
     ids = stored.refine(torch.randn(2, 4, 1, 16), candidates, 44, mass=0.2)
     assert (ids[0] >= 0).sum(dim=-1).max() < 44
     assert ids[1, :, 0].tolist() == 2 * [[*range(27), *(17 * [-1])]]
@@ -293,10 +300,11 @@ def test_a_mass_attends_fewer_tokens_and_loses_little_more(model):
     generate(model, tokens(PROMPT), cache)
     num = torch.stack(reads)
     assert 48 // LEAST < num.min() < num.float().mean() < num.max() <= 48
+    assert num.float().mean() < 18  # fewer than a budget of 20 does in the mean
     assert cache.method.fused is None
     few, by_mass, all_of_them = (
         mean_difference(model, budget=budget, codes=2, candidates=None, mass=mass)
-        for budget, mass in ((24, None), (48, 0.9), (48, None))
+        for budget, mass in ((20, None), (48, 0.9), (48, None))
     )
     assert all_of_them < by_mass < few
 
@@ -318,8 +326,8 @@ def test_what_a_step_reads_is_counted_with_codes(model):
     with torch.no_grad():
         model(tokens(96), past_key_values=cache)
     token = 2 * 16 * 4  # bytes of a key and a value
-    # Eleven of 23 pages, one of each stripe at least.
-    bounds, codes = 24 * (2 * 16 + 1), 16 * PAGE * 16 * 2 / 8
+    # Eleven of 23 pages in four stripes, rounded up in each.
+    bounds, codes = 24 * (2 * 16 + 1), 12 * PAGE * 16 * 2 / 8
     assert cache.tokens_attended == 4 * [24]
     assert cache.read_share == pytest.approx((24 + (bounds + codes) / token) / 96)
 

@@ -47,10 +47,11 @@ def full_pages(stored):
     return (slot >= stored.padding[:, None]) & (slot < end[:, None])
 
 
-def random_candidates(stored, num_candidates):
+def random_candidates(stored, num_candidates, num_chosen):
     generator = torch.Generator(DEVICE).manual_seed(2)
     scores = torch.rand(*stored.bounds.shape[:2], 1, stored.bounds.shape[2], generator=generator, device=DEVICE)
-    return codes.find_candidates(scores, stored.num_tokens, stored.padding, num_candidates, stored.page_size, True)
+    where = (stored.num_tokens, stored.padding, num_candidates, stored.page_size, True)
+    return codes.find_candidates(scores, *where, stripes.count(num_chosen, stored.page_size))
 
 
 def agreed_scores(stored, of_tokens, bits, candidates, group):
@@ -94,8 +95,9 @@ def assert_chosen_as_specified(stored, of_tokens, bits, candidates, ids, group="
     # 2^-21 of the largest weight in a logit, which shares multiply by e.
     agreed = agreed_scores(stored, of_tokens, bits, candidates, group)
     page = torch.arange(agreed.shape[-1], device=DEVICE) // stored.page_size
-    for stripe in range(stripes.NUM_STRIPES):  # each has its own share
-        of_stripe = agreed.masked_fill(page % stripes.NUM_STRIPES != stripe, -torch.inf)
+    num_stripes = candidates.shape[3]
+    for stripe in range(num_stripes):  # each has its own share
+        of_stripe = agreed.masked_fill(page % num_stripes != stripe, -torch.inf)
         chosen, best = (
             of_stripe.gather(-1, each.clamp(0, agreed.shape[-1] - 1)).masked_fill(each < 0, -torch.inf).sort(-1).values
             for each in (ids, expected)
@@ -171,7 +173,7 @@ class TestRefine:
         stored.bounds[:] = 1
         if stored.scales is not None:
             stored.scales[:] = 127
-        candidates = random_candidates(stored, 30)
+        candidates = random_candidates(stored, 30, 100)
         of_tokens = torch.zeros_like(codes_of(stored, 2))
         where = (3000, stored.padding, 16, 2, stored.scaling)
         expected = codes.refine(stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, 100, "sum")
@@ -180,7 +182,7 @@ class TestRefine:
     @staticmethod
     def check(stored, bits, num_candidates, num_chosen, group="sum"):
         num_chosen = max(num_chosen, stored.page_size)
-        candidates, of_tokens = random_candidates(stored, num_candidates), codes_of(stored, bits)
+        candidates, of_tokens = random_candidates(stored, num_candidates, num_chosen), codes_of(stored, bits)
         ids = refine(stored, of_tokens, candidates, num_chosen, group)
         assert_chosen_as_specified(stored, of_tokens, bits, candidates, ids, group)
         # What is not of a candidate is not read.
@@ -194,8 +196,8 @@ class TestRefine:
 
 @pytest.mark.parametrize("num_tokens", [*LENGTHS, 300_000])
 @pytest.mark.parametrize("num_candidates", [2, 40, 256, 1500])
-@pytest.mark.parametrize("keeps_first", [True, False])
-def test_candidates_are_those_of_the_reference(num_tokens, num_candidates, keeps_first):
+@pytest.mark.parametrize(("keeps_first", "num_stripes"), [(True, 16), (False, 16), (True, 8), (True, 4)])
+def test_candidates_are_those_of_the_reference(num_tokens, num_candidates, keeps_first, num_stripes):
     """Also where many scores are equal."""
     left_padding = paddings(num_tokens)
     padding = torch.tensor(left_padding, device=DEVICE)
@@ -203,8 +205,9 @@ def test_candidates_are_those_of_the_reference(num_tokens, num_candidates, keeps
     scores = torch.randn(len(left_padding), 3, 1, -(-num_tokens // 16) + 2, generator=generator, device=DEVICE)
     length = torch.tensor([num_tokens], device=DEVICE)
     for some_equal in (scores, scores.round(), torch.zeros_like(scores)):
-        expected = codes.find_candidates(some_equal, num_tokens, padding, num_candidates, 16, keeps_first)
-        found = ops.find_candidates(some_equal, length, padding, num_candidates, 16, keeps_first)
+        how = (padding, num_candidates, 16, keeps_first, num_stripes)
+        expected = codes.find_candidates(some_equal, num_tokens, *how)
+        found = ops.find_candidates(some_equal, length, *how)
         assert torch.equal(found, expected)
 
 
@@ -241,8 +244,11 @@ def poison_tokens(stored, token_ids):
 @pytest.mark.parametrize("bounds_dtype", BOUNDS_DTYPES)
 class TestChain:
     @pytest.mark.parametrize("num_tokens", LENGTHS)
-    def test_it_is_its_stages(self, num_tokens, bounds_dtype):
-        self.check(store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype))
+    @pytest.mark.parametrize("num_chosen", [64, 128, 320])
+    def test_it_is_its_stages(self, num_tokens, num_chosen, bounds_dtype):
+        """In four, eight and sixteen stripes."""
+        stored = store((2, 4, 128, 16), num_tokens, paddings(num_tokens), bounds_dtype=bounds_dtype)
+        self.check(stored, num_chosen=num_chosen)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("bits", ops.CODE_BITS)
@@ -277,7 +283,7 @@ class TestChain:
         told = torch.zeros(*stored.keys.shape[:2], 1, 128, dtype=torch.int64, device=DEVICE)
         self.chain(stored, of_tokens, told, (stored.keys, stored.values), 32)
         scores = torch.zeros(*stored.bounds.shape[:2], 1, stored.bounds.shape[2], device=DEVICE)
-        candidates = codes.find_candidates(scores, 3000, stored.padding, 32, 16, DEFAULT.keeps_first)
+        candidates = codes.find_candidates(scores, 3000, stored.padding, 32, 16, DEFAULT.keeps_first, 8)
         where = (3000, stored.padding, 16, 2, stored.scaling)
         expected = codes.refine(stored.query, stored.bounds, stored.scales, of_tokens, candidates, *where, 128, "sum")
         assert torch.equal(reference.in_order(told), expected)
@@ -288,7 +294,7 @@ class TestChain:
         told = torch.full((*stored.keys.shape[:2], 1, num_chosen), -7, device=DEVICE)
         output = self.chain(stored, of_tokens, told, tokens, num_candidates, group)
         where = (*stored.where, num_candidates, stored.page_size, DEFAULT.keeps_first)
-        candidates = ops.find_candidates(stored.estimate(DEFAULT), *where)
+        candidates = ops.find_candidates(stored.estimate(DEFAULT), *where, stripes.count(num_chosen, stored.page_size))
         assert_chosen_as_specified(stored, of_tokens, bits, candidates, told, group)
         poison, page_size = poison_tokens(stored, told), stored.page_size
         stored.page_size = 1

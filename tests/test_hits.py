@@ -44,7 +44,7 @@ def test_no_token_is_where_none_is():
 
 
 def test_a_pool_has_a_token_again_until_its_set_is_full_of_others():
-    pool, of_set = SetPool(1, 256, 16), torch.arange(17)[None]  # one set in each stripe, of 16 slots
+    pool, of_set = SetPool(1, 256, 16, 16), torch.arange(17)[None]  # one set in each stripe, of 16 slots
     one_stripe = of_set + (of_set >= 16) * 240  # whose next page is the 17th
     assert not pool.look_up(one_stripe[:, :16], 1000).any()
     assert pool.look_up(one_stripe[:, 1:16], 1001).all()
@@ -53,7 +53,7 @@ def test_a_pool_has_a_token_again_until_its_set_is_full_of_others():
 
 
 def test_a_step_takes_no_slot_of_its_own_tokens():
-    pool, page = SetPool(1, 256, 16), torch.arange(16)[None]
+    pool, page = SetPool(1, 256, 16, 16), torch.arange(16)[None]
     pool.look_up(page, 1000)
     both = torch.cat([page, page + 256], dim=1)
     assert pool.look_up(both, 1001).sum() == 16
@@ -61,7 +61,7 @@ def test_a_step_takes_no_slot_of_its_own_tokens():
 
 
 def test_the_newest_token_is_never_there():
-    pool = SetPool(1, 256, 16)
+    pool = SetPool(1, 256, 16, 16)
     assert not pool.look_up(torch.tensor([[99]]), 100).any()
     assert not pool.look_up(torch.tensor([[99]]), 101).any()
     assert pool.look_up(torch.tensor([[99]]), 102).all()

@@ -14,7 +14,6 @@ from torch._subclasses import FakeTensorMode
 
 from hf_quest.kernels import build, ops
 from hf_quest.reference import GROUPS, Score
-from hf_quest.stripes import NUM_STRIPES
 
 B, Hkv, G, D, S, P, K = 2, 3, 4, 128, 16, 10, 4
 C, W = 40, 4  # candidates, and the most of a stripe
@@ -35,7 +34,7 @@ def fake():
             "codes": torch.empty(B, Hkv, P * S, D // 4, dtype=torch.uint8, device="cuda"),
             "scores": torch.empty(B, Hkv, 1, P, device="cuda"),
             "page_ids": torch.empty(B, Hkv, 1, K, dtype=torch.int64, device="cuda"),
-            "candidates": torch.empty(B, Hkv, 1, NUM_STRIPES, W, dtype=torch.int64, device="cuda"),
+            "candidates": torch.empty(B, Hkv, 1, 16, W, dtype=torch.int64, device="cuda"),
             "length": torch.empty(1, dtype=torch.int64, device="cuda"),
             "padding": torch.empty(B, dtype=torch.int64, device="cuda"),
             "page_size": S,
@@ -72,7 +71,7 @@ def call(op, tensors, **changes):
     [
         ("estimate", (B, Hkv, 1, P), torch.float32),
         ("select", (B, Hkv, 1, K), torch.int64),
-        ("find_candidates", (B, Hkv, 1, NUM_STRIPES, W), torch.int64),
+        ("find_candidates", (B, Hkv, 1, 16, W), torch.int64),
         ("refine", (B, Hkv, 1, 24), torch.int64),
         ("attend", (B, Hkv * G, 1, D), torch.bfloat16),
         ("chain", (B, Hkv * G, 1, D), torch.bfloat16),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from on_cpu import build_program, needs_nvcc
 
-from hf_quest import codes, reference
+from hf_quest import codes, reference, stripes
 
 pytestmark = [needs_nvcc, pytest.mark.any_transformers]
 
@@ -62,6 +62,8 @@ CASES = {
     "small pages": Case(page_size=8, num_candidates=12, num_tokens=40),
     "large pages": Case(page_size=32, num_candidates=3, num_tokens=64, head_dim=128),
     "fewer candidates than tokens": Case(num_candidates=3, num_tokens=80),
+    "eight stripes": Case(num_tokens=112, num_candidates=8),
+    "sixteen stripes": Case(num_tokens=208, num_candidates=14, capacity=640, num_stored=630),
     "parts of several blocks": Case(num_tokens=160, num_candidates=11, num_sms=4),
 }
 
@@ -94,7 +96,7 @@ class Step:
         self.num_pages = case.capacity // case.page_size
         self.scores = torch.randn(*self.shape, 1, self.num_pages)
         where = (self.length, self.padding, case.num_candidates, case.page_size, True)
-        self.page_ids = codes.find_candidates(self.scores, *where)
+        self.page_ids = codes.find_candidates(self.scores, *where, stripes.count(case.num_tokens, case.page_size))
 
     def tensors(self):
         """Bounds, scales and codes before anything is stored."""
@@ -225,7 +227,8 @@ def test_equal_keys_are_taken_from_the_first_on(program):
     step.keys[:] = step.keys[:, :, :1]
     told = check(step, program)
     chosen = told.token_ids[0, 0, 0, :32].tolist()
-    for page in range(11):  # each a stripe, and a candidate
-        own = [token for token in chosen if token // 16 == page]
-        assert own == list(range(16 * page, 16 * page + len(own)))
-        assert len(own) in (2, 3)
+    for stripe, candidates in enumerate(step.page_ids[0, 0, 0].tolist()):
+        own = [token for token in chosen if token // 16 % 4 == stripe]
+        of_candidates = [16 * page + idx for page in candidates if page >= 0 for idx in range(16)]
+        assert own == of_candidates[: len(own)]
+        assert len(own) in (6, 8, 9)  # of two pages or three

@@ -1,6 +1,7 @@
 """The ways to choose what a decode step attends to that `hf-quest eval selection` compares, and what each reads."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,9 @@ class Choice:
     def num_pages(self, budget: int) -> int:
         return budget // self.page_size
 
+    def num_stripes(self, budget: int) -> int:
+        return stripes.count(budget, self.page_size)
+
     @property
     def num_levels(self) -> int:
         """Values that a channel of a code can have: 1.6 bits are five of three values each in a byte."""
@@ -86,7 +90,8 @@ class Choice:
         num_coded = self.num_candidates(budget, num_pages)
         if self.stripes and self.candidates:
             num_earlier = torch.tensor(num_pages - 1)
-            num_coded = int(stripes.shares_of_pages(num_earlier.clamp(max=num_coded - 1), num_earlier).sum())
+            num_found = num_earlier.clamp(max=num_coded - 1)
+            num_coded = int(stripes.shares_of_pages(num_found, num_earlier, self.num_stripes(budget)).sum())
         codes = num_coded * self.page_size * self.bits / 8 if self.by == "codes" else 0
         return head_dim * (attended + bounds + codes)
 
@@ -199,7 +204,7 @@ def found_pages(choice: Choice, budget: int, query: Tensor, keys: Tensor, bounds
     """[B, Hkv, T, P] bool: the pages that bounds find, or with a fold those of the folds that theirs find."""
     length, size, num_pages = keys.shape[2], choice.page_size, bounds.shape[2]
     num_found = choice.num_candidates(budget, num_pages) if choice.by == "codes" else choice.num_pages(budget)
-    find = select_in_stripes if choice.stripes else select_pages
+    find = functools.partial(select_in_stripes, choice.num_stripes(budget)) if choice.stripes else select_pages
     if choice.fold:
         size *= choice.fold
         bounds, num_found = bounds_of(keys, size, choice.bounds_bits), choice.num_folds(budget, num_pages)
@@ -213,7 +218,7 @@ def best_tokens(choice: Choice, budget: int, weights: Tensor) -> Tensor:
     """[B, Hkv, T, N] bool: the tokens of the highest weights, [B, Hkv, T, N], before each query's own page."""
     num = budget - choice.page_size
     if choice.stripes:
-        chosen = best_in_stripes(weights, num, choice.page_size)
+        chosen = best_in_stripes(choice.num_stripes(budget), weights, num, choice.page_size)
     else:
         best = weights.topk(min(weights.shape[-1], num), dim=-1)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
@@ -233,26 +238,28 @@ def grouped_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return (grouped @ keys.float()[:, :, None].transpose(-1, -2)) * scaling
 
 
-def select_in_stripes(scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool) -> Tensor:
+def select_in_stripes(
+    num_stripes: int, scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool
+) -> Tensor:
     """[B, Hkv, T, P] bool of [B, Hkv, T, P] scores: the pages before each query's own that are candidates."""
     padding = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    ids = find_candidates(scores, length, padding, num_selected, page_size, keeps_first).flatten(3)
+    ids = find_candidates(scores, length, padding, num_selected, page_size, keeps_first, num_stripes).flatten(3)
     return has_ids(ids, scores.shape[-1])
 
 
-def best_in_stripes(weights: Tensor, num: int, page_size: int) -> Tensor:
+def best_in_stripes(num_stripes: int, weights: Tensor, num: int, page_size: int) -> Tensor:
     """[B, Hkv, T, N] bool: of `num` tokens before each query's own page those of the highest weights in each stripe."""
     num_queries, length = weights.shape[-2:]
     position = torch.arange(length, device=weights.device)
     num_earlier = position[-num_queries:] // page_size
     rank = (reference.order_of(weights) - position).masked_fill(weights <= 0, reference.INT64.min)
     of_pages = F.pad(rank, (0, -length % page_size), value=reference.INT64.min).unflatten(-1, (-1, page_size))
-    of_stripes = stripes.by_stripe(of_pages.transpose(-1, -2), reference.INT64.min)  # [..., S, X, P / X]
+    of_stripes = stripes.by_stripe(of_pages.transpose(-1, -2), num_stripes, reference.INT64.min)  # [..., S, X, P / X]
     of_stripes = of_stripes.movedim(-3, -1).flatten(-2)  # [..., X, tokens]
-    shares = stripes.shares_of_tokens((num_earlier * page_size).clamp(max=num), num_earlier)
+    shares = stripes.shares_of_tokens((num_earlier * page_size).clamp(max=num), num_earlier, num_stripes)
     best = stripes.best(of_stripes, shares, int(shares.max()))
-    stripe = torch.arange(stripes.NUM_STRIPES, device=weights.device)[:, None]
-    ids = (best // page_size * stripes.NUM_STRIPES + stripe) * page_size + best % page_size
+    stripe = torch.arange(num_stripes, device=weights.device)[:, None]
+    ids = (best // page_size * num_stripes + stripe) * page_size + best % page_size
     return has_ids(torch.where(best < 0, -1, ids).flatten(-2), length)
 
 

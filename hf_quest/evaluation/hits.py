@@ -11,15 +11,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import PageReads, QuestCache
+from .. import PageReads, QuestCache, stripes
 from ..kernels.ops import POOL_STEP
-from ..stripes import NUM_STRIPES
 from .methods import Way, check_length, prefill, step
 from .perplexity import windows
 from .report import Results, mean, merged
 
 TIMES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
-WAYS, MOST_USES = POOL_STEP // NUM_STRIPES, 15  # as in csrc/pool.cuh
+WAYS, MOST_USES = 16, 15  # as in csrc/pool.cuh
 NUM_BEFORE = 64  # steps that fill a pool, and do not count
 
 
@@ -30,15 +29,15 @@ class SetPool:
     chosen last and how often.
     """
 
-    def __init__(self, num_heads: int, size: int, page_size: int):
-        self.page_size, self.num_sets = page_size, size // WAYS
+    def __init__(self, num_heads: int, size: int, page_size: int, num_stripes: int):
+        self.page_size, self.num_stripes, self.num_sets = page_size, num_stripes, size // WAYS
         self.tokens = torch.full((num_heads, self.num_sets, WAYS), -1)
         self.time, self.num_uses = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
 
     def sets_of(self, tokens: Tensor) -> Tensor:
-        page, of_stripe = tokens // self.page_size, self.num_sets // NUM_STRIPES
-        place = page // NUM_STRIPES * self.page_size + tokens % self.page_size
-        return page % NUM_STRIPES * of_stripe + place % of_stripe
+        page, of_stripe = tokens // self.page_size, self.num_sets // self.num_stripes
+        place = page // self.num_stripes * self.page_size + tokens % self.page_size
+        return page % self.num_stripes * of_stripe + place % of_stripe
 
     def look_up(self, tokens: Tensor, now: int) -> Tensor:
         """[H, K] bool: which of [H, K] tokens, -1 for none, are there when `now` are stored. The others come there in
@@ -96,7 +95,8 @@ def lru_shares(chosen: list[Tensor], sizes: Sequence[int]) -> list[float]:
 
 def pool_share(chosen: list[Tensor], size: int, page_size: int, length: int) -> float:
     """The share that the kernels' pool of a size has; `length` tokens are stored in the first step."""
-    pool, hits, num_tokens = SetPool(len(chosen[0]), size, page_size), 0, 0
+    num_heads, budget = chosen[0].shape
+    pool, hits, num_tokens = SetPool(num_heads, size, page_size, stripes.count(budget, page_size)), 0, 0
     for time, ids in enumerate(chosen):
         found = pool.look_up(ids, length + time)
         if time >= NUM_BEFORE:

@@ -11,8 +11,8 @@ import warnings
 
 import torch
 
+from .. import stripes
 from ..reference import GROUPS, PUBLISHED
-from ..stripes import NUM_STRIPES, most_pages
 from . import build
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ library.define(
 )
 library.define(
     "find_candidates(Tensor scores, Tensor length, Tensor padding, int num_candidates, int page_size, "
-    "bool keeps_first=False) -> Tensor"
+    "bool keeps_first=False, int num_stripes=16) -> Tensor"
 )
 library.define(
     "refine(Tensor query, Tensor bounds, Tensor? scales, Tensor codes, Tensor candidates, Tensor length, "
@@ -181,7 +181,7 @@ def select(scores, length, padding, num_selected, page_size, keeps_first=False):
     return torch.ops.hf_quest.select(scores, length, padding, num_selected, page_size, keeps_first)
 
 
-def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False):
+def find_candidates(scores, length, padding, num_candidates, page_size, keeps_first=False, num_stripes=16):
     """Candidates [B, Hkv, 1, X, W] int64: `codes.find_candidates`. No score of the newest page or a later one is read.
 
     Args:
@@ -189,9 +189,12 @@ def find_candidates(scores, length, padding, num_candidates, page_size, keeps_fi
         length: [1] int64. padding: [B] int64.
         num_candidates: pages, the newest among them.
         keeps_first: as in `reference.Score`.
+        num_stripes: X, of `stripes.COUNTS`.
     """
     _check_scores(scores, length, padding, num_candidates, page_size)
-    return torch.ops.hf_quest.find_candidates(scores, length, padding, num_candidates, page_size, keeps_first)
+    _check_num_stripes(num_stripes)
+    how = (num_candidates, page_size, keeps_first, num_stripes)
+    return torch.ops.hf_quest.find_candidates(scores, length, padding, *how)
 
 
 def refine(query, bounds, scales, codes, candidates, length, padding, page_size, scaling, num_tokens, group="sum"):
@@ -214,7 +217,8 @@ def refine(query, bounds, scales, codes, candidates, length, padding, page_size,
     _check_codes(codes, query, (batch_size, num_kv_heads))
     if -(-codes.shape[2] // page_size) != num_pages:
         raise ValueError(f"{num_pages} pages of {page_size} do not hold codes of {codes.shape[2]} tokens.")
-    shape = (batch_size, num_kv_heads, 1, NUM_STRIPES, candidates.shape[-1])
+    shape = (batch_size, num_kv_heads, 1, *candidates.shape[-2:])
+    _check_num_stripes(shape[3])
     _check("candidates", candidates, bounds.device, (torch.int64,), shape)
     _check("length", length, bounds.device, (torch.int64,), (1,))
     _check("padding", padding, bounds.device, (torch.int64,), (batch_size,))
@@ -524,6 +528,11 @@ def _check_num_tokens(num_tokens, page_size, num_candidates=None):
         )
 
 
+def _check_num_stripes(num_stripes):
+    if num_stripes not in stripes.COUNTS:
+        raise ValueError(f"The CUDA kernels choose in {stripes.COUNTS} stripes, not in {num_stripes}.")
+
+
 def _check_group(group):
     if group not in GROUPS:
         raise ValueError(f"group must be one of {GROUPS}, not {group!r}.")
@@ -628,8 +637,9 @@ def _(scores, length, padding, num_selected, *settings, **options):
 
 
 @torch.library.register_fake("hf_quest::find_candidates", lib=library)
-def _(scores, length, padding, num_candidates, *settings, **options):
-    return scores.new_empty((*scores.shape[:-1], NUM_STRIPES, most_pages(num_candidates - 1)), dtype=torch.int64)
+def _(scores, length, padding, num_candidates, page_size, keeps_first=False, num_stripes=16):
+    shape = (*scores.shape[:-1], num_stripes, stripes.most_pages(num_candidates - 1, num_stripes))
+    return scores.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("hf_quest::refine", lib=library)

@@ -133,6 +133,10 @@ class Quest(Method):
         return self.num_selected * self.page_size
 
     @property
+    def num_stripes(self):
+        return stripes.count(self.num_attended, self.page_size)
+
+    @property
     def num_pooled(self):
         return POOL * self.num_attended if self.codes and self.fused else 0
 
@@ -187,7 +191,7 @@ class Quest(Method):
         if self.codes is None:
             return Choice(reference.select(scores, *where_found), self.page_size)
         how = (self.codes, logits.scaling, self.num_attended, TOKEN_GROUP, self.mass)
-        candidates = find_candidates(scores, *where_found)
+        candidates = find_candidates(scores, *where_found, self.num_stripes)
         return Choice(refine(query, *bounds, pages.beside["codes"], candidates, *where, *how), 1)
 
     def choose_on_cpu(self, pages, query, scaling, length):
@@ -205,7 +209,8 @@ class Quest(Method):
             return super().read_beside(pages)
         of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
         num_earlier = torch.tensor(pages.num_pages(pages.length) - 1)
-        num_candidates = stripes.shares_of_pages(num_earlier.clamp(max=self.num_candidates - 1), num_earlier).sum()
+        num_found = num_earlier.clamp(max=self.num_candidates - 1)
+        num_candidates = stripes.shares_of_pages(num_found, num_earlier, self.num_stripes).sum()
         of_codes = int(num_candidates) * self.page_size * pages.beside["codes"][0, 0, 0].nbytes
         return pages.num_pages(pages.length) * of_pages + of_codes
 

@@ -51,7 +51,7 @@ class QuestCache(MethodCache):
             less, and it costs 2 bits beside the 32 of a key's and a value's channel. There are CUDA kernels for 2 and 4
             bits with bounds in 8; otherwise the layers that choose run in PyTorch, and no step is compiled.
         candidates: how many times the budget's pages are candidates, or None for all pages. They, and tokens, are
-            chosen in 16 stripes of pages, of each a like share.
+            chosen in 4 to 16 stripes of pages, of each a like share.
         mass: with codes, a share of the attention, 0.95 for instance: a step attends only as many tokens, best first,
             as hold that share of what all candidates get by their codes, an eighth of the budget at the least and the
             budget at the most. None for the budget, always. There are no CUDA kernels for it.
