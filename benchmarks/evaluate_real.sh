@@ -38,7 +38,7 @@ ruler_gemma3=(--dtype bfloat16 --length 4096 --length 16384 --samples 20 --batch
 budgets=(--budget 128 --budget 256 --budget 512 --budget 1024 --budget 2048)
 if [ -n "${QUICK:-}" ]; then
   names=(smollm2) methods=(published default codes-tokens codes-tokens,mass=0.95 best-pages best-tokens)
-  smollm2=(--length 384 --windows 2 --steps 16 --batch-size 2) budgets=(--budget 128)
+  smollm2=(--length 384 --windows 2 --steps 4 --batch-size 2) budgets=(--budget 128)
   ruler_smollm2=(--length 512 --samples 2 --task niah_single_1 --max-new-tokens 12 --budget 128)
 fi
 
