@@ -1,6 +1,7 @@
 """How many of the tokens that steps choose are among those chosen lately: as counted by hand, and of the tiny model."""
 
 from collections import OrderedDict
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ import torch
 import hf_quest.tiny
 from hf_quest.evaluation import evaluate_hits
 from hf_quest.evaluation.documents import heldout_text
-from hf_quest.evaluation.hits import NUM_BEFORE, TIMES, SetPool, hits_table, lru_shares, pool_share, share_again
+from hf_quest.evaluation.hits import (
+    NUM_BEFORE,
+    TIMES,
+    SetPool,
+    hits_table,
+    lru_shares,
+    optimal_shares,
+    pool_share,
+    share_again,
+)
 
 SIZES = (1, 2, 5, 40)
 
@@ -35,6 +45,38 @@ def test_of_tokens_chosen_together_as_many_are_there_as_there_is_room_for():
     chosen = [torch.arange(8)[None]] * (NUM_BEFORE + 10)
     assert lru_shares(chosen, (2, 8, 100)) == pytest.approx([0.25, 1, 1])
     assert share_again(chosen) == 1
+
+
+def most_hits(steps, size):
+    """Of all ways to keep `size` tokens from step to step."""
+    best = {frozenset(): 0}
+    for time, step in enumerate(steps):
+        after = {}
+        for held, hits in best.items():
+            hits += len(held & step) if time >= NUM_BEFORE else 0
+            for kept in combinations(sorted(held | step), min(size, len(held | step))):
+                after[frozenset(kept)] = max(hits, after.get(frozenset(kept), 0))
+        best = after
+    return max(best.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_way_to_keep_tokens_is_better_than_the_optimal_one(seed):
+    torch.manual_seed(seed)
+    chosen = [torch.stack([torch.randperm(7)[:3] for _ in range(2)]) for _ in range(NUM_BEFORE + 12)]
+    chosen[-3][1, 2] = -1  # no token
+    of_heads = [[{int(token) for token in ids[head] if token >= 0} for ids in chosen] for head in range(2)]
+    num_tokens = sum(len(step) for steps in of_heads for step in steps[NUM_BEFORE:])
+    sizes = (1, 2, 4)
+    expected = [sum(most_hits(steps, size) for steps in of_heads) / num_tokens for size in sizes]
+    shares = optimal_shares(chosen, sizes)
+    assert shares == pytest.approx(expected)
+    assert all(share >= lru for share, lru in zip(shares, lru_shares(chosen, sizes), strict=True))
+
+
+def test_what_no_pool_has_is_chosen_for_the_first_time():
+    chosen = [torch.arange(time, time + 8)[None] for time in range(NUM_BEFORE + 10)]
+    assert optimal_shares(chosen, (7, 100)) == pytest.approx([7 / 8, 7 / 8])
 
 
 def test_no_token_is_where_none_is():
@@ -73,16 +115,19 @@ def test_larger_pools_hold_more_of_what_the_tiny_model_chooses(tmp_path):
     report = evaluate_hits(model, tokenizer, heldout_text()[:20_000], **options)
     assert [record["budget"] for record in report["records"]] == [64, 128]
     for record in report["records"]:
-        (shares,), (pools,) = record["lru"], record["pool"]
+        (shares,), (pools,), (optimal,) = record["lru"], record["pool"], record["optimal"]
         assert shares == sorted(shares)
         assert 0 < record["again"][0] < 1
         assert shares[-1] > 0.9
-        for share, pool in zip(shares, pools, strict=True):
+        for share, pool, best in zip(shares, pools, optimal, strict=True):
             assert pool is None or abs(share - pool) < 0.1
+            assert best >= max(share, pool or 0)
     assert [pool is None for pool in report["records"][1]["pool"][0]] == [True, True, False, True, False, False]
     table = hits_table(report)
     assert [str(column.header) for column in table.columns][3:] == [f"{times:g} x" for times in TIMES]
     assert len(table.rows) == 2
+    (cell, *_), (largest, *_) = (list(table.columns[column].cells) for column in (3, -1))
+    assert [part.count("%") for part in (*cell.split(" / "), *largest.split(" / "))] == [1, 0, 1, 1, 1, 1]
 
 
 def test_too_few_steps_are_refused():

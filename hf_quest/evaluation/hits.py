@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import PageReads, QuestCache, stripes
+from .. import PageReads, stripes
 from ..kernels.ops import POOL_STEP
-from .methods import Way, check_length, prefill, step
+from .methods import Way, check_length, read, step
 from .perplexity import windows
 from .report import Results, mean, merged
 
 TIMES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 WAYS, MOST_USES = 16, 15  # as in csrc/pool.cuh
 NUM_BEFORE = 64  # steps that fill a pool, and do not count
+NEVER = 2**31  # a step that does not come
 
 
 class SetPool:
@@ -104,6 +105,32 @@ def pool_share(chosen: list[Tensor], size: int, page_size: int, length: int) -> 
     return hits / num_tokens
 
 
+def optimal_shares(chosen: list[Tensor], sizes: Sequence[int]) -> list[float]:
+    """For each size the share that no pool exceeds: it keeps what is chosen again soonest, as if it knew what comes
+    (Belady's optimal replacement).
+    """
+    before, counted = chosen[:NUM_BEFORE], chosen[NUM_BEFORE:]
+    no_token = int(max(ids.max() for ids in chosen)) + 1
+    following = torch.full((len(chosen[0]), no_token + 1), NEVER)  # the step that chooses a token next
+    again = []
+    for time, ids in reversed(list(enumerate(counted))):
+        again.append(following.gather(1, ids.masked_fill(ids < 0, no_token)))
+        following.scatter_(1, ids.masked_fill(ids < 0, no_token), time)
+        following[:, no_token] = NEVER
+    was_chosen = torch.zeros_like(following, dtype=torch.bool)
+    for ids in before:
+        was_chosen.scatter_(1, ids.masked_fill(ids < 0, no_token), True)
+    hits, num_tokens = [0] * len(sizes), sum(int((ids >= 0).sum()) for ids in counted)
+    for idx, size in enumerate(sizes):
+        # Of a token in the pool it matters only when it is chosen again.
+        held = following.masked_fill(~was_chosen, NEVER)
+        for time, coming in enumerate(reversed(again)):
+            held = held.topk(min(size, held.shape[1]), largest=False, sorted=False).values
+            hits[idx] += int((held == time).sum())
+            held = torch.cat([held.masked_fill(held == time, NEVER), coming], dim=1)
+    return [each / num_tokens for each in hits]
+
+
 def share_again(chosen: list[Tensor]) -> float:
     """The share of a step's tokens that the step before has chosen, too."""
     heads = torch.arange(len(chosen[0]))[:, None] << 32
@@ -139,7 +166,8 @@ def evaluate_hits(
 
     Returns:
         The report: configuration, environment and records, of each window and budget the shares by TIMES, how many
-        times the budget a pool has room for: of an LRU, and of the kernels' pool where it can be of that size.
+        times the budget a pool has room for: of an LRU, of the kernels' pool where it can be of that size, and of the
+        best there can be.
 
     Raises:
         ValueError: for what cannot be evaluated, before anything is.
@@ -157,47 +185,39 @@ def evaluate_hits(
     }
     results = Results(model, configuration, output)
     rows = torch.from_numpy(windows(tokenizer, text, length, num_windows))
-    units = {
-        f"window {row + 1}, budget {budget:,}": (rows[row : row + 1], budget)
-        for row in range(len(rows))
-        for budget in budgets
-    }
+    units = {f"window {row + 1}": rows[row : row + 1].to(model.device) for row in range(len(rows))}
+    ways = [Way("quest-codes", budget) for budget in budgets]
 
     def evaluate(unit: str) -> Iterator[dict[str, Any]]:
-        ids, budget = units[unit]
-        chosen = chosen_tokens(model, ids.to(model.device), budget, num_steps)
-        sizes = [math.ceil(times * budget) for times in TIMES]
-        pools = [
-            pool_share(chosen, size, 16, length - num_steps + 1) if size % POOL_STEP == 0 else None for size in sizes
-        ]
-        shares = {"again": [share_again(chosen)], "lru": [lru_shares(chosen, sizes)], "pool": [pools]}
-        yield {"length": length, "method": "quest-codes", "budget": budget, **shares}
+        fed = units[unit][:, -num_steps:]
+        for way, cache in read(model, ways, units[unit][:, :-num_steps], None):
+            chosen = chosen_tokens(model, cache, fed)
+            sizes = [math.ceil(times * way.budget) for times in TIMES]
+            first = length - num_steps + 1
+            pools = [pool_share(chosen, size, 16, first) if size % POOL_STEP == 0 else None for size in sizes]
+            shares = {"again": [share_again(chosen)], "lru": [lru_shares(chosen, sizes)], "pool": [pools]}
+            shares["optimal"] = [optimal_shares(chosen, sizes)]
+            yield {"length": length, **way._asdict(), **shares}
 
     results.run(units, evaluate)
     return results.report
 
 
-def chosen_tokens(model: PreTrainedModel, ids: Tensor, budget: int, num_steps: int) -> list[Tensor]:
-    """For each of the last `num_steps` tokens of [1, N] the [H, K] tokens that the heads of all layers choose."""
-    model.set_attn_implementation("quest")
-    cache = QuestCache(budget, codes=2, compile=False)
-    prefill(model, cache, ids[:, :-num_steps])
+def chosen_tokens(model: PreTrainedModel, cache: Cache, ids: Tensor) -> list[Tensor]:
+    """For each of [1, N] tokens, fed one by one, the [H, K] tokens that the heads of all layers choose."""
     cache.watcher = reads = PageReads()
-    for token in ids[:, -num_steps:].split(1, dim=1):
+    for token in ids.split(1, dim=1):
         step(model, cache, token)
     by_layer = [reads.selections[layer_idx] for layer_idx in reads.layers]
     return [torch.cat([each.choice.ids[0, :, 0].cpu() for each in layers]) for layers in zip(*by_layer, strict=True)]
 
 
 def hits_table(report: dict[str, Any]) -> Table:
-    """One row for each budget: hits of an LRU, and of the kernels' pool, by its size."""
-    again, lru, pools = (merged(report["records"], ("length",), name) for name in ("again", "lru", "pool"))
+    """One row for each budget: hits of an LRU, of the kernels' pool, and of the best there can be, by size."""
+    again, *kinds = (merged(report["records"], ("length",), name) for name in ("again", "lru", "pool", "optimal"))
     table = Table("tokens", "budget", "chosen again", *(f"{times:g} x" for times in TIMES))
     for (place, way), shares in again.items():
-        cells = []
-        by_times = [zip(*each[place, way], strict=True) for each in (lru, pools)]
-        for of_lru, of_pool in zip(*by_times, strict=True):
-            of_pool = [] if None in of_pool else [f"{mean(of_pool):.1%}"]
-            cells.append(" / ".join([f"{mean(of_lru):.1%}", *of_pool]))
+        by_times = zip(*(zip(*kind[place, way], strict=True) for kind in kinds), strict=True)
+        cells = (" / ".join("-" if None in each else f"{mean(each):.1%}" for each in by_kind) for by_kind in by_times)
         table.add_row(f"{place[0]:,}", f"{way.budget:,}", f"{mean(shares):.1%}", *cells)
     return table
