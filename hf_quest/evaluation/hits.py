@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import PageReads, stripes
+from .. import MethodCache, PageReads, stripes
 from ..kernels.ops import POOL_STEP
 from .methods import Way, check_length, read, step
 from .perplexity import windows
@@ -190,20 +190,21 @@ def evaluate_hits(
 
     def evaluate(unit: str) -> Iterator[dict[str, Any]]:
         fed = units[unit][:, -num_steps:]
-        for way, cache in read(model, ways, units[unit][:, :-num_steps], None):
+        caches = read(model, ways, units[unit][:, :-num_steps], None)
+        for budget, (_, cache) in zip(budgets, caches, strict=True):
             chosen = chosen_tokens(model, cache, fed)
-            sizes = [math.ceil(times * way.budget) for times in TIMES]
+            sizes = [math.ceil(times * budget) for times in TIMES]
             first = length - num_steps + 1
             pools = [pool_share(chosen, size, 16, first) if size % POOL_STEP == 0 else None for size in sizes]
             shares = {"again": [share_again(chosen)], "lru": [lru_shares(chosen, sizes)], "pool": [pools]}
             shares["optimal"] = [optimal_shares(chosen, sizes)]
-            yield {"length": length, **way._asdict(), **shares}
+            yield {"length": length, "method": "quest-codes", "budget": budget, **shares}
 
     results.run(units, evaluate)
     return results.report
 
 
-def chosen_tokens(model: PreTrainedModel, cache: Cache, ids: Tensor) -> list[Tensor]:
+def chosen_tokens(model: PreTrainedModel, cache: MethodCache, ids: Tensor) -> list[Tensor]:
     """For each of [1, N] tokens, fed one by one, the [H, K] tokens that the heads of all layers choose."""
     cache.watcher = reads = PageReads()
     for token in ids.split(1, dim=1):
