@@ -346,6 +346,15 @@ class TestMaskOfOneNewToken:
             if slot >= 23:
                 torch.testing.assert_close(logits[:1], forward(model, alone, token[:1]), **CLOSE)
 
+    def test_a_row_without_a_token_gets_its_first_from_generate(self, model):
+        """The one slot of its prompt stays hidden."""
+        mask = torch.tensor([[1], [0]])
+        options = {"return_dict_in_generate": True, "output_logits": True}
+        output = answer(model, QuestCache(BUDGET), tokens(1, batch_size=2), attention_mask=mask, **options)
+        alone, written = QuestCache(BUDGET), output.sequences[1:, 1:]
+        for slot, logits in enumerate(output.logits[1:]):
+            torch.testing.assert_close(logits[1:], forward(model, alone, written[:, slot : slot + 1])[:, 0], **CLOSE)
+
     @pytest.mark.parametrize("num_new", [1, 3])
     def test_none_after_a_padded_prompt_shows_the_padding(self, model, dense, num_new):
         input_ids, mask = padded_rows(60, (23, 0))

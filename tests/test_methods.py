@@ -715,6 +715,18 @@ def test_a_row_that_pauses_is_the_row_alone(model, baseline, pauses, padding):
             torch.testing.assert_close(logits, forward(model, alone, new[1:]), rtol=1e-4, atol=1e-4)  # float32 sums
 
 
+@pytest.mark.parametrize("padding", [7, BUDGET + 9])
+def test_a_row_that_has_no_token_yet_while_others_are_fed_one_by_one_is_the_row_alone(model, baseline, padding):
+    batch, alone = baseline(budget=BUDGET), baseline(budget=BUDGET)
+    ids, mask = tokens(2 * BUDGET, batch_size=2), torch.ones(2, 2 * BUDGET, dtype=torch.long)
+    mask[1, :padding] = 0
+    for slot in range(2 * BUDGET):
+        logits = forward(model, batch, ids[:, slot : slot + 1], mask[:, : slot + 1])[1:]
+        if slot >= padding:
+            expected = forward(model, alone, ids[1:, slot : slot + 1])
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 sums
+
+
 @pytest.mark.parametrize("shown", [1, 13, 30])
 def test_a_row_whose_prompt_ends_in_padding_is_the_row_alone(model, baseline, shown):
     """A second prompt of 30 tokens, of which one row has fewer."""

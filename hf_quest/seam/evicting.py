@@ -26,14 +26,20 @@ def at_positions(by_token, positions, query, num_seen):
     return by_token.gather(3, slot[:, :, None].expand(-1, -1, num_queries, -1))
 
 
-def see(method, storage, query, mask, logits, position_bias):
-    """Note in the storage what the newest queries could attend, and have the method note what they did."""
+def see(method, storage, query, mask, logits, position_bias, empty_rows):
+    """Note in the storage what the newest queries could attend, and have the method note what they did.
+
+    In `empty_rows` the one new slot holds no token, whatever it sees: it has to see something.
+    """
     is_visible = is_token = None
     if mask is not None:
         newest = as_bool(mask[:, :, -1])
         group = max(1, newest.shape[1] // storage.keys.shape[1])
         is_visible = newest[:, ::group].expand_as(storage.is_visible).contiguous()
         is_token = is_of_token(mask).expand(query.shape[0], -1)
+    if empty_rows:
+        is_token = torch.ones(query.shape[0], 1, dtype=torch.bool, device=query.device) if is_token is None else is_token
+        is_token = is_token.index_fill(0, torch.tensor(empty_rows, device=query.device), False)
     storage.see(is_visible, is_token)
     method.attended(storage, Attended(query, mask, is_token, logits, position_bias))
 

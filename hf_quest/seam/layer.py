@@ -191,7 +191,7 @@ class Layer(CacheLayerMixin):
 
     def see(self, query, mask, logits, position_bias):
         """Note what the newest queries attended, for a method that evicts."""
-        see(self.method, self.storage, query, mask, logits, position_bias)
+        see(self.method, self.storage, query, mask, logits, position_bias, self.shared.masks.empty_rows)
         self.handed.see()
 
     def evict(self):

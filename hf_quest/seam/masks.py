@@ -46,6 +46,7 @@ class Masks:
 
     num_known: int | None = None  # keys of the last forward whose mask was causal with left padding
     decided: tuple | None = None  # (keys, left padding or None) of the forward under way
+    empty_rows: tuple = ()  # of the forward under way, if it is of one token: rows that have no token yet
     is_begun: bool = False  # the forward under way has reached the cache; the next mask is for another one
     made: list = field(default_factory=list)  # of Made
     are_changed: bool = False  # the attention gets other masks than the mask function made
@@ -60,7 +61,7 @@ class Masks:
     def prepare(self):
         """The first mask of a forward is asked for, or it goes without."""
         if self.is_begun:
-            self.decided, self.made, self.is_begun = None, [], False
+            self.decided, self.empty_rows, self.made, self.is_begun = None, (), [], False
 
     def begin(self):
         """The forward has reached the cache: the next mask is for another one."""
@@ -94,9 +95,10 @@ class Masks:
         else:
             found = count_left_padding(attention_mask, num_keys)
         if found is not None and num_new == 1:  # a row that has no token yet has to see something: its newest slot
+            self.empty_rows = tuple(row for row, padding in enumerate(found) if padding >= num_keys)
             found = tuple(min(padding, num_keys - 1) for padding in found)
         self.decided = (num_keys, found)
-        self.num_known = None if found is None else num_keys
+        self.num_known = None if found is None or self.empty_rows else num_keys
         return found
 
     def remember(self, mask, left_padding):
