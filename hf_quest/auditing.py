@@ -135,7 +135,7 @@ def finish(device: torch.device) -> None:
 def missed_by(read: Read, query_idx: int) -> torch.Tensor:
     """[B, Hq] float32: of the weights of dense attention, sinks included, those of tokens that a query did not read."""
     if read.choice is None:
-        return torch.zeros(read.query.shape[:2])
+        return torch.zeros(read.query.shape[:2], dtype=torch.float32, device=read.query.device)
     weights = read.dense_weights(query_idx)  # [B, Hq, N]
     is_read = read.tokens(query_idx).repeat_interleave(weights.shape[1] // read.keys().shape[1], dim=1)
     return weights.masked_fill(is_read, 0.0).sum(dim=-1)

@@ -14,6 +14,7 @@ from transformers import Cache
 from . import reference
 from .reference import Choice, Logits
 
+OF_RESULTS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 WEIGHED = 2**14  # tokens whose keys are in float32 at a time
 
 
@@ -162,7 +163,7 @@ class PageReads:
         Returns:
             [num_pages] float32 on the CPU.
         """
-        return self._average(num_pages, layer_idx, slots, row, lambda selection: torch.ones(selection.page_ids.shape))
+        return self._average(num_pages, layer_idx, slots, row, count_of)
 
     def attention(
         self, num_pages: int, layer_idx: int | None = None, slots: range | None = None, row: int = 0
@@ -187,7 +188,7 @@ class PageReads:
                     selection.weights = (page_weights if by_page else token_weights)(layer, selection)
 
     def _average(self, num_pages, layer_idx, slots, row, weights_of):
-        total, num_reads = torch.zeros(num_pages), 0
+        total, num_reads = torch.zeros(num_pages, **OF_RESULTS), 0
         for layer in self.layers if layer_idx is None else [layer_idx]:
             chosen, weights = [], []
             for selection in self.selections.get(layer, []):
@@ -204,6 +205,11 @@ class PageReads:
                 is_counted = (page_ids >= 0) & (page_ids < num_pages)
                 total.index_add_(0, page_ids[is_counted], weight[is_counted])
         return total / max(num_reads, 1)
+
+
+def count_of(selection):
+    """[B, Hkv, T, K]: every page that was selected counts once."""
+    return torch.ones(selection.page_ids.shape, **OF_RESULTS)
 
 
 def pages_of(choice, page_size):
@@ -241,7 +247,7 @@ def page_weights(layer, selection):
 
     It is `reference.attend` over the selected pages alone, with values that say which page a token is of.
     """
-    weights = torch.zeros(selection.page_ids.shape)
+    weights = torch.zeros(selection.page_ids.shape, **OF_RESULTS)
     batch_size, num_kv_heads, num_queries, _ = weights.shape
     page_size = layer.method.page_size
     for row in range(batch_size):
@@ -253,7 +259,9 @@ def page_weights(layer, selection):
             slot = page_ids[..., None] * page_size + torch.arange(page_size, device=page_ids.device) + padding
             slot = slot.clamp(max=layer.capacity - 1).flatten(1)  # [Hkv, K * S]
             keys = layer.keys[row].gather(1, slot[..., None].expand(-1, -1, layer.keys.shape[-1]))
-            page_of_slot = torch.eye(num_pages, device=keys.device).repeat_interleave(page_size, dim=0)
+            page_of_slot = torch.eye(num_pages, dtype=torch.float32, device=keys.device).repeat_interleave(
+                page_size, dim=0
+            )
             # Only the newest page, which is the last one, may be partly filled.
             num_visible = selection.length - num_queries + query_idx + 1 - padding
             num_tokens = (num_pages - 1) * page_size + (num_visible - 1) % page_size + 1

@@ -24,8 +24,10 @@ from transformers import (
     pipeline,
 )
 
-from hf_quest import QuestCache, reference
+from hf_quest import CACHE_NAME, QuestCache, reference
 from hf_quest.codes import encode, grid
+from hf_quest.kernels import cpu, native
+from hf_quest.reference import Score
 from hf_quest.storage.copies import copies_in_order
 
 
@@ -644,3 +646,26 @@ def test_crop_by_a_tensor_as_transformers_5_17_has_it_after_drafts(model):
     expected = QuestCache(budget=BUDGET)
     feed(model, expected, tokens(PROMPT), tokens(5)[:, :3])
     assert torch.equal(feed(model, cache, tokens(9), tokens(3)), feed(model, expected, tokens(9), tokens(3)))
+
+
+@pytest.mark.parametrize("score", ["default", Score(0.3, True, "sum")], ids=["default", "sum"])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_defaults_of_pytorch_that_are_not_the_models(model, monkeypatch, score, by_kernels):
+    """A user makes other tensors on another device, in another dtype."""
+    cpu.first_slots.cache_clear()
+    cpu.of_extremes.cache_clear()
+    if not by_kernels:
+        monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    answers = []
+    for device, dtype in ((None, torch.float32), ("meta", torch.float64)):
+        cache, ids = QuestCache(BUDGET, score=score), tokens(PROMPT)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device or "cpu"), torch.no_grad():
+                for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+                    logits = model(piece, **{CACHE_NAME: cache}).logits
+                cache.reorder_cache(torch.zeros(1, dtype=torch.int64, device="cpu"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        answers.append(logits)
+    assert torch.equal(*answers)

@@ -129,3 +129,20 @@ def test_nobody_writes_into_another_files_objects(path):
 @pytest.mark.parametrize("path", FILES)
 def test_files_can_be_read_in_one_go(path):
     assert path.name == "ops.py" or len(path.read_text().splitlines()) <= 300
+
+
+FLOATS = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
+FACTORIES = FLOATS | {"arange", "full", "randint", "randperm", "tensor"}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_tensors_are_of_no_default_device_or_dtype(path):
+    """Users change these for models of their own: `torch.set_default_device("cuda")`."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        function = call.func
+        if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != "torch":
+            continue
+        named = [keyword.arg for keyword in call.keywords]  # None: of a dict
+        if function.attr in FACTORIES and None not in named:
+            assert "device" in named, f"line {call.lineno}"
+            assert "dtype" in named or function.attr not in FLOATS, f"line {call.lineno}"

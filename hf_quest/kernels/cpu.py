@@ -28,7 +28,7 @@ def estimate(query: Tensor, bounds: Tensor, scaling: float, score: Score) -> Ten
     middle = query.float().reshape(len(bounds), -1, 1, num_extremes // 2) * (scaling / 2)
     weights = torch.addcmul(middle, middle.abs(), of_extremes(score.width)).view(len(bounds), -1, num_extremes)
     scores = torch.bmm(weights, bounds).view(*rows, -1, 1, num_pages)
-    is_newest = None if score.group == "max" else torch.arange(num_pages) == num_pages - 1
+    is_newest = None if score.group == "max" else torch.arange(num_pages, device=scores.device) == num_pages - 1
     return reduce_group(scores, score.group, is_newest)
 
 
@@ -44,7 +44,7 @@ def highest(scores: Tensor, number: int) -> Tensor:
     """Indices of the highest scores in no order, of equal ones the lower."""
     if scores.shape[-1] <= SORTED_AT_ONCE:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :number]
-    rank = order_of(scores) - torch.arange(scores.shape[-1])
+    rank = order_of(scores) - torch.arange(scores.shape[-1], device=scores.device)
     return rank.topk(number, dim=-1, sorted=False).indices
 
 
@@ -76,12 +76,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, ids: Tensor, length: int
 @torch.inference_mode(False)
 def first_slots(batch_size: int, num_kv_heads: int, capacity: int, size: int) -> Tensor:
     """[B, Hkv, 1, size]: where the first `size` tokens of every row's head are in [B · Hkv · capacity] slots."""
-    first = torch.arange(batch_size * num_kv_heads).view(batch_size, num_kv_heads, 1, 1) * capacity
-    return first + torch.arange(size)
+    first = torch.arange(batch_size * num_kv_heads, device="cpu").view(batch_size, num_kv_heads, 1, 1) * capacity
+    return first + torch.arange(size, device="cpu")
 
 
 @lru_cache
 @torch.inference_mode(False)  # or they could not be used outside of it
 def of_extremes(width: float) -> Tensor:
     """[2, 1]: by how much |q| counts in a page's minimum and in its maximum, of which q itself counts as much."""
-    return torch.tensor([[-width], [width]])
+    return torch.tensor([[-width], [width]], dtype=torch.float32, device="cpu")

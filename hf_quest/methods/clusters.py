@@ -20,9 +20,9 @@ def cluster(keys, num_clusters, seed):
     if not num_clusters:
         none = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         return none, points, none
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randperm(keys.shape[1], generator=generator)[:num_clusters].sort().values.to(keys.device)
-    centres, labels = points[:, start], None
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randperm(keys.shape[1], generator=generator, device="cpu")[:num_clusters]
+    centres, labels = points[:, start.sort().values.to(keys.device)], None
     for _ in range(MOST_ROUNDS):
         before, labels = labels, nearest(points, centres)
         if before is not None and torch.equal(labels, before):

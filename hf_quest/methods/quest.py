@@ -208,7 +208,7 @@ class Quest(Method):
         if self.codes is None:
             return super().read_beside(pages)
         of_pages = sum(pages.beside[name][0, 0, 0].nbytes for name in ("bounds", "scales") if name in pages.beside)
-        num_earlier = torch.tensor(pages.num_pages(pages.length) - 1)
+        num_earlier = torch.tensor(pages.num_pages(pages.length) - 1, device="cpu")
         num_found = num_earlier.clamp(max=self.num_candidates - 1)
         num_candidates = stripes.shares_of_pages(num_found, num_earlier, self.num_stripes).sum()
         of_codes = int(num_candidates) * self.page_size * pages.beside["codes"][0, 0, 0].nbytes

@@ -171,7 +171,7 @@ class Notes:
         """Have a copy of both, [B], made for the host once the device has them."""
         both, done = torch.stack([is_unfinished, tokens]), None
         if both.is_cuda:
-            on_host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            on_host = torch.empty(both.shape, dtype=both.dtype, device="cpu", pin_memory=True)
             on_host.copy_(both, non_blocking=True)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(both.device))

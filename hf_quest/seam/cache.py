@@ -277,7 +277,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
         except (RuntimeError, MemoryError):  # of memory, in one of the layers
             for layer in self.layers:
                 if len(layer.left_padding) != num_rows:
-                    layer.batch_select_indices(torch.arange(num_rows) * repeats)
+                    layer.batch_select_indices(torch.arange(num_rows, device="cpu") * repeats)
             raise
         self.masks.forget()
 

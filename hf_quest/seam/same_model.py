@@ -114,7 +114,8 @@ def hash_of_samples(tensor):
     is_here = tensor.device.type != "meta" and tensor.layout == torch.strided
     if not is_here or tensor.element_size() not in AS_INTEGERS:
         return None
-    place = torch.linspace(0, tensor.numel() - 1, min(NUM_SAMPLES, tensor.numel()), dtype=torch.float64).long()
+    num_samples = min(NUM_SAMPLES, tensor.numel())
+    place = torch.linspace(0, tensor.numel() - 1, num_samples, dtype=torch.float64, device="cpu").long()
     integers = tensor.view(AS_INTEGERS[tensor.element_size()])
     samples = integers[torch.unravel_index(place, tensor.shape)] if tensor.dim() else integers
     content = f"{tuple(tensor.shape)} {samples.flatten().tolist()}"

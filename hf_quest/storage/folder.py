@@ -90,7 +90,7 @@ def on_cpu(tensors):
     found, places = {}, set()
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu" and tensor.dim() > 2:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             copy_by_head(copy, tensor)
         else:
             copy = tensor.cpu().contiguous()

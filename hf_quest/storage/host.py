@@ -176,9 +176,11 @@ def registered(num_bytes, device):
             return memory, lambda: runtime.cudaHostUnregister(address)
         del memory
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)  # whose launch tells of the error, of which nothing is known then
+            torch.zeros(
+                1, dtype=torch.uint8, device=device
+            )  # whose launch tells of the error, of which nothing is known then
         try:  # a driver that registers none may give some of its own, in powers of two
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True), lambda: None
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True), lambda: None
         except RuntimeError as error:
             raise no_memory(num_bytes, f"which CUDA cannot pin (error {status}): {error}") from error
 

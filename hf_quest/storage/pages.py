@@ -181,7 +181,7 @@ class Pages(Sharing):
         self.make_room(self.length)
         self.widened.forget(self.first_page(start))
         if start < self.first_own and not self.are_alike(sources):
-            self.move(torch.tensor(sources), self.capacity)
+            self.move(torch.tensor(sources, device="cpu"), self.capacity)
         else:
             for part in (part for tensor in self.not_shared(start) for part in self.parts(tensor)):
                 exchange_rows(part, sources)

@@ -103,7 +103,7 @@ class Rows:
 def written_to(tensor, numbers, device):
     """`tensor` with `numbers` in it, or a new int64 tensor on `device` where it cannot hold them."""
     with torch.inference_mode(False):  # or a tensor made here could not be written outside of it
-        numbers = torch.tensor(numbers, dtype=torch.int64)
+        numbers = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         if tensor is None or tensor.shape != numbers.shape or tensor.is_inference():
             return numbers.to(device)
     return tensor.copy_(numbers)

@@ -29,7 +29,9 @@ class Widened:
         if self.bounds is None or cannot_be_written(self.bounds):
             with torch.inference_mode(False):  # or it could not be written outside of it
                 *rows, num_pages, extremes, head_dim = bounds.shape
-                self.bounds = torch.zeros(*rows, extremes * head_dim, num_pages, dtype=torch.bfloat16)
+                self.bounds = torch.zeros(
+                    *rows, extremes * head_dim, num_pages, dtype=torch.bfloat16, device=bounds.device
+                )
             self.num_pages = 0
         new = slice(self.num_pages, pages.length // pages.page_size)
         if new.start < new.stop:
