@@ -315,9 +315,10 @@ class TestPool:
         emulate(monkeypatch)
 
     @torch.no_grad()
-    def caches(self, model):
+    def caches(self, model, pool=None):
         """A cache in memory, and one with a pool in which there is something."""
         caches = both(**METHODS["codes"])
+        caches[1] = QuestCache(BUDGET, offloading=True, pool=pool, **METHODS["codes"])
         for cache in caches:
             steps(model, read(model, cache), 5, seed=7)
         looked_up, found = caches[1].pool_counts
@@ -395,6 +396,28 @@ class TestPool:
             cache = read(model, QuestCache(BUDGET, **options))
             assert all(layer.storage.pool is None for layer in cache.layers)
             assert cache.pool_counts == (0, 0)
+
+    @torch.no_grad()
+    def test_its_default_size_follows_the_budget(self, model):
+        """And one that was chosen does not."""
+        for pool, sizes in ((None, [256, 512, 256]), (300, [512, 512, 512])):
+            caches = self.caches(model, pool=pool)
+            for budget, size in zip((BUDGET, 2 * BUDGET, BUDGET), sizes, strict=True):
+                for each in caches:
+                    each.budget = budget
+                assert [layer.storage.pool.keys.shape[2] for layer in caches[1].layers[2:]] == [size, size]
+                expected, output = (steps(model, each, 4, seed=budget) for each in caches)
+                assert torch.equal(output, expected)
+            assert caches[1].pool_counts[1] > 0
+
+    @torch.no_grad()
+    def test_what_rests_comes_back_with_one_for_its_new_budget(self, model):
+        _, cache = self.caches(model)
+        cache.layers[3].offload()
+        cache.budget = 2 * BUDGET
+        assert cache.layers[3].storage.pool is None
+        steps(model, cache, 1, seed=4)
+        assert cache.layers[3].storage.pool.keys.shape[2] == 512
 
     @torch.no_grad()
     def test_it_is_a_setting_that_is_saved(self, model, tmp_path):

@@ -132,9 +132,8 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     @property
     def budget(self) -> int:
-        """Tokens that each KV head may attend in one decode step, or keeps. May be changed at any time by assignment; a
-        method that evicts does so at once.
-        """
+        """Tokens that each KV head may attend in one decode step, or keeps. May be changed at any time by assignment:
+        what evicts does so at once, and pools of the default size get that of the new budget."""
         return self.method.budget
 
     @budget.setter
@@ -142,6 +141,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
         self.shared.choose_by(replace(self.method, budget=budget))
         for layer in self.layers:
             layer.evict()
+            layer.storage.resize_pool(self.shared.num_pooled)
 
     @property
     def watcher(self) -> Watcher | None:

@@ -43,6 +43,11 @@ class State:
         """Whether a layer attends everything that it stores."""
         return layer_idx in self.reaches or layer_idx < self.dense_layers
 
+    @property
+    def num_pooled(self) -> int:
+        """Tokens of a KV head that pools have room for, where there are some."""
+        return self.method.num_pooled if self.pool is None else self.pool
+
     def new_storage(self, layer_idx: int) -> Storage:
         """Where a layer keeps its tokens: a local one what it reaches, one of a method that evicts what that keeps."""
         method = self.method
@@ -56,8 +61,7 @@ class State:
         options = {"keeps_bounds": is_fused and not is_dense, "gives_step_gradients": method.evicts, **beside}
         pages = Offloaded if self.offloading and not is_dense else Pages
         if pages is Offloaded:
-            options["num_pooled"] = method.num_pooled if self.pool is None else self.pool
-            options["is_pool_wanted"] = bool(self.pool)
+            options |= {"num_pooled": self.num_pooled, "is_pool_wanted": bool(self.pool)}
         return pages(self.rows, self.max_cache_len, method.page_size, block_size, **options)
 
     def choose_by(self, method: Method) -> None:

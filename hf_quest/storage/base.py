@@ -167,6 +167,9 @@ class Storage:
             self.to(self.device)
             self.has_moved()
 
+    def resize_pool(self, num_tokens):
+        """Have room for so many tokens of a row's head in the pool, where there is one."""
+
     def select_rows(self, batch_rows):
         """Keep the rows `batch_rows`, a [rows] tensor of row numbers, in that order."""
         self.make_room(self.length)

@@ -37,6 +37,15 @@ class Offloaded(Pages):
             return None
         return Pool(keys, values, min(self.num_pooled, keys.shape[2]))
 
+    def resize_pool(self, num_tokens):
+        if num_tokens == self.num_pooled:
+            return
+        self.num_pooled = num_tokens
+        if self.pool is not None:
+            self.pool = None  # so that there is not a new one beside it
+            self.pool = self.new_pool(self.keys, self.values, self.has_kernels)
+            self.rows.have_moved()
+
     def forget(self, slot):
         """Have nothing in the pool of what is in the slots from `slot` on."""
         if self.pool is not None:
