@@ -16,9 +16,10 @@ from graphs_on_cpu import captured, emulate
 from small_llama import BUDGET, PROMPT, generate, greedy, make_model, on_any_device, tokens
 from test_families import build, left_padded, prompts, quest_cache, warnings_said  # noqa: F401
 from test_families import generate as generate_family
+from test_methods import ENCODER_DECODERS
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
 
 from hf_quest import CACHE_NAME, CritiPrefill, H2OCache, PageReads, QuestCache, TokenSelectCache, compile_prompts
 from hf_quest.seam import compiling
@@ -246,7 +247,26 @@ def test_an_unknown_backend_is_said_at_once(model):
         compile_prompts(model, backend="cudagraphs")
 
 
+@pytest.mark.parametrize("of", ["bart", "t5"])
+def test_a_decoder_with_cross_attention_is_refused(of):
+    """Whatever the layers of its encoder are like, which read no prompt."""
+    model_class, config_class, options = ENCODER_DECODERS[of]
+    model = model_class(config_class(d_model=32, vocab_size=64, attn_implementation="quest", **options))
+    with pytest.raises(ValueError, match="found no decoder layer with one attention"):
+        compile_prompts(model)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
 class TestWhatStays:
+    def test_a_layer_with_the_cache_of_an_encoder_decoder_and_it_is_said(self, warnings_said):  # noqa: F811
+        """Some models have one attention for both."""
+        hidden, message = torch.zeros(1, 5, 8), "leaves a layer as it is that is given an EncoderDecoderCache"
+        with torch.no_grad():
+            for cache, is_said in ((DynamicCache(), False), (new_cache(), True)):
+                both = EncoderDecoderCache(cache, DynamicCache())
+                assert compiling.cache_of_prompt((hidden,), {CACHE_NAME: both}) is None
+                assert any(message in each for each in warnings_said()) == is_said
+
     def test_a_copy_is_not_compiled(self, model, compiled):
         for each in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
             assert_same_answers(model, each, tokens(PROMPT))

@@ -10,7 +10,7 @@ import torch
 from torch import _dynamo, nn
 from torch.fx.experimental import _config
 from torch.nn.modules.module import _has_any_global_hook
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 
 from ..errors import say_once
 from .attention import quest_attention
@@ -47,8 +47,8 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
 
     Raises:
         TypeError: for what is no model of Transformers.
-        ValueError: for a model without a decoder layer that holds one attention, and for an unknown backend or
-            "cudagraphs".
+        ValueError: for a model without a decoder layer that holds one attention, as are those with cross-attention, and
+            for an unknown backend or "cudagraphs".
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -71,9 +71,10 @@ def compile_prompts(model: PreTrainedModel, enabled: bool = True, backend: str =
 
 
 def decoder_layers(model):
-    """The modules that Transformers never splits over devices, which are its layers, in every model."""
+    """The modules that Transformers never splits over devices, which are its layers, in every model; no encoder's."""
     names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    return [module for module in decoder.modules() if type(module).__name__ in names]
 
 
 def attention_of(layer):
@@ -142,9 +143,13 @@ def cache_of_prompt(args, kwargs):
     """The cache of this package that a decoder layer with these arguments reads several new tokens into, or None."""
     if torch.is_grad_enabled():
         return None
-    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, MethodCache)]
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, (MethodCache, EncoderDecoderCache))]
     hidden_states = args[0] if args else kwargs.get("hidden_states")
     if len(caches) != 1 or not isinstance(hidden_states, torch.Tensor) or hidden_states.shape[-2] == 1:
+        return None
+    if not isinstance(caches[0], MethodCache):
+        if isinstance(caches[0].self_attention_cache, MethodCache):
+            say_once("compile_prompts leaves a layer as it is that is given an EncoderDecoderCache.")
         return None
     if caches[0].shared.watcher is not None:  # which may keep what it is told of, where a graph writes again
         return None
