@@ -318,6 +318,20 @@ def test_several_can_build_at_once(anew):
 
 
 @needs_compiler
+def test_a_part_of_a_library_is_built_anew(anew):
+    """To load it would end the process."""
+    path, _ = build.plan_for_cpu()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert build.load_for_cpu().hf_quest_attend
+    content = path.read_bytes()
+    assert build.is_whole(path)
+    for num_bytes in (0, 20, 5000, len(content) - 1):
+        path.write_bytes(content[:num_bytes])
+        assert not build.is_whole(path)
+
+
+@needs_compiler
 def test_a_cpu_with_other_instructions_has_a_library_of_its_own(monkeypatch, anew):
     path, _ = build.plan_for_cpu()
     assert build.plan_for_cpu()[0] == path
