@@ -8,6 +8,7 @@ of each row in a cache alone. What fails is made smaller and printed, as a line 
 import argparse
 import contextlib
 import json
+import mmap
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,7 +25,9 @@ from fuzz_operations import Operations
 from fuzz_run import CACHES, Skip, Wrong
 from fuzz_truth import Unsure
 
-from hf_quest.storage import ring
+from hf_quest.kernels import native
+from hf_quest.reference import DEFAULT, PUBLISHED
+from hf_quest.storage import mapped, ring, shared
 
 # Local layers with and without full ones among them, softcaps, sinks, norms of queries and keys, no rotary embedding.
 LOCAL_FAMILIES = ("mistral-window", "gemma2", "gemma3", "gpt_oss", "cohere2", "olmo3")
@@ -66,6 +70,7 @@ KINDS = {
     "own_mask": lambda r: {"tokens": r.choice((1, 4)), "share": r.choice((0.0, 0.2, 0.6))},
     "greedy": lambda r: {**answer(r), "hide": r.choice((None, None, (0.1, 0.6)))},
     "sample": lambda r: {**answer(r), "copies": r.choice((1, 1, 2, 3))},
+    "ahead": lambda r: {**answer(r), "late": r.choice((0, 1, 2)), "do_sample": r.random() < 0.5},
     "chunked": lambda r: {**answer(r), "chunk": r.choice((1, 4, 8, 16))},
     "lookup": lambda r: {**answer(r), "drafts": r.randint(1, 4)},
     "assistant": answer,
@@ -90,16 +95,18 @@ KINDS = {
     "refused": lambda r: {"what": r.choice(("rows", "budget", "crop"))},
 }
 # What every sequence has much of, and what is tried now and then.
-OFTEN = ("prompt", "prompt", "pieces", "steps", "steps", "hide", "window", "pause", "greedy", "crop")
-FIRST = ("prompt", "pieces", "greedy", "sample", "chunked", "lookup", "assistant", "beams")
+OFTEN = ("prompt", "prompt", "pieces", "steps", "steps", "hide", "window", "pause", "greedy", "ahead", "crop")
+FIRST = ("prompt", "pieces", "greedy", "sample", "ahead", "chunked", "lookup", "assistant", "beams")
 # Kinds of configuration that can be left out as those of operations can.
 CONFIGS = ("local", "critiprefill", "autocast", "bfloat16", "inference", "grad", "padding", "batch", "compile")
+CONFIGS += ("codes", "scores", "compile_prompts", "watched", "without_kernels", "shared")
+SCORES = [list(DEFAULT)] * 3 + [list(PUBLISHED), [0.3, True, "sum"], [1.0, False, "share"]]
 
 
 def new_program(seed, kinds, families=None, caches=None):
     """A dict of JSON: a configuration and a list of operations."""
     r = random.Random(seed)
-    config = new_config(r, kinds, families, caches) | {"offloading": seed % 2 == 1}
+    config = new_config(r, kinds, families, caches) | new_ways(random.Random(f"ways {seed}"), kinds)
     modes = ["no_grad"] * 3 + [mode for mode in ("inference", "grad") if mode in kinds]
     possible = [kind for kind in KINDS if kind in kinds]
     often, first = ([kind for kind in some if kind in kinds] for some in (OFTEN, FIRST))
@@ -139,7 +146,6 @@ def new_config(r, kinds, families, caches):
         "budget": r.choice((None, 2 * page_size, 16, 24)),
         "page_size": page_size,
         "dense_layers": r.choice((0, 1, 1, 2)),
-        "score": r.choice(("default", "default", "published")),
         "int8": r.random() < 0.6,
         "max_cache_len": r.choice((None, None, 160)),
         "compile": r.random() < 0.6 if "compile" in kinds else False,
@@ -150,24 +156,52 @@ def new_config(r, kinds, families, caches):
     }
 
 
+def new_ways(r, kinds):
+    """How a cache chooses, and by which of the ways that must come to the same."""
+    codes = r.choice((None, None, 1, 2, 2, 4, 8)) if "codes" in kinds else None
+    return {
+        "codes": codes,
+        "candidates": r.choice((1, 2, 8, None)),
+        "mass": r.choice((None, None, 0.5, 0.9)) if codes else None,
+        "score": r.choice(SCORES if "scores" in kinds else SCORES[:1]),
+        "offloading": r.random() < 0.5,
+        "compiles_prompts": "compile_prompts" in kinds and r.random() < 0.1,
+        "is_watched": "watched" in kinds and r.random() < 0.1,
+        "has_kernels": "without_kernels" not in kinds or r.random() < 0.7,
+        "shares": "shared" in kinds and r.random() < 0.5,
+    }
+
+
+@contextlib.contextmanager
+def patched(config):
+    """What a configuration changes in the package: room beyond windows, kernels, and how soon prefixes are shared."""
+    with contextlib.ExitStack() as stack:
+        patch = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
+        patch(ring, "ROOM", config["room"])
+        if not config["has_kernels"]:
+            patch(native, "serves", lambda *tensors: False)
+        if config["shares"]:
+            patch(mapped.memory_of(torch.device("cpu")), "granule", mmap.PAGESIZE)
+            patch(shared, "LEAST", 1)
+            patch(shared, "SPARE", 16)
+        yield
+
+
 def run(program, counts=None):
     """None, or how the program failed: the index of an operation, and the error. `counts` is a Counter."""
-    counts, room, operations = Counter() if counts is None else counts, ring.ROOM, program["operations"]
-    index = -1
-    ring.ROOM = program["config"]["room"]
+    counts, operations, index = Counter() if counts is None else counts, program["operations"], -1
     try:
-        state = Operations(program["config"])
-        while index + 1 < len(operations):
-            index += 1
-            with contextlib.suppress(Skip):
-                state.do(operations[index])
-                counts[operations[index]["kind"]] += 1
+        with patched(program["config"]):
+            state = Operations(program["config"])
+            while index + 1 < len(operations):
+                index += 1
+                with contextlib.suppress(Skip):
+                    state.do(operations[index])
+                    counts[operations[index]["kind"]] += 1
     except Unsure:
         counts["unsure"] += 1
     except Exception as error:
         return index, error
-    finally:
-        ring.ROOM = room
     return None
 
 
@@ -189,6 +223,8 @@ def shrink(program, failure, num_runs=80):
         for index in range(len(operations) - 1):
             yield {**program, "operations": operations[:index] + operations[index + 1 :]}
         plain = {"family": "llama", "prefill": None, "precision": "float32", "rows": 1, "compile": False}
+        plain |= {"codes": None, "mass": None, "candidates": 8, "score": list(DEFAULT), "offloading": False}
+        plain |= {"compiles_prompts": False, "is_watched": False, "has_kernels": True, "shares": False}
         plain |= {"max_cache_len": None, "int8": False, "budget": None, "dense_layers": 1, "page_size": 4, "room": 256}
         for option, value in plain.items():
             if config[option] != value:

@@ -7,7 +7,8 @@ from fuzz_run import LONGEST, MAX_ROWS, TOLERANCE, Run, Skip, Wrong
 from fuzz_truth import positions_of
 from test_families import build
 
-from hf_quest import CACHE_NAME, QuestError
+from hf_quest import CACHE_NAME, QuestError, decode_ahead
+from hf_quest.seam import ahead
 
 
 class Generating(Run):
@@ -49,6 +50,14 @@ class Generating(Run):
             copies = 1
         copies = min(copies, MAX_ROWS // self.num_rows)
         self.generate(copies=copies, do_sample=True, top_k=20, num_return_sequences=copies, **arguments)
+
+    def do_ahead(self, late, **arguments):
+        """The loop that looks at a token some steps late."""
+        steps_late, ahead.steps_late = ahead.steps_late, lambda device: late
+        try:
+            self.generate(custom_generate=decode_ahead, **arguments)
+        finally:
+            ahead.steps_late = steps_late
 
     def do_chunked(self, chunk, tokens, **arguments):
         """A prompt that `generate` itself cuts into chunks."""

@@ -1,5 +1,6 @@
 """What a cache must answer by the specification: one fresh forward over all that each row was fed."""
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -7,7 +8,8 @@ from test_families import FAMILIES, WINDOW, build
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from hf_quest import reference
+from hf_quest import reference, stripes
+from hf_quest.codes import find_candidates, refine, refresh_codes
 from hf_quest.prompts import segments
 
 
@@ -127,14 +129,37 @@ class Oracle:
             slots = ((text.pages[row] > 0) & (text.start[row] == start)).nonzero()[:, 0]
             padding = torch.tensor([start])
             bounds, scales = bounds_of(key, padding, page_size, self.config["bounds_dtype"])
-            score = reference.SCORES[self.config["score"]]
-            where = (len(text), padding, page_size)
-            scores = reference.estimate(query[None, :, slots], bounds, scales, scaling, score, where)
-            page_of_slot = (torch.arange(len(text)) - start).div(page_size, rounding_mode="floor")
-            for idx, slot in enumerate(slots.tolist()):
-                where = (slot + 1, padding, text.pages[row, slot].item(), page_size)
-                page_ids = reference.select(scores[:, :, idx : idx + 1], *where, score.keeps_first)[0, :, 0]  # [Hkv, K]
-                chosen[:, slot] = (page_of_slot[None, :, None] == page_ids[:, None]).any(dim=-1)
+            codes = self.codes_of(key, bounds, scales, padding)
+            token = torch.arange(len(text)) - start
+            for slot in slots.tolist():
+                where = (slot + 1, padding, page_size)
+                alone = (query[None, :, slot : slot + 1], bounds, scales)
+                scores = reference.estimate(*alone, scaling, self.config["score"], where)
+                ids, size = self.ids_of(scores, alone, codes, scaling, text.pages[row, slot].item(), where)
+                number = token.div(size, rounding_mode="floor")
+                chosen[:, slot] = (number[None, :, None] == ids[0, :, 0, None]).any(dim=-1)
+
+    def codes_of(self, key, bounds, scales, padding):
+        """Of one row's keys, [Hkv, N, D], or None."""
+        bits, num_tokens, page_size = self.config["codes"], key.shape[1], self.config["page_size"]
+        if bits is None:
+            return None
+        codes = torch.zeros(1, *key.shape[:2], -(-key.shape[2] * bits // 8), dtype=torch.uint8)
+        refresh_codes(key[None], bounds, scales, codes, num_tokens, num_tokens, padding, page_size, bits)
+        return codes
+
+    def ids_of(self, scores, alone, codes, scaling, num_pages, where):
+        """(ids [1, Hkv, 1, K] of what one query attends, tokens that each stands for)."""
+        length, padding, page_size = where
+        bits, keeps_first = self.config["codes"], self.config["score"].keeps_first
+        if bits is None:
+            return reference.select(scores, length, padding, num_pages, page_size, keeps_first), page_size
+        times = math.inf if self.config["candidates"] is None else self.config["candidates"]
+        num_stripes = stripes.count(num_pages * page_size, page_size)
+        found = (length, padding, times * num_pages, page_size, keeps_first, num_stripes)
+        candidates = find_candidates(scores, *found)
+        how = (bits, scaling, num_pages * page_size, "sum", self.config["mass"])
+        return refine(*alone, codes, candidates, *where, *how), 1
 
     def choose_blocks(self, chosen, row, query, key, scaling):
         text, prefill = self.text, self.config["prefill"]

@@ -1,6 +1,7 @@
 """A cache under test: what it is fed, and the check of what it answers."""
 
 import contextlib
+import copy
 import functools
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from hf_quest import (
     CascadingCache,
     CritiPrefill,
     H2OCache,
+    PageReads,
     QuestCache,
     RecycledAttentionCache,
     SqueezedAttentionCache,
@@ -21,7 +23,9 @@ from hf_quest import (
     ThinKCache,
     TokenSelectCache,
     TOVACache,
+    compile_prompts,
 )
+from hf_quest.reference import Score
 
 EVICTING = {
     "h2o": H2OCache,
@@ -37,6 +41,7 @@ REMEMBERING = {  # which read everything for masks that are more than causal, in
     "squeezed": functools.partial(SqueezedAttentionCache, share=0.3, num_newest=3),
 }
 CACHES = {"quest": QuestCache, **EVICTING, **REMEMBERING}
+BY_CODES = ("codes", "candidates", "mass")
 BEYOND = 4096  # tokens of budget, more than any context here
 LONGEST = POSITIONS - 40
 MAX_ROWS = 4
@@ -71,7 +76,7 @@ class Run:
         self.evicts, self.remembers = (self.config["cache"] in kinds for kinds in (EVICTING, REMEMBERING))
         self.is_exact = self.config["precision"] == "float32"
         self.dtype = torch.bfloat16 if self.config["precision"] == "bfloat16" else torch.float32
-        self.model = build_in(self.family, "quest", self.dtype)
+        self.model = (compiled if self.config["compiles_prompts"] else build_in)(self.family, "quest", self.dtype)
         self.is_local = FAMILIES[self.family].sparse == () or "layer_types" in FAMILIES[self.family].config
         prefill = self.config["prefill"]
         self.settings = {
@@ -81,7 +86,8 @@ class Run:
             "bounds_dtype": torch.int8 if self.config["int8"] else None,
             "prefill": CritiPrefill(**prefill) if prefill else None,
             "budget": self.config["budget"],
-            "score": self.config["score"],
+            "score": Score(*self.config["score"]),
+            **{name: self.config[name] for name in BY_CODES},
         }
         self.cache = self.new_cache()
         rows = self.config["rows"]
@@ -93,10 +99,14 @@ class Run:
         budget = BEYOND if self.config["budget"] is None else self.config["budget"]
         options = {"budget": budget, "dense_layers": self.config["dense_layers"]}
         if self.is_quest:
-            options |= {name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill", "score")}
+            options |= {
+                name: self.settings[name] for name in ("page_size", "bounds_dtype", "prefill", "score", *BY_CODES)
+            }
             options |= {name: self.config[name] for name in ("max_cache_len", "compile")}
-            options["offloading"] = self.config.get("offloading", False)
-        return (make or CACHES[self.config["cache"]])(**options)
+            options["offloading"] = self.config["offloading"]
+        cache = (make or CACHES[self.config["cache"]])(**options)
+        cache.watcher = PageReads() if self.config["is_watched"] and self.is_quest else None
+        return cache
 
     @property
     def num_rows(self):
@@ -208,6 +218,12 @@ class Run:
                 raise
         else:
             raise Wrong("what must be refused was done")
+
+
+@functools.cache
+def compiled(family, implementation, dtype):
+    """A model whose prompts run in graphs of the same operations, which give the same bits."""
+    return compile_prompts(copy.deepcopy(build_in(family, implementation, dtype)), backend="eager")
 
 
 def far(logits, expected):
