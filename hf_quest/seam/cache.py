@@ -133,7 +133,8 @@ class MethodCache(generate.Events, Saving, former.Cache):
     @property
     def budget(self) -> int:
         """Tokens that each KV head may attend in one decode step, or keeps. May be changed at any time by assignment:
-        what evicts does so at once, and pools of the default size get that of the new budget."""
+        what evicts does so at once, and pools of the default size get that of the new budget.
+        """
         return self.method.budget
 
     @budget.setter
@@ -146,8 +147,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
     @property
     def watcher(self) -> Watcher | None:
         """None, or what is called with a `watch.Read` for every decode step of a layer, and with a `watch.SegmentsRead`
-        for every slab of a prompt's segments. With a watcher `generate` does not compile its decode step.
-        `hf_quest.watch.PageReads` is one.
+        for every slab of a prompt's segments, as is a `watch.PageReads`. `generate` does not compile its step then.
         """
         return self.shared.watcher
 

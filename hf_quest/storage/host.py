@@ -175,10 +175,8 @@ def registered(num_bytes, device):
         if not status:
             return memory, lambda: runtime.cudaHostUnregister(address)
         del memory
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(
-                1, dtype=torch.uint8, device=device
-            )  # whose launch tells of the error, of which nothing is known then
+        with contextlib.suppress(RuntimeError):  # a launch tells of the error, of which nothing is known then
+            torch.zeros(1, dtype=torch.uint8, device=device)
         try:  # a driver that registers none may give some of its own, in powers of two
             return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True), lambda: None
         except RuntimeError as error:
