@@ -201,6 +201,7 @@ def randomize(model):
 
 
 @cache
+@torch.inference_mode(False)  # or its weights had no gradients, and other kernels, for who asks for it next
 def build(family, implementation, num_layers=None):
     """`num_layers` of its layers, the first ones, are enough to be compiled."""
     skip_what_transformers_does_otherwise(family)
