@@ -15,7 +15,7 @@ from on_cpu import build_program, needs_nvcc
 from hf_quest import codes, reference, stripes
 from hf_quest.evaluation.hits import SetPool
 
-pytestmark = [needs_nvcc, pytest.mark.any_transformers]
+pytestmark = [needs_nvcc, pytest.mark.csrc]
 
 
 @dataclass

@@ -402,8 +402,8 @@ class TestBuild:
         assert link.resolve() == from_pip / "lib" / "libcudart.so.13"
 
 
-# The oldest and Hopper; all of them, which takes a few minutes on two cores, where the environment asks for it.
-ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 90a").split()
+# All of them, which takes a few minutes on two cores, unless the environment asks for fewer.
+ARCHITECTURES = os.environ.get("HF_QUEST_ARCHITECTURES", "80 86 89 90a 100 120").split()
 
 
 def what_nvcc_says(source, architecture, folder, known):
@@ -428,7 +428,7 @@ def what_nvcc_says(source, architecture, folder, known):
     return result.stderr
 
 
-@pytest.mark.any_transformers
+@pytest.mark.csrc
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("stage", sorted(path.stem for path in build.find_sources().glob("*.cu")))

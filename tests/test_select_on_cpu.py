@@ -9,7 +9,7 @@ from on_cpu import build_program, needs_nvcc
 
 from hf_quest import reference
 
-pytestmark = [needs_nvcc, pytest.mark.any_transformers]
+pytestmark = [needs_nvcc, pytest.mark.csrc]
 
 CASES = [  # threads, pages, and how many are wanted
     *((256, *case) for case in [(5, 3), (2047, 1), (2047, 40), (2047, 127), (3000, 2999), (8192, 249)]),
