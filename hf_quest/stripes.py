@@ -1,8 +1,8 @@
-"""Stripes: every 16th page of a row, of which each stripe has a like share chosen. A part of the specification.
+"""Stripes: every 16th page of a row, or 8th or 4th, of each of which a like share is chosen: part of the specification.
 
 Blocks of a GPU that look after stripes of their own choose without a word to each other. What matters lies together in
 a text, so neighbours belong to different stripes. A share of few tokens leaves out what is best where it lies in one
-stripe: of a small budget there are fewer stripes, every 8th page or every 4th.
+stripe, so for small budgets there are fewer stripes.
 
 Letters in shapes are those of `reference.py`; X is the number of stripes.
 """

@@ -14,7 +14,7 @@ from transformers import Cache
 from . import reference
 from .reference import Choice, Logits
 
-OF_RESULTS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+OF_RESULTS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # what is told of reads
 WEIGHED = 2**14  # tokens whose keys are in float32 at a time
 
 

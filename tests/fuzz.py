@@ -176,7 +176,10 @@ def new_ways(r, kinds):
 def patched(config):
     """What a configuration changes in the package: room beyond windows, kernels, and how soon prefixes are shared."""
     with contextlib.ExitStack() as stack:
-        patch = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
+
+        def patch(*change):
+            stack.enter_context(mock.patch.object(*change))
+
         patch(ring, "ROOM", config["room"])
         if not config["has_kernels"]:
             patch(native, "serves", lambda *tensors: False)

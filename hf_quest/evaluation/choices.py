@@ -204,7 +204,8 @@ def found_pages(choice: Choice, budget: int, query: Tensor, keys: Tensor, bounds
     """[B, Hkv, T, P] bool: the pages that bounds find, or with a fold those of the folds that theirs find."""
     length, size, num_pages = keys.shape[2], choice.page_size, bounds.shape[2]
     num_found = choice.num_candidates(budget, num_pages) if choice.by == "codes" else choice.num_pages(budget)
-    find = functools.partial(select_in_stripes, choice.num_stripes(budget)) if choice.stripes else select_pages
+    in_stripes = functools.partial(select_in_stripes, num_stripes=choice.num_stripes(budget))
+    find = in_stripes if choice.stripes else select_pages
     if choice.fold:
         size *= choice.fold
         bounds, num_found = bounds_of(keys, size, choice.bounds_bits), choice.num_folds(budget, num_pages)
@@ -218,7 +219,7 @@ def best_tokens(choice: Choice, budget: int, weights: Tensor) -> Tensor:
     """[B, Hkv, T, N] bool: the tokens of the highest weights, [B, Hkv, T, N], before each query's own page."""
     num = budget - choice.page_size
     if choice.stripes:
-        chosen = best_in_stripes(choice.num_stripes(budget), weights, num, choice.page_size)
+        chosen = best_in_stripes(weights, num, choice.page_size, choice.num_stripes(budget))
     else:
         best = weights.topk(min(weights.shape[-1], num), dim=-1)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best.indices, best.values > 0)
@@ -239,7 +240,7 @@ def grouped_logits(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
 
 
 def select_in_stripes(
-    num_stripes: int, scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool
+    scores: Tensor, length: int, num_selected: int, page_size: int, keeps_first: bool, num_stripes: int
 ) -> Tensor:
     """[B, Hkv, T, P] bool of [B, Hkv, T, P] scores: the pages before each query's own that are candidates."""
     padding = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
@@ -247,7 +248,7 @@ def select_in_stripes(
     return has_ids(ids, scores.shape[-1])
 
 
-def best_in_stripes(num_stripes: int, weights: Tensor, num: int, page_size: int) -> Tensor:
+def best_in_stripes(weights: Tensor, num: int, page_size: int, num_stripes: int) -> Tensor:
     """[B, Hkv, T, N] bool: of `num` tokens before each query's own page those of the highest weights in each stripe."""
     num_queries, length = weights.shape[-2:]
     position = torch.arange(length, device=weights.device)

@@ -38,9 +38,8 @@ def see(method, storage, query, mask, logits, position_bias, empty_rows):
         is_visible = newest[:, ::group].expand_as(storage.is_visible).contiguous()
         is_token = is_of_token(mask).expand(query.shape[0], -1)
     if empty_rows:
-        is_token = (
-            torch.ones(query.shape[0], 1, dtype=torch.bool, device=query.device) if is_token is None else is_token
-        )
+        if is_token is None:
+            is_token = query.new_ones(query.shape[0], 1, dtype=torch.bool)
         is_token = is_token.index_fill(0, torch.tensor(empty_rows, device=query.device), False)
     storage.see(is_visible, is_token)
     method.attended(storage, Attended(query, mask, is_token, logits, position_bias))
