@@ -16,9 +16,9 @@ struct Stripes {
     int num_pages, each, num_longer;
 
     __device__ Stripes(int num_pages, int num_stripes)
-        : num_pages(num_pages),
-          each(num_pages >> (__ffs(num_stripes) - 1)),
-          num_longer(num_pages & (num_stripes - 1)) {}
+        : num_pages(num_pages), each(num_pages), num_longer(num_pages & (num_stripes - 1)) {
+        each >>= __ffs(num_stripes) - 1;  // not above, which nvcc leaves in what it has the host compile
+    }
 
     __device__ int count(int stripe) const { return each + (stripe < num_longer ? 1 : 0); }
 

@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils import cpp_extension
 
 from hf_quest.kernels import build, ops
 from hf_quest.reference import GROUPS, Score
@@ -413,7 +415,7 @@ def what_nvcc_says(source, architecture, folder, known):
         "-std=c++20",
         f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
         "-Xptxas=-v",
-        "-cubin",
+        "-c",  # and not what runs on a GPU alone: the host's compiler reads all of it, too
     ]
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     asked, headers = hashlib.sha256(repr((flags, version)).encode()), sorted(source.parent.glob("*.*h"))
@@ -437,3 +439,29 @@ def test_kernels_compile_and_keep_to_their_registers(stage, architecture, tmp_pa
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert stacks
     assert set(stacks) == {("0", "0", "0")}
+
+
+# Types of CUDA's libraries that PyTorch's headers name and bindings.cpp uses nothing of. They stand in for headers
+# that a toolkit without those libraries, and a PyTorch built for CPUs, lack.
+STAND_IN_HEADERS = {
+    "cublas_v2.h": "typedef struct cublasContext* cublasHandle_t; typedef int cublasStatus_t;",
+    "cublasLt.h": "typedef struct cublasLtContext* cublasLtHandle_t;",
+    "cusparse.h": "typedef struct cusparseContext* cusparseHandle_t; typedef int cusparseStatus_t;",
+    "cusolverDn.h": "typedef struct cusolverDnContext* cusolverDnHandle_t;",
+    "cusolver_common.h": "typedef int cusolverStatus_t;",
+    "c10/cuda/impl/cuda_cmake_macros.h": "",
+}
+
+
+@pytest.mark.csrc
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which knows where CUDA's headers are")
+def test_bindings_compile(tmp_path):
+    for name, text in STAND_IN_HEADERS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    command = ["nvcc", "-std=c++20", "-x", "c++", "-DUSE_CUDA", "-Xcompiler", "-fsyntax-only", "-c"]
+    command += [f"-I{folder}" for folder in folders] + ["-isystem", str(tmp_path)]
+    source = build.find_sources() / "bindings.cpp"
+    result = subprocess.run([*command, source], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
