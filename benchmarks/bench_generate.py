@@ -116,6 +116,7 @@ WAYS = {
     "quest-recorded": quest("QuestCache, capture(model)"),
     "quest-compiled": quest("QuestCache, capture(model, compile=True)"),
     "quest-ahead": quest("QuestCache, decode_ahead", options=AHEAD),
+    "quest-recorded-ahead": quest("QuestCache, capture(model), decode_ahead", options=AHEAD),
     "quest-compiled-ahead": quest("QuestCache, capture(model, compile=True), decode_ahead", options=AHEAD),
     "quest-codes": quest("QuestCache(512, codes=2)", 512, codes=2),
     "quest-codes-ahead": quest(
@@ -142,6 +143,7 @@ WAYS = {
 }
 CAPTURED = {  # and whether the captured step is compiled first
     "quest-recorded": False,
+    "quest-recorded-ahead": False,
     "quest-compiled": True,
     "quest-compiled-ahead": True,
     "quest-codes-ahead": True,
