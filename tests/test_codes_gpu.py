@@ -389,9 +389,10 @@ def test_the_operators_are_what_their_schemas_say(op, bounds_dtype):
     of_tokens = codes_of(stored, 2)
     bounds = (stored.bounds, stored.scales)
     chain = (*stored.where, 12, 16, 0.1, None, None, None, *DEFAULT, of_tokens, 64, "sum")
+    candidates = random_candidates(stored, 12, 64)
     arguments = {
         "append": (*stored.buffers, stored.new_keys, stored.new_values, *stored.where, 16, of_tokens),
-        "refine": (stored.query, *bounds, of_tokens, random_candidates(stored, 12), *stored.where, 16, 0.1, 64, "sum"),
+        "refine": (stored.query, *bounds, of_tokens, candidates, *stored.where, 16, 0.1, 64, "sum"),
         "chain": (stored.query, *stored.buffers, *chain),
     }
     torch.library.opcheck(getattr(torch.ops.hf_quest, op).default, arguments[op])
