@@ -1,5 +1,6 @@
 """What of the CUDA path can be tested without a GPU: schemas, fakes, checks, and how its build begins and fails."""
 
+import ctypes
 import hashlib
 import os
 import re
@@ -307,8 +308,14 @@ class TestBuild:
     @pytest.fixture
     def calls(self, monkeypatch):
         calls = []
+
+        def built(name, **options):
+            calls.append((name, options))
+            (Path(options["build_directory"]) / f"{name}.so").write_text("a library")
+
         monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/toolkit")
-        monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, **options: calls.append((name, options)))
+        monkeypatch.setattr("torch.utils.cpp_extension.load", built)
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
         return calls
 
     def test_without_nvcc_one_warning_says_why_and_what_to_do(self, monkeypatch):
@@ -369,12 +376,44 @@ class TestBuild:
 
     def test_a_built_extension_is_found_and_nothing_said(self, calls, capsys):
         build.load()
-        ((name, options),) = calls
-        (Path(options["build_directory"]) / f"{name}.so").touch()
         build.load.cache_clear()
         capsys.readouterr()
         assert build.load()
+        assert len(calls) == 1
         assert capsys.readouterr().err == ""
+
+    def test_other_sources_are_built_beside(self, calls, monkeypatch, tmp_path):
+        build.load()
+        build.load.cache_clear()
+        sources = shutil.copytree(build.find_sources(), tmp_path / "csrc")
+        (sources / "common.cuh").write_text((sources / "common.cuh").read_text() + "// newer\n")
+        monkeypatch.setattr(build, "find_sources", lambda: sources)
+        assert build.load()
+        (_, first), (_, second) = calls
+        assert first["build_directory"] != second["build_directory"]
+
+    @pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja, with which PyTorch builds")
+    def test_what_a_stopped_build_left_is_in_nobodys_way(self, monkeypatch, tmp_path):
+        sources = tmp_path / "csrc"
+        sources.mkdir()
+        (sources / "bindings.cpp").write_text("int hf_quest_of_this_test() { return 7; }\n")
+        monkeypatch.setattr(build, "find_sources", lambda: sources)
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/toolkit")
+        loads = []
+        monkeypatch.setattr(torch.ops, "load_library", loads.append)
+        assert build.load()
+        library = loads[-1]
+        assert ctypes.CDLL(str(library))._Z21hf_quest_of_this_testv() == 7
+        whole = library.read_bytes()
+        for content in (whole[: len(whole) // 2], b""):
+            library.unlink()
+            library.write_bytes(content)
+            (library.parent / "lock").touch()
+            build.load.cache_clear()
+            torch.utils.cpp_extension.JIT_EXTENSION_VERSIONER.entries.clear()  # as in another process
+            assert build.load()
+            assert not (library.parent / "lock").exists()
+            assert library.read_bytes() == whole
 
     @pytest.fixture
     def from_pip(self, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 OLDEST_CAPABILITY = (8, 0)
 FOR_CPU = "cpu_step.cpp"
@@ -50,7 +51,23 @@ def _load():
         raise RuntimeError(f"the kernels need compute capability 8.0 (Ampere) or later, and the GPUs have {found}")
     # Hopper's own instructions are in the architecture with an "a" alone.
     architectures = [f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in capabilities]
+    sources = [path for path in sorted(find_sources().iterdir()) if path.name != FOR_CPU]
+    version = torch.__version__.replace(".", "_").replace("+", "_")
+    # What other versions of this package have built stays beside it, and is not built over.
+    key = key_of(*(part for path in sources for part in (path.name, path.read_text("utf-8"))))
+    name = f"hf_quest_sm{'_'.join(architectures)}_torch_{version}_{key}"
+    library = build_root() / name / f"{name}.so"
+    if not is_whole(library):
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.parent / "hf_quest.lock"):  # which ends with the process that holds it
+            if not is_whole(library):
+                build_for_gpus(library, sources, architectures)
+                seal(library)
+    torch.ops.load_library(library)
 
+
+def build_for_gpus(library, sources, architectures):
+    """Have PyTorch build `library`, which loads it, too."""
     from torch.utils import cpp_extension  # slow to import, and its import looks for a compiler
 
     from_pip = find_cuda_from_pip()
@@ -58,42 +75,25 @@ def _load():
         if from_pip is None or not (from_pip / "bin" / "nvcc").exists():
             raise RuntimeError("there is no nvcc: none on the PATH, no CUDA_HOME, and none installed with pip")
         cpp_extension.CUDA_HOME = str(from_pip)
-
-    version = torch.__version__.replace(".", "_").replace("+", "_")
-    name = f"hf_quest_sm{'_'.join(architectures)}_torch_{version}"
-    build_directory = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
-    build_directory.mkdir(parents=True, exist_ok=True)
     spare_headers = []
     if from_pip is not None:
         # PyTorch's headers want those of cuBLAS and the like, which small toolkits lack and torch from pip brings.
         spare_headers.append(f"-idirafter{from_pip / 'include'}")
-        link_runtime(from_pip, build_directory)
-    is_new = not (build_directory / f"{name}.so").exists()
-    source_directory = find_sources()
-    if is_new:
-        architecture_names = ", ".join(f"sm_{architecture}" for architecture in architectures)
-        print(
-            f"hf_quest builds its CUDA kernels for {architecture_names} in {build_directory}, once ...",
-            end=" ",
-            file=sys.stderr,
-            flush=True,
+        link_runtime(from_pip, library.parent)
+    # What is left of a build that was stopped: PyTorch would wait for its end, and load a part of a library.
+    for left in (library.parent / "lock", library):
+        left.unlink(missing_ok=True)
+    names = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    with told(f"hf_quest builds its CUDA kernels for {names} in {library.parent}, once ..."):
+        cpp_extension.load(
+            library.stem,
+            sources=[str(path) for path in sources if path.suffix in (".cu", ".cpp")],
+            extra_cflags=["-O3", "-std=c++20", *spare_headers],
+            extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
+            extra_ldflags=[f"-L{library.parent}"],
+            build_directory=str(library.parent),
+            is_python_module=False,
         )
-    start = time.perf_counter()
-    cpp_extension.load(
-        name,
-        sources=[
-            str(path)
-            for path in sorted(source_directory.glob("*.c*"))
-            if path.suffix in (".cu", ".cpp") and path.name != FOR_CPU
-        ],
-        extra_cflags=["-O3", "-std=c++20", *spare_headers],
-        extra_cuda_cflags=["-O3", "-std=c++20", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
-        extra_ldflags=[f"-L{build_directory}"],
-        build_directory=str(build_directory),
-        is_python_module=False,
-    )
-    if is_new:
-        print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 @functools.cache
@@ -122,8 +122,6 @@ def load_for_cpu():
 
 def plan_for_cpu():
     """(where the library for this CPU is or will be, the command that builds it but for the name of its output)."""
-    from torch.utils import cpp_extension
-
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         raise RuntimeError("this build of PyTorch has not loaded GNU's OpenMP (libgomp), whose threads they take")
     found = [shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
@@ -134,10 +132,20 @@ def plan_for_cpu():
     source = find_sources() / FOR_CPU
     command = [compiler, "-std=c++17", "-O3", tune, "-fopenmp-simd", "-fPIC", "-shared", str(source), "-o"]
     # Machines may share the folder, and what is made for one of them crashes on another.
-    parts = (source.read_text(), *command[1:-2], instructions())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return Path(root) / f"hf_quest_cpu_{key}" / "cpu_step.so", command
+    key = key_of(source.read_text("utf-8"), *command[1:-2], instructions())
+    return build_root() / f"hf_quest_cpu_{key}" / "cpu_step.so", command
+
+
+def build_root():
+    """The folder of all that is built, as PyTorch chooses it."""
+    from torch.utils import cpp_extension
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+
+
+def key_of(*parts):
+    """What tells libraries apart that are built of other texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def instructions():
@@ -152,17 +160,30 @@ def instructions():
 def build_for_cpu(path, command):
     """Have the library at `path`, whole at once: other processes may build the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"hf_quest builds its kernels for this CPU in {path.parent}, once ...", end=" ", file=sys.stderr, flush=True)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    start_of_line = f"hf_quest builds its kernels for this CPU in {path.parent}, once ..."
+    with told(start_of_line), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         begun = Path(folder) / path.name
         done = subprocess.run([*command, str(begun)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr or f"{command[0]} ended with {done.returncode}")
-        content = begun.read_bytes()
-        begun.write_bytes(content + hashlib.sha256(content).digest())  # no loader looks beyond what its header names
+        seal(begun)
         os.replace(begun, path)
+
+
+@contextlib.contextmanager
+def told(text):
+    """Say what is built, and how long it took if it was."""
+    print(text, end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    yield
     print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def seal(path):
+    """Mark a library as whole, at its end: no loader looks beyond what its header names."""
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    with path.open("ab") as file:
+        file.write(digest)
 
 
 def is_whole(path):
