@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import bench_generate
@@ -82,10 +83,9 @@ def layers_over_gpus(shape, num_layers, context):
     return model.requires_grad_(False), "int4" if is_int4 else "bfloat16"
 
 
-def fill(cache, config, batch_size, num_tokens):
-    """As bench_generate's, with the KV heads of this process and each layer on its own GPU."""
+def fill(num_gpus, cache, config, batch_size, num_tokens):
+    """As bench_generate's, with the KV heads of this process and the layers over its GPUs."""
     num_kv_heads = config.num_key_value_heads // (dist.get_world_size() if dist.is_initialized() else 1)
-    num_gpus = 1 if dist.is_initialized() else torch.cuda.device_count()
     for layer_idx in range(config.num_hidden_layers):
         gpu = layer_idx * num_gpus // config.num_hidden_layers
         device = torch.device("cuda", torch.cuda.current_device() if num_gpus == 1 else gpu)
@@ -130,7 +130,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    bench_generate.fill = fill
+    bench_generate.fill = partial(fill, torch.cuda.device_count() if arguments.job == "layers" else 1)
     torch.manual_seed(0)  # the same tokens in every process
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     weights, comparison = "bfloat16", None

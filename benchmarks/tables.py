@@ -155,6 +155,19 @@ def offload_table(report):
     return table
 
 
+def beyond_table(reports):
+    """What decodes with keys and values in the host's memory, of one row, in short: `offload_table` of some reports."""
+    table = Table("shape", "tokens", "ms a token", "captured, ahead", "GB of the GPU's memory", "GB of the host's")
+    for report in reports:
+        by_way = {result["way"]: result for result in report["results"]}
+        plain, best = by_way["offloaded"], by_way["offloaded, captured, ahead"]
+        times = [f"{result['ms_per_token']:.1f}" for result in (plain, best)]
+        table.add_row(
+            plain["shape"], f"{plain['context']:,}", *times, f"{plain['cache_gb']:.1f}", f"{plain['host_gb']:.1f}"
+        )
+    return table
+
+
 def shared_table(report):
     """Of every case and way, ms per token step, and the GB that the whole device lacks."""
     sizes = {"read_gb": "GB, prompt read", "repeat_gb": "at most while repeated", "end_gb": "at the end"}
@@ -401,6 +414,8 @@ def tables():
         for of_time in ("before", "after")
     ]
     found["house"] = markdown(house_table(*house))
+    beyond = [RESULTS / f"{name}.json" for name in ("offload_gpu", "offload_512k", "offload_1m")]
+    found["offload_beyond"] = markdown(beyond_table([json.loads(path.read_text()) for path in beyond]))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]
     found["bigger"] = markdown(bigger_table([json.loads(path.read_text()) for path in sorted(bigger)]))
     return found

@@ -85,7 +85,7 @@ def test_tables_are_those_of_the_results(page):
 
 
 def test_every_result_is_on_a_page():
-    shown = set(re.findall(r"<!-- results: (\w+) -->", "".join(page.read_text() for page in DOCS)))
+    shown = set(re.findall(r"<!-- results: (\w+) -->", "".join(page.read_text() for page in PAGES)))
     assert shown == set(found_tables())
 
 

@@ -90,6 +90,17 @@ def test_cache_of_a_model_of_another_shape(model, prefilled, options):
     assert prefilled.get_seq_length() == 20
 
 
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_cache_of_a_model_on_another_device(model, prefilled, num_tokens):
+    for layer in prefilled.layers:  # as if it had been filled there
+        layer.storage.device = torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="for a model on cuda:1, and its keys come from cpu"):
+        model(tokens(num_tokens), past_key_values=prefilled)
+    for layer in prefilled.layers:
+        layer.storage.device = torch.device("cpu")
+    assert_usable(model, prefilled)
+
+
 def test_cache_of_a_model_with_fewer_layers(model, prefilled):
     with pytest.raises(ValueError, match="The cache holds tokens of 4 layers and this model has more"):
         make_model(num_hidden_layers=5)(tokens(20), past_key_values=prefilled)

@@ -61,6 +61,11 @@ def check_arrival(layer, key_states, value_states):
     if layer.length == 0:
         return
     check_rows(layer.keys.shape[0], key_states.shape[0])
+    if key_states.device != layer.storage.device:  # kernels would look there for what lies elsewhere
+        raise ValueError(
+            f"The cache is for a model on {layer.storage.device}, and its keys come from {key_states.device}. Move the "
+            "model back, or read the text with a new cache. The content of this one is unchanged."
+        )
     for stored, new in ((layer.keys, key_states), (layer.values, value_states)):
         is_alike = stored.dtype == new.dtype or layer.shared.saw_autocast
         if (stored.shape[1], stored.shape[3]) != (new.shape[1], new.shape[3]) or not is_alike:
