@@ -22,6 +22,7 @@ import gc
 import json
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -244,35 +245,44 @@ def time_texts(model, way, context, budget, num_steps, num_rounds):
     return start_s, round_ms
 
 
-def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
-    """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
-    way = WAYS[name]
+@contextmanager
+def decoding_by(model, name):
+    """Within it, `generate` decodes as a way does: captured, compiled, and by its attention."""
     compiled = model.__dict__.pop("_compiled_call", None) if name in CAPTURED else None
     if name in CAPTURED:
         capture(model, compile=CAPTURED[name])
     compile_prompts(model, name == "text-lookup-compiled")
-    model.set_attn_implementation(way.attn_implementation)
-    if "logits_processor" in way.options:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        start_s, round_ms = time_texts(model, way, context, budget, num_steps, num_rounds)
-    else:
-        cache = way.make_cache(model.config, context, budget)
-        fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
-        start_s, round_ms = time_answers(model, way, cache, ids, num_steps, num_rounds)
+    model.set_attn_implementation(WAYS[name].attn_implementation)
+    try:
+        yield
+    finally:
+        if name in CAPTURED:
+            del model._compiled_call, model.get_compiled_call
+            if compiled is not None:
+                model._compiled_call = compiled
+
+
+def measure(model, name, batch_size, context, budget, num_steps, num_rounds):
+    """A dict of one way at one context: ms per token and of the start, and bytes of memory at its peak."""
+    way = WAYS[name]
+    with decoding_by(model, name):
+        if "logits_processor" in way.options:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            start_s, round_ms = time_texts(model, way, context, budget, num_steps, num_rounds)
+        else:
+            cache = way.make_cache(model.config, context, budget)
+            fill(cache, model.config, batch_size * way.options.get("num_beams", 1), context - 1)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device="cuda")
+            start_s, round_ms = time_answers(model, way, cache, ids, num_steps, num_rounds)
     result = {
         "ms_per_token": round(statistics.median(round_ms), 2),
         "round_ms": [round(ms, 2) for ms in round_ms],
         "start_s": round(start_s, 1),
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }
-    if name in CAPTURED:
-        del model._compiled_call, model.get_compiled_call
-        if compiled is not None:
-            model._compiled_call = compiled
     if name in VERIFYING:
         result["verify_ms"] = verify_ms(model, cache, num_rounds)
     return result

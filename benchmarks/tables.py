@@ -38,6 +38,8 @@ METHODS = {
 }
 COMPARED = ("smollm2", "gemma3", "tiny")  # models, in the order of lines on those pages
 SMALLEST_SECTION = 0.02  # share of a kernel's time
+LONGEST_KERNELS = 10  # that a table of a step has
+LONGEST_NAME = 90  # characters
 STOCK = ("stock", "flash")  # ways to read a prompt without QuestCache
 
 
@@ -107,6 +109,34 @@ def generate_table(report):
         cases.setdefault((result["shape"], result["batch_size"], result["context"]), {})[result["way"]] = cell
     for (shape, batch_size, context), cells in cases.items():
         table.add_row(shape, str(batch_size), f"{context:,}", *(cells.get(way, "-") for way in ways))
+    return table
+
+
+def step_table(report):
+    """ms per token of every case and way, with and without the profiler, and what the GPU does in them."""
+    kinds = list(dict.fromkeys(kind for result in report["results"] for kind in result.get("kinds_ms", ())))
+    columns = ["profiled", "GPU busy", *kinds, "least that products take", "short gaps", "longer gaps"]
+    table = Table("shape", "rows", "tokens", "way", "ms per token", *columns)
+    for result in report["results"]:
+        cells = ["-"] * (1 + len(columns))
+        if "kinds_ms" in result:
+            times = [result[f"{name}_ms"] for name in ("span", "busy")]
+            times += [*(result["kinds_ms"][kind] for kind in kinds), result["weights_floor_ms"]]
+            times += [result["gaps_ms"][name] for name in ("short", "longer")]
+            cells = [f"{result['ms_per_token']:.2f}", *(f"{ms:.2f}" for ms in times)]
+        case = (result["shape"], str(result["batch_size"]), f"{result['context']:,}")
+        table.add_row(*case, result["way"], *cells)
+    return table
+
+
+def kernels_table(result):
+    """The kernels that take longest of a profiled token."""
+    table = Table("kernel", "kind", "calls per token", "µs per call", "ms per token")
+    for kernel in result["kernels"][:LONGEST_KERNELS]:
+        name = kernel["name"].replace("|", "\\|")  # which ends a cell
+        name = f"{name[:LONGEST_NAME]}…" if len(name) > LONGEST_NAME else name
+        ms = kernel["calls"] * kernel["us"] / 1e3
+        table.add_row(f"`{name}`", kernel["kind"], f"{kernel['calls']:g}", f"{kernel['us']:.1f}", f"{ms:.2f}")
     return table
 
 
@@ -374,6 +404,7 @@ KINDS = {
     "generate": generate_table,
     "first_token": first_token_table,
     "host": host_table,
+    "profile_step": step_table,
     "offload": offload_table,
     "shared": shared_table,
     "selection": selection_table,
