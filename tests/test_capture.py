@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import namedtuple
 
+import kernels_on_cpu
 import pytest
 import torch
 from graphs_on_cpu import captured, emulate
@@ -22,8 +23,9 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from hf_quest import QuestCache, capture
 from hf_quest.seam.capture.fingerprint import fingerprint
-from hf_quest.seam.capture.recording import copied
 from hf_quest.seam.capture.rehearsal import Rehearsal
+from hf_quest.seam.capture.values import copied
+from hf_quest.seam.generate import CALLS_COMPILED
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -193,6 +195,89 @@ def test_every_family_writes_what_it_writes_without(family, recordings):
         cache.reset()
     is_recorded = family not in UNRECORDED and not any(layer.is_sliding for layer in cache.layers)
     assert len(recordings) == is_recorded
+
+
+REPEATED = tokens(24, seed=2).repeat(1, 6)  # in which prompt lookup finds drafts, some of which are wrong
+
+
+def by_lookup(model, cache, **options):
+    return generate(model, REPEATED, cache, **{"max_new_tokens": 60, "prompt_lookup_num_tokens": 4} | options)
+
+
+@pytest.mark.skipif(not CALLS_COMPILED, reason="in this version assisted decoding calls nothing that is compiled")
+class TestDrafts:
+    @pytest.fixture(params=[False, True], ids=["without kernels", "with kernels"])
+    def has_kernels(self, request, monkeypatch):
+        if request.param:
+            kernels_on_cpu.emulate(monkeypatch)
+        return request.param
+
+    @pytest.mark.parametrize("options", [{}, {"codes": 2}, {"offloading": True}, {"budget": 400}], ids=str)
+    def test_are_verified_by_recordings(self, model, recordings, has_kernels, options):
+        if options.get("codes") and not has_kernels:
+            pytest.skip("codes are in no graph without kernels")
+        cache = new_cache(**options)
+        expected = by_lookup(make_model(**LAYERS), new_cache(**options, compile=False))
+        assert torch.equal(by_lookup(model, cache), expected)
+        assert {recording.inputs["input_ids"].shape[1] for recording in recordings} >= {1, 5}
+        plain = generate(make_model(**LAYERS), REPEATED, new_cache(**options, compile=False), max_new_tokens=60)
+        assert torch.equal(expected, plain)
+        longer = [tokens(1, seed=3), tokens(9, seed=4)]
+        for each in longer:  # plain decoding goes on from what the graphs stored, kept and dropped
+            text = torch.cat([expected, each], dim=1)
+            expected = generate(make_model(**LAYERS), text, new_cache(**options, compile=False))
+            assert torch.equal(generate(model, text, cache), expected)
+
+    def test_each_number_of_them_has_a_recording_of_its_own(self, model, recordings):
+        cache = new_cache()
+        for _ in range(2):
+            by_lookup(model, cache)
+            cache.reset()
+            by_lookup(model, cache, prompt_lookup_num_tokens=2)
+            cache.reset()
+        sizes = [recording.inputs["input_ids"].shape[1] for recording in recordings]
+        assert len(sizes) == len(set(sizes))
+        assert {1, 3, 5} <= set(sizes)
+
+    def test_few_are_not_recorded(self, model, recordings):
+        expected = generate(make_model(**LAYERS), REPEATED, new_cache(), max_new_tokens=12)
+        assert torch.equal(by_lookup(model, new_cache(), max_new_tokens=12), expected)
+        assert [recording for recording in recordings if recording.inputs["input_ids"].shape[1] > 1] == []
+
+    def test_of_a_padded_row(self, model, recordings, has_kernels):
+        mask = torch.ones_like(REPEATED)
+        mask[:, :7] = 0
+        expected = by_lookup(make_model(**LAYERS), new_cache(compile=False), attention_mask=mask)
+        assert torch.equal(by_lookup(model, new_cache(), attention_mask=mask), expected)
+        assert len(recordings) > 1
+
+    def test_of_an_assistant(self, model, recordings, has_kernels):
+        assistant = captured(make_model(**LAYERS))
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        expected = generate(make_model(**LAYERS), REPEATED, new_cache(compile=False), max_new_tokens=60)
+        found = generate(model, REPEATED, new_cache(), max_new_tokens=60, assistant_model=assistant)
+        assert torch.equal(found, expected)
+        assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
+
+    def test_not_where_the_mask_has_a_hole(self, model, recordings):
+        mask = torch.ones_like(REPEATED)
+        mask[:, 40:50] = 0
+        expected = by_lookup(make_model(**LAYERS), new_cache(compile=False), attention_mask=mask)
+        assert torch.equal(by_lookup(model, new_cache(), attention_mask=mask), expected)
+        assert recordings == []
+
+    def test_not_beside_a_window(self, recordings):
+        options = {"sliding_window": 16, **LAYERS}
+        expected = by_lookup(make_model(MistralForCausalLM, **options), new_cache(compile=False))
+        assert torch.equal(by_lookup(captured(make_model(MistralForCausalLM, **options)), new_cache()), expected)
+        assert recordings == []
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_of_every_family(self, family, recordings):
+        model, prompt = copy.deepcopy(build(family, "quest")), prompts()[0].repeat(1, 2)
+        options = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 2}
+        expected = generate(model, prompt, quest_cache(16, compile=False), **options)
+        assert torch.equal(generate(captured(model), prompt, quest_cache(16), **options), expected)
 
 
 class Shift(nn.Module):

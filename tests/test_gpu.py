@@ -6,6 +6,7 @@ A compilation takes longer than all else here, so only one class compiles.
 import copy
 import functools
 import gc
+import threading
 import weakref
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import CompileConfig
 from hf_quest import QuestCache, capture, tiny
 from hf_quest.evaluation.documents import Library, documents, heldout_text
 from hf_quest.kernels import ops
+from hf_quest.seam.generate import CALLS_COMPILED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -321,6 +323,16 @@ class TestRecordedDecode:
             for options in ({}, {"disable_compile": True})
         )
         assert torch.equal(output, expected)
+
+    @pytest.mark.skipif(not CALLS_COMPILED, reason="in this version assisted decoding calls nothing that is compiled")
+    @pytest.mark.parametrize("options", [{}, {"codes": 2}, {"codes": 2, "offloading": True}], ids=str)
+    def test_drafts_are_verified_by_recordings(self, model, library, options):
+        ids, lookup = digest_of(library, 2048), {"max_new_tokens": 96, "prompt_lookup_num_tokens": 6}
+        expected = generate(model, ids, QuestCache(256, **options), disable_compile=True, **lookup)
+        cache = QuestCache(256, **options)
+        assert torch.equal(generate(model, ids, cache, **lookup), expected)
+        recordings = model._compiled_call.recordings[threading.get_ident()]
+        assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
 
     def test_it_ends_with_its_cache_at_once(self, model, library):
         ids = digest_of(library, 700)

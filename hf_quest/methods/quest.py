@@ -35,13 +35,14 @@ class Chain:
         return torch.ops.hf_quest.chain(query, *stored, *where, *logits, ids, *method.score, *by_codes)
 
     @staticmethod
-    def step(method, pages, layer_idx, query, new, logits, reads_all):
-        """A whole decode step of a layer in a graph: store the key and value `new`, or none, and attend.
+    def step(method, pages, layer_idx, logits, reads_all, query, new, length):
+        """A whole decode step of a layer in a graph: store the key and value `new`, or none, as the last in the slots
+        before `length`, [1] int64, and attend.
 
         With `reads_all` everything, as a dense layer does.
         """
         on_device = pages.on_device
-        where = (on_device.addresses, on_device.length, on_device.padding, layer_idx, pages.num_kv_heads)
+        where = (on_device.addresses, length, on_device.padding, layer_idx, pages.num_kv_heads)
         num_found = 0 if reads_all else method.num_found
         # A dense layer has none.
         has_pool = pages.pool is not None

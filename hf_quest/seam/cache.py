@@ -200,13 +200,13 @@ class MethodCache(generate.Events, Saving, former.Cache):
 
     def get_seq_length(self, layer_idx=0):
         if self.shared.step.is_prepared():
-            return self.layers[layer_idx].storage.on_device.length - 1
+            return self.layers[layer_idx].storage.on_device.length - self.shared.step.num_new
         self._settle()
         length = self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
         return length if torch.compiler.is_dynamo_compiling() else generate.length_or_read_again(self, length)
 
     def get_mask_sizes(self, query_length, layer_idx):
-        if query_length == 1 and self.shared.step.is_prepared():
+        if self.shared.step.is_captured and self.shared.step.is_prepared_for(query_length):
             return 0, 0  # there is no key that a mask would have to hide
         return self._mask_sizes(query_length, layer_idx)
 
@@ -221,8 +221,8 @@ class MethodCache(generate.Events, Saving, former.Cache):
         num_keys, offset = query_length, 0
         if layer_idx < len(self.layers):
             num_keys, offset = self.layers[layer_idx].get_mask_sizes(query_length)
-        if query_length == 1 and self.layers and self.method.fused is not None:
-            self._prepare_step()
+        if self.layers and self.method.fused is not None and self._may_be_step(query_length):
+            self._prepare_step(query_length)
         return MaskLength(num_keys, self), offset
 
     @property

@@ -135,10 +135,14 @@ class Forwards(Cache):
             )
         self.layers.append(Layer(self.shared, layer_idx))
 
-    def _prepare_step(self):
-        """Do outside of the graph, before a decode step that may be a captured one, what a graph cannot do."""
-        num_tokens, rows = self.get_seq_length() + 1, self.shared.rows
-        check_room(self.layers[0], 1)
+    def _may_be_step(self, num_new):
+        """Whether a graph may hold a forward of so many new tokens."""
+        return num_new == 1 or (generate.prepares_drafts() and not any(layer.is_sliding for layer in self.layers))
+
+    def _prepare_step(self, num_new=1):
+        """Do outside of the graph, before a step that may be a captured one, what a graph cannot do."""
+        num_tokens, rows = self.get_seq_length() + num_new, self.shared.rows
+        check_room(self.layers[0], num_new)
         if num_tokens > rows.room or cannot_be_written(self.layers[0].keys):
             for layer in self.layers:
                 layer.storage.make_room(num_tokens)
@@ -146,15 +150,15 @@ class Forwards(Cache):
             rows.set_addresses(addresses, min(layer.storage.room for layer in self.layers))
         rows.set_length(num_tokens)
         end = end_of_text(self.shared.max_positions, self.max_cache_len)
-        self.shared.step.prepare(num_tokens, self.method, end)
+        self.shared.step.prepare(num_new, num_tokens, self.method, end)
 
     def _settle(self):
-        """Count the token of the captured step that has run since it was prepared."""
+        """Count the tokens of the captured step that has run since it was prepared."""
         if self.shared.step.state == TAKEN:
             self.shared.step.is_over()
             self.masks.begin()
             for layer in self.layers:
-                layer.took_step()
+                layer.took_step(self.shared.step.num_new)
 
     @property
     def masks(self):

@@ -21,6 +21,9 @@ PREFILL = codes_of(GenerationMixin._prefill)
 LOOPS = codes_of(GenerationMixin._sample, GenerationMixin._beam_search, GenerationMixin._assisted_decoding)
 GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
+# In assisted decoding from Transformers 5.24 on, which calls what these decide may be compiled.
+CRITERIA = inspect.unwrap(GenerationMixin._valid_auto_compile_criteria).__code__
+CALLS_COMPILED = "get_compiled_call" in inspect.unwrap(GenerationMixin._assisted_decoding).__code__.co_names
 MODULE_CALL = codes_of(torch.nn.Module._call_impl)
 
 
@@ -126,18 +129,38 @@ def may_compile_for_caller(is_on_cpu):
     """Whether the function that asks our caller, a method of a model, would do well to compile.
 
     `generate` would compile the chunks of a prompt too. They are dense, and have all to lose from a graph that cannot
-    know how many keys there are. From Transformers 5.24 on it would compile what verifies drafts, too, which is no step
-    that a graph can hold: every layer would become several graphs. A model on several devices is not one graph. Llama 4
+    know how many keys there are. From Transformers 5.24 on it would compile what verifies drafts, too, of which every
+    layer would become several graphs: it is recorded only. A model on several devices is not one graph. Llama 4
     is never compiled, and the masks that Transformers 5.17 would make for that fail. On a CPU `generate` compiles
     nothing, and would make the masks of each step for it all the same.
     """
     caller = sys._getframe(2)
     is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
-    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL) or called_from(ASSISTED, stop_at={id(GENERATE)}):
+    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
         return False
+    if called_from(ASSISTED, stop_at={id(GENERATE)}):
+        return may_record_drafts(caller)
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
     return is_one_graph and "llama4" not in getattr(getattr(model, "config", None), "model_type", "")
+
+
+def may_record_drafts(frame):
+    """Whether this frame, of assisted decoding, is of a model that records what verifies drafts, past its prompt."""
+    is_past_prompt = frame.f_code is CRITERIA or (frame.f_code is PREPARE and not frame.f_locals["is_first_iteration"])
+    if not CALLS_COMPILED or not is_past_prompt:
+        return False
+    return getattr(vars(frame.f_locals["self"]).get("_compiled_call"), "records_drafts", False)
+
+
+def prepares_drafts():
+    """Whether assisted decoding asks for the mask of drafts, outside of the model, that may be verified in a graph."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not PREPARE:
+        if id(frame.f_code) in MODULE_CALL:
+            return False
+        frame = frame.f_back
+    return frame is not None and called_from(ASSISTED, stop_at={id(GENERATE)}) and may_record_drafts(frame)
 
 
 def given_to_generate(name):

@@ -13,7 +13,7 @@ class Handed:
     is_under_way: bool = False  # the attention is not done with it
     is_seen: bool = True  # a method that evicts has taken note of it
     is_plain: bool = True  # the forward's mask is causal with left padding at most
-    new: tuple[torch.Tensor, torch.Tensor] | None = None  # of a captured step: the key and value that are not stored
+    new: tuple[torch.Tensor, torch.Tensor] | None = None  # of a captured step: keys and values that are not stored
 
     def arrive(self, is_plain):
         """The attention is called with it, and with a mask that is plain or not."""
@@ -26,12 +26,12 @@ class Handed:
         """The attention is done with it, and what was stored stays."""
         self.is_under_way = False
 
-    def step(self):
+    def step(self, num_new):
         """It is that of a captured step now."""
-        self.num_new = 1
+        self.num_new = num_new
 
     def put(self, keys, values):
-        """Hold the key and value of a captured step until its attention stores them."""
+        """Hold the keys and values of a captured step until its attention stores them."""
         self.new = (keys, values)
 
     def take(self):

@@ -134,7 +134,7 @@ class Layer(CacheLayerMixin):
         self._has_stored(keys.shape[2])
 
     def update_captured(self, key_states, value_states):
-        """`update` of one token per row in a graph, after `make_room`.
+        """`update` of a step in a graph, after `make_room`.
 
         What is returned carries this layer and stands for the stored tokens: all slots, filled or not, or with the
         kernels the new token alone, which `attend` or `newest` stores.
@@ -155,10 +155,10 @@ class Layer(CacheLayerMixin):
         length = self.storage.on_device.length
         self.storage.write(keys, values, length)
         if not self.is_dense and not (self.has_kernels and self.method.fused is not None):
-            self.method.stored(self.storage, 1, length)
+            self.method.stored(self.storage, keys.shape[2], length)
 
     def take_new(self):
-        """The key and value of a captured step that are not stored, which the caller stores; or None."""
+        """The keys and values of a captured step that are not stored, which the caller stores; or None."""
         return self.handed.take()
 
     def store_handed(self):
@@ -201,10 +201,10 @@ class Layer(CacheLayerMixin):
             if priority is not None:
                 self.storage.keep(self.storage.best(priority, self.method.budget))
 
-    def took_step(self):
-        """Count the token that a captured step has stored."""
-        self.storage.took_step()
-        self.handed.step()
+    def took_step(self, num_new):
+        """Count the tokens that a captured step has stored."""
+        self.storage.took_step(num_new)
+        self.handed.step(num_new)
 
     def _as_stored(self, keys, values):
         """`keys` and `values` in the dtype of what is stored, which is widened where it cannot hold them."""

@@ -201,7 +201,8 @@ def build(cache, arguments, left_padding, is_local, is_own_chunk):
     if left_padding is not None and not cache.masks.are_changed:
         # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
         is_on_gpu = torch.device(arguments.get("device") or "cpu").type == "cuda"
-        if arguments["q_length"] == 1 or (is_own_chunk and is_on_gpu and not any(left_padding)):
+        is_step = arguments["q_length"] == 1 or cache.shared.step.is_prepared_for(arguments["q_length"])
+        if is_step or (is_own_chunk and is_on_gpu and not any(left_padding)):
             return None
     return sdpa_mask(**arguments)
 
@@ -210,7 +211,7 @@ def mark(cache, mask, left_padding, num_new):
     """Have the cache know the mask, wherever it turns up, by what it means."""
     if mask is not None:
         cache.masks.remember(mask, left_padding)
-    if left_padding is not None and num_new == 1:  # a graph may hold this step
+    if left_padding is not None and (num_new == 1 or cache.shared.step.is_prepared_for(num_new)):  # for a graph
         cache.set_left_padding(left_padding)
 
 

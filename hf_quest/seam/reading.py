@@ -27,7 +27,7 @@ def kernels_attend(layer, query):
     if not layer.has_kernels or (layer.method.fused is None and layer.is_sparse):
         return False
     # They take one query at a time, which is too slow where each of several would read everything.
-    is_one_by_one = query.shape[2] == 1 or layer.is_sparse
+    is_one_by_one = query.shape[2] == 1 or layer.is_sparse or layer.shared.step.is_captured
     return is_one_by_one and query.shape[1] <= ops.MAX_GROUP * layer.storage.num_kv_heads
 
 
@@ -58,9 +58,18 @@ def choose(layer, query, logits, length):
 
 
 def attend_in_graph(layer, query, logits):
+    """A step of one token or, of drafts, a step for each: it stores that one, and attends up to it."""
     reads_all = layer.is_dense or layer.shared.step.reads_everything
-    method = layer.method
-    return method.fused.step(method, layer.storage, layer.layer_idx, query, layer.take_new(), logits, reads_all)
+    method, num_new, new = layer.method, query.shape[2], layer.take_new()
+    step = functools.partial(method.fused.step, method, layer.storage, layer.layer_idx, logits, reads_all)
+    end = layer.storage.on_device.length
+    if num_new == 1:
+        return step(query, new, end)
+    ends = end + torch.arange(1 - num_new, 1, device=query.device)
+    of_each = [slice(idx, idx + 1) for idx in range(num_new)]
+    news = [None if new is None else tuple(tensor[:, :, one] for tensor in new) for one in of_each]
+    outputs = [step(query[:, :, one], new, ends[one]) for one, new in zip(of_each, news, strict=True)]
+    return torch.cat(outputs, dim=2)
 
 
 def attend_one_by_one(layer, query, logits):

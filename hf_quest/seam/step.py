@@ -18,6 +18,7 @@ class Step:
 
     state: str | None = None  # None, PREPARED or TAKEN
     is_recording: bool = False  # of a step in a CUDA graph, without compilation
+    num_new: int = 1  # tokens of it: several are drafts, which choose one by one
     reads_everything: bool = False  # as far as the model's context goes
 
     @property
@@ -26,21 +27,25 @@ class Step:
         # Not `is_compiling`, which in PyTorch 2.13 is true for all threads while one of them compiles.
         return self.is_recording or torch.compiler.is_dynamo_compiling()
 
-    def prepare(self, num_tokens, method, end):
-        """Be ready for a step that makes it `num_tokens`, of a text that may grow to `end`.
+    def prepare(self, num_new, num_tokens, method, end):
+        """Be ready for a step of `num_new` that makes it `num_tokens`, of a text that may grow to `end`.
 
         It reads everything if the budget covers these tokens and all to come. Not if it covers these alone, or the
         graph would have to be another one in the middle of a text.
         """
         self.reads_everything = method.num_attended >= max(num_tokens, end)
-        self.state = PREPARED
+        self.num_new, self.state = num_new, PREPARED
 
     def is_prepared(self):
         return self.is_captured and self.state == PREPARED
 
+    def is_prepared_for(self, num_new):
+        """Whether a step of so many tokens was prepared, whether or not a graph will hold it."""
+        return self.state == PREPARED and self.num_new == num_new
+
     def takes(self, layer_idx, num_new):
         """In a graph: whether this is the decode step that was prepared."""
-        if layer_idx == 0 and num_new == 1 and self.state == PREPARED:
+        if layer_idx == 0 and self.is_prepared_for(num_new):
             self.state = TAKEN  # a mark, since a count would be compiled as a constant
             return True
         return layer_idx > 0 and self.state == TAKEN

@@ -201,9 +201,9 @@ class Storage:
     def settle(self):
         """The forward has ended: what it took to undo it can go."""
 
-    def took_step(self):
-        """Count the token that a captured step has stored."""
-        self.length += 1
+    def took_step(self, num_new):
+        """Count the tokens that a captured step has stored."""
+        self.length += num_new
 
     def reset(self):
         """Forget every token; storage is kept for others."""

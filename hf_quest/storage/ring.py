@@ -118,8 +118,8 @@ class Ring(Storage):
         slot = slot.clamp(min=0) % self.capacity
         return self.keys.index_select(2, slot), self.values.index_select(2, slot)
 
-    def took_step(self):
-        super().took_step()
+    def took_step(self, num_new):
+        super().took_step(num_new)
         self.before = None
         self.first = max(self.first, self.length - self.capacity)
 

@@ -4,10 +4,10 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections import Counter
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ...errors import QuestError, say_once
 from ..cache import CACHE_NAME, MethodCache
@@ -15,6 +15,11 @@ from ..step import PREPARED
 from .fingerprint import fingerprint
 from .graphs import one_at_a_time, recorded_into
 from .rehearsal import Rehearsal
+from .values import copied, kinds_of
+
+# Of one cache: of its step, and of drafts of each number that comes again and again.
+MOST_RECORDINGS = 16
+DRAFTS_UNRECORDED = 2  # times that so many drafts are verified without a recording, which takes longer than a few
 
 
 def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
@@ -28,6 +33,9 @@ def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
     model in which the host waits for the GPU or draws random numbers) runs as it would without, and says so once. A
     `compile_config` given to `generate` takes precedence. A recording ends with its cache, and a process group can be
     destroyed only after it.
+
+    From Transformers 5.24 on drafts of assisted decoding are verified by recordings, too: in each layer their tokens
+    attend one after another.
 
     Weights may change in place. Each `generate` begins with a look at what else of the model a recording depends on,
     and records anew if it has changed: where tensors lie (`model.to`, `load_adapter`), flags, numbers and names in
@@ -68,11 +76,14 @@ class RecordedStep:
     The model holds it, and not the other way round, so that a model is freed as soon as nobody refers to it.
     """
 
+    records_drafts = True  # which `generate` asks before it has them verified as a step
+
     def __init__(self, model, compile):
         self.model = weakref.ref(model)
         self.compile = compile
         self.compiled = torch.compile(call) if compile else None
-        self.recordings = {}  # of each thread
+        self.recordings = {}  # of each thread, the last that was used at the end
+        self.num_seen = Counter()  # kinds of inputs with drafts
         self.verdicts = {}  # whether a step can be recorded, of all kinds of inputs that were tried
         self.fingerprint = None  # of the model that these are of
         self.beginning = set()  # threads in which `generate` has begun since their last step
@@ -86,8 +97,8 @@ class RecordedStep:
 
     @property
     def recording(self):
-        """That of this thread, or None."""
-        return self.recordings.get(threading.get_ident())
+        """The last of this thread, or None."""
+        return next(reversed(self.recordings.get(threading.get_ident(), ())), None)
 
     def get_compiled_call(self, compile_config):
         """The model's method, which every `generate` calls once."""
@@ -101,12 +112,11 @@ class RecordedStep:
         if thread in self.beginning:
             self.beginning.discard(thread)
             self.forget_another(model)
-        recording = self.recording
-        if not can_be_recorded(cache, inputs):
+        recording = None
+        if can_be_recorded(cache, inputs):
+            recording = self.recording_for(model, cache, inputs)
+        elif not is_draft(cache):
             say_once("hf_quest.capture does not record a step that the CUDA kernels do not serve alone, on one GPU.")
-            recording = None
-        elif recording is None or not recording.serves(cache, inputs):
-            recording = self.record(model, cache, inputs)
         if recording is None:
             return model(**{CACHE_NAME: cache}, **inputs)
         return recording.replay(cache, inputs)
@@ -117,21 +127,37 @@ class RecordedStep:
         if now != self.fingerprint:
             self.recordings.clear()
             self.verdicts.clear()
+            self.num_seen.clear()
             self.fingerprint = now
 
-    def record(self, model, cache, inputs):
-        """A recording of this thread in place of what it had, or None where that is not possible."""
-        thread = threading.get_ident()
-        self.recordings.pop(thread, None)  # frees its memory before the next one takes its own
-        kinds = tuple((name, kind_of(value)) for name, value in inputs.items())
+    def recording_for(self, model, cache, inputs):
+        """A recording of this thread that does what the model would, made now where there is none; or None."""
+        thread, kinds = threading.get_ident(), kinds_of(inputs)
+        # The memory of others is free before the next one takes its own.
+        mine = [recording for recording in self.recordings.pop(thread, ()) if recording.fits(cache)][-MOST_RECORDINGS:]
+        found = next((recording for recording in mine if recording.kinds == kinds), None)
+        others = [recording for recording in mine if recording is not found]
+        if others:
+            self.recordings[thread] = others
+        if found is None:
+            found = self.record(model, cache, inputs, kinds)
+        if found is not None:
+            self.recordings[thread] = [*others, found]
+        return found
+
+    def record(self, model, cache, inputs, kinds):
+        """A recording, or None where that is not possible or too early."""
+        if is_draft(cache):
+            self.num_seen[kinds] += 1
+            if self.num_seen[kinds] <= DRAFTS_UNRECORDED:
+                return None
         if kinds not in self.verdicts:
             self.verdicts[kinds] = rehearse(model, cache, inputs)
         if not self.verdicts[kinds]:
             return None
-        step = functools.partial(self.compiled, model) if self.compile else model
-        recording = Recording(step, cache, inputs, self.forgetter())
-        self.recordings[thread] = recording
-        return recording
+        is_compiled = self.compile and not is_draft(cache)  # which would compile one graph for every number of them
+        step = functools.partial(self.compiled, model) if is_compiled else model
+        return Recording(step, cache, inputs, kinds, self.forgetter())
 
     def forgetter(self):
         """What drops the recording that serves a cache, by a weak reference to it whose object is gone.
@@ -143,8 +169,9 @@ class RecordedStep:
         def forget(cache):
             step = itself()
             recordings = {} if step is None else step.recordings
-            for thread in [thread for thread, recording in list(recordings.items()) if recording.cache is cache]:
-                recordings.pop(thread, None)
+            for thread, held in list(recordings.items()):
+                if any(recording.cache is cache for recording in held):
+                    recordings.pop(thread, None)
 
         return forget
 
@@ -154,7 +181,7 @@ def call(model, **inputs):
 
 
 def can_be_recorded(cache, inputs):
-    """Whether these are the inputs of a decode step that no layer does otherwise than by the kernels."""
+    """Whether these are the inputs of a step that was prepared, and no layer does it otherwise than by the kernels."""
     if not isinstance(cache, MethodCache) or cache.shared.step.state != PREPARED or torch.is_grad_enabled():
         return False
     mask, others = inputs.get("attention_mask"), [inputs[name] for name in inputs if name != "attention_mask"]
@@ -168,15 +195,13 @@ def can_be_recorded(cache, inputs):
     return len(devices) == 1 and kernels_serve(cache)
 
 
+def is_draft(cache):
+    """Whether the step that was prepared is of drafts."""
+    return isinstance(cache, MethodCache) and cache.shared.step.num_new > 1
+
+
 def kernels_serve(cache):
     return all(layer.has_kernels for layer in cache.layers)
-
-
-def kind_of(value):
-    """Equal for values that can stand for one another in a recording: tensors of one shape, and else the same."""
-    if isinstance(value, dict):  # of masks, by the kinds of layers
-        return tuple((name, kind_of(item)) for name, item in value.items())
-    return (value.shape, value.dtype, value.device) if torch.is_tensor(value) else (type(value), value)
 
 
 def rehearse(model, cache, inputs):
@@ -216,11 +241,11 @@ class Recording:
     compared before every replay; storage is found by addresses on the device; of the model see `fingerprint`.
     """
 
-    def __init__(self, step, cache, inputs, forget):
+    def __init__(self, step, cache, inputs, kinds, forget):
         self.cache = weakref.ref(cache, forget)
         with torch.inference_mode(False):  # or they could not be written outside of it
             self.inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
-        self.kinds = {name: kind_of(value) for name, value in inputs.items()}
+        self.kinds = kinds
         self.state, self.modes = state_of(cache), modes()
         with torch.cuda.device_of(cache.layers[0].keys):  # a stream and a graph are the current device's
             self.graph = torch.cuda.CUDAGraph()
@@ -238,13 +263,11 @@ class Recording:
         with recorded_into(self.graph, stream), prepared(cache):
             return step(**{CACHE_NAME: cache}, **self.inputs)
 
-    def serves(self, cache, inputs):
-        """Whether the graph does what the model would."""
+    def fits(self, cache):
+        """Whether the graph does what the model would, with inputs of its kinds."""
         if self.cache() is not cache or self.modes != modes():
             return False
-        if any(mine is not given for mine, given in zip(self.state, state_of(cache), strict=True)):
-            return False
-        return self.kinds == {name: kind_of(value) for name, value in inputs.items()}
+        return all(mine is given for mine, given in zip(self.state, state_of(cache), strict=True))
 
     def replay(self, cache, inputs):
         for name, mine in self.inputs.items():
@@ -267,21 +290,3 @@ def modes():
     is_mixed, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     deterministic = torch.are_deterministic_algorithms_enabled()
     return is_mixed, dtype, deterministic, torch.get_float32_matmul_precision()
-
-
-def copied(value, copies):
-    """`value` with copies of the tensors that are in it, however deep: the next replay writes where they are.
-
-    `copies` are those made already, by the ids of their tensors, so that a tensor that is in it twice is copied once.
-    """
-    if torch.is_tensor(value):
-        if id(value) not in copies:
-            copies[id(value)] = value.clone()
-        return copies[id(value)]
-    if isinstance(value, dict):
-        items = {name: copied(item, copies) for name, item in value.items()}
-        return type(value)(**items) if isinstance(value, ModelOutput) else type(value)(items)
-    if isinstance(value, (tuple, list)):
-        items = [copied(item, copies) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
