@@ -92,12 +92,11 @@ def test_cache_of_a_model_of_another_shape(model, prefilled, options):
 
 @pytest.mark.parametrize("num_tokens", [1, 20])
 def test_cache_of_a_model_on_another_device(model, prefilled, num_tokens):
-    for layer in prefilled.layers:  # as if it had been filled there
-        layer.storage.device = torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="for a model on cuda:1, and its keys come from cpu"):
+    first = prefilled.layers[0].storage
+    keys, first.keys = first.keys, first.keys.to("meta")  # as if it had been filled there
+    with pytest.raises(ValueError, match="tokens for a model on meta, and this one's keys are on cpu"):
         model(tokens(num_tokens), past_key_values=prefilled)
-    for layer in prefilled.layers:
-        layer.storage.device = torch.device("cpu")
+    first.keys = keys
     assert_usable(model, prefilled)
 
 

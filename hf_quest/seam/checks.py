@@ -61,10 +61,10 @@ def check_arrival(layer, key_states, value_states):
     if layer.length == 0:
         return
     check_rows(layer.keys.shape[0], key_states.shape[0])
-    if key_states.device != layer.storage.device:  # kernels would look there for what lies elsewhere
+    if key_states.device != layer.keys.device and not layer.storage.is_away:  # where kernels would look for it
         raise ValueError(
-            f"The cache is for a model on {layer.storage.device}, and its keys come from {key_states.device}. Move the "
-            "model back, or read the text with a new cache. The content of this one is unchanged."
+            f"The cache holds tokens for a model on {layer.keys.device}, and this one's keys are on {key_states.device}"
+            ". Move the model back, or read the text with a new cache. The content of this one is unchanged."
         )
     for stored, new in ((layer.keys, key_states), (layer.values, value_states)):
         is_alike = stored.dtype == new.dtype or layer.shared.saw_autocast
