@@ -19,7 +19,7 @@ from tables import RESULTS
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 # The step recorded as it stands comes first: it needs no compilation, so short runs have at least these figures.
-WAYS = ["quest-recorded", "quest-compiled", "quest-compiled-ahead", "quest", "quest-eager"]
+WAYS = ("quest-recorded", "quest-compiled", "quest-compiled-ahead", "quest", "quest-eager")
 
 
 def int4_weights(group_size=128):
