@@ -201,8 +201,8 @@ def build(cache, arguments, left_padding, is_local, is_own_chunk):
     if left_padding is not None and not cache.masks.are_changed:
         # A chunk of a prompt needs none where the attention is this package's own. It could be gigabytes.
         is_on_gpu = torch.device(arguments.get("device") or "cpu").type == "cuda"
-        is_step = arguments["q_length"] == 1 or cache.shared.step.is_prepared_for(arguments["q_length"])
-        if is_step or (is_own_chunk and is_on_gpu and not any(left_padding)):
+        is_without = is_on_gpu or cache.shared.step.is_prepared_for(arguments["q_length"])  # drafts for a graph
+        if arguments["q_length"] == 1 or (is_own_chunk and is_without and not any(left_padding)):
             return None
     return sdpa_mask(**arguments)
 
