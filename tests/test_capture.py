@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from hf_quest import QuestCache, capture
+from hf_quest import QuestCache, capture, compile_prompts
 from hf_quest.seam.capture.fingerprint import fingerprint
 from hf_quest.seam.capture.rehearsal import Rehearsal
 from hf_quest.seam.capture.values import copied
@@ -272,6 +272,11 @@ class TestDrafts:
         expected = by_lookup(make_model(MistralForCausalLM, **options), new_cache(compile=False))
         assert torch.equal(by_lookup(captured(make_model(MistralForCausalLM, **options)), new_cache()), expected)
         assert recordings == []
+
+    def test_beside_compiled_prompts(self, model, recordings, has_kernels):
+        expected = by_lookup(make_model(**LAYERS), new_cache(compile=False))
+        assert torch.equal(by_lookup(compile_prompts(model, backend="eager"), new_cache()), expected)
+        assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_of_every_family(self, family, recordings):

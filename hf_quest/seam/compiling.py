@@ -151,6 +151,8 @@ def cache_of_prompt(args, kwargs):
         if isinstance(caches[0].self_attention_cache, MethodCache):
             say_once("compile_prompts leaves a layer as it is that is given an EncoderDecoderCache.")
         return None
+    if caches[0].shared.step.is_captured:  # drafts, whose graph holds their attention
+        return None
     if caches[0].shared.watcher is not None:  # which may keep what it is told of, where a graph writes again
         return None
     if any(type(value) is int for value in (*args, *kwargs.values())):  # by which it finds its keys, for example
