@@ -15,7 +15,7 @@ import kernels_on_cpu
 import pytest
 import torch
 from graphs_on_cpu import captured, emulate
-from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, tokens
+from small_llama import ANSWER, BUDGET, PROMPT, generate, make_model, on_any_device, tokens
 from test_families import FAMILIES, build, prompts, quest_cache
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
@@ -276,6 +276,12 @@ class TestDrafts:
     def test_beside_compiled_prompts(self, model, recordings, has_kernels):
         expected = by_lookup(make_model(**LAYERS), new_cache(compile=False))
         assert torch.equal(by_lookup(compile_prompts(model, backend="eager"), new_cache()), expected)
+        assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
+
+    def test_whatever_the_configuration_for_compilation(self, recordings):
+        model, config = capture(make_model(**LAYERS)), on_any_device(mode="max-autotune")
+        expected = by_lookup(make_model(**LAYERS), new_cache(compile=False))
+        assert torch.equal(by_lookup(model, new_cache(), compile_config=config), expected)
         assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
 
     @pytest.mark.parametrize("family", FAMILIES)

@@ -63,6 +63,11 @@ def is_assisted():
     return called_from(ASSISTED)
 
 
+def verifies_drafts():
+    """Whether the innermost `generate` is in assisted decoding, and not an assistant's that writes the drafts."""
+    return called_from(ASSISTED, stop_at={id(GENERATE)})
+
+
 def called_by_module():
     """Whether a model calls, and not somebody who fills a cache by hand."""
     return called_from(MODULE_CALL)
@@ -138,7 +143,7 @@ def may_compile_for_caller(is_on_cpu):
     is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
     if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
         return False
-    if called_from(ASSISTED, stop_at={id(GENERATE)}):
+    if verifies_drafts():
         return may_record_drafts(caller)
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
@@ -160,7 +165,7 @@ def prepares_drafts():
         if id(frame.f_code) in MODULE_CALL:
             return False
         frame = frame.f_back
-    return frame is not None and called_from(ASSISTED, stop_at={id(GENERATE)}) and may_record_drafts(frame)
+    return frame is not None and verifies_drafts() and may_record_drafts(frame)
 
 
 def given_to_generate(name):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...errors import QuestError, say_once
 from ..cache import CACHE_NAME, MethodCache
+from ..generate import verifies_drafts
 from ..step import PREPARED
 from .fingerprint import fingerprint
 from .graphs import one_at_a_time, recorded_into
@@ -34,8 +35,8 @@ def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
     `compile_config` given to `generate` takes precedence. A recording ends with its cache, and a process group can be
     destroyed only after it.
 
-    From Transformers 5.24 on drafts of assisted decoding are verified by recordings, too: in each layer their tokens
-    attend one after another.
+    From Transformers 5.24 on drafts of assisted decoding are verified by recordings, too, whatever the
+    `compile_config`: in each layer their tokens attend one after another.
 
     Weights may change in place. Each `generate` begins with a look at what else of the model a recording depends on,
     and records anew if it has changed: where tensors lie (`model.to`, `load_adapter`), flags, numbers and names in
@@ -103,6 +104,8 @@ class RecordedStep:
     def get_compiled_call(self, compile_config):
         """The model's method, which every `generate` calls once."""
         self.beginning.add(threading.get_ident())
+        if verifies_drafts():  # which are recorded only
+            return self
         model = self.model()
         return type(model).get_compiled_call(model, compile_config)
 
