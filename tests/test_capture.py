@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, 
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from hf_quest import QuestCache, capture, compile_prompts
+from hf_quest.seam.capture import recording
 from hf_quest.seam.capture.fingerprint import fingerprint
 from hf_quest.seam.capture.rehearsal import Rehearsal
 from hf_quest.seam.capture.values import copied
@@ -283,6 +284,15 @@ class TestDrafts:
         expected = by_lookup(make_model(**LAYERS), new_cache(compile=False))
         assert torch.equal(by_lookup(model, new_cache(), compile_config=config), expected)
         assert any(recording.inputs["input_ids"].shape[1] > 1 for recording in recordings)
+
+    def test_the_oldest_recordings_go(self, model, recordings, monkeypatch):
+        monkeypatch.setattr(recording, "MOST_RECORDINGS", 2)
+        cache = new_cache()
+        for num_drafts in (4, 2):
+            by_lookup(model, cache, prompt_lookup_num_tokens=num_drafts)
+            cache.reset()
+            assert len(recordings) > 1
+            assert len(model._compiled_call.recordings[threading.get_ident()]) <= 2
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_of_every_family(self, family, recordings):

@@ -137,9 +137,9 @@ class RecordedStep:
         """A recording of this thread that does what the model would, made now where there is none; or None."""
         thread, kinds = threading.get_ident(), kinds_of(inputs)
         # The memory of others is free before the next one takes its own.
-        mine = [recording for recording in self.recordings.pop(thread, ()) if recording.fits(cache)][-MOST_RECORDINGS:]
+        mine = [recording for recording in self.recordings.pop(thread, ()) if recording.fits(cache)]
         found = next((recording for recording in mine if recording.kinds == kinds), None)
-        others = [recording for recording in mine if recording is not found]
+        others = [recording for recording in mine if recording is not found][1 - MOST_RECORDINGS :]
         if others:
             self.recordings[thread] = others
         if found is None:
