@@ -21,12 +21,13 @@ from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from hf_quest import QuestCache, capture, compile_prompts
+from hf_quest import CACHE_NAME, QuestCache, capture, compile_prompts
 from hf_quest.seam.capture import recording
 from hf_quest.seam.capture.fingerprint import fingerprint
 from hf_quest.seam.capture.rehearsal import Rehearsal
 from hf_quest.seam.capture.values import copied
 from hf_quest.seam.generate import CALLS_COMPILED
+from hf_quest.storage.pool import TOKEN
 
 LAYERS = {"num_hidden_layers": 2}
 
@@ -294,10 +295,31 @@ class TestDrafts:
             assert len(recordings) > 1
             assert len(model._compiled_call.recordings[threading.get_ident()]) <= 2
 
+    def test_a_pool_forgets_those_of_a_recording_that_was_interrupted(self, model, recordings, monkeypatch):
+        kernels_on_cpu.emulate(monkeypatch)
+        cache, others = new_cache(codes=2, offloading=True, pool=256), tokens(9, seed=4)
+
+        def interrupt(module, arguments):
+            if cache.shared.step.is_recording and arguments[0].shape[1] == 5:
+                raise KeyboardInterrupt
+
+        hook = model.lm_head.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            by_lookup(model, cache)
+        hook.remove()
+        length, tags = cache.get_seq_length(), cache.layers[1].storage.pool.tags
+        assert (tags & TOKEN).max() > length
+        with torch.no_grad():
+            model(others[:, :1], **{CACHE_NAME: cache})
+        assert (tags & TOKEN).max() <= length
+
+    @pytest.mark.parametrize("num_padding", [0, 9])
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_of_every_family(self, family, recordings):
+    def test_of_every_family(self, family, recordings, num_padding):
         model, prompt = copy.deepcopy(build(family, "quest")), prompts()[0].repeat(1, 2)
-        options = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 2}
+        mask = torch.ones_like(prompt)
+        mask[:, :num_padding] = 0
+        options = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 2, "attention_mask": mask}
         expected = generate(model, prompt, quest_cache(16, compile=False), **options)
         assert torch.equal(generate(captured(model), prompt, quest_cache(16), **options), expected)
 

@@ -153,7 +153,7 @@ def prompt_attention(layer, module, query, key, value, attention_mask, num_draft
 
 
 def captured_attention(layer, module, query, attention_mask, **kwargs):
-    """`quest_attention` of one new token per row in a graph, which must not depend on how many tokens are stored."""
+    """`quest_attention` of a step in a graph, which must not depend on how many tokens are stored."""
     is_plain = attention_mask is None and all(kwargs.get(name) is None for name in NOT_SPARSE)
     if is_plain and not layer.is_sliding:
         return by_pages(layer, query, **kwargs), None

@@ -217,7 +217,7 @@ class MethodCache(generate.Events, Saving, former.Cache):
                 f"The cache already holds {self.get_seq_length()} tokens, the whole input, so there is no new token to "
                 "continue from. Pass a longer input, cache.crop(-1), or cache.reset() for a new one."
             )
-        self._settle()
+        self._end_step()
         num_keys, offset = query_length, 0
         if layer_idx < len(self.layers):
             num_keys, offset = self.layers[layer_idx].get_mask_sizes(query_length)

@@ -13,7 +13,7 @@ from .checks import check_room, reserve_host
 from .layer import Layer
 from .local import reaches_of
 from .state import State
-from .step import TAKEN, end_of_text
+from .step import PREPARED, TAKEN, end_of_text
 from .stock import tokens_of_layer
 
 outside_of_graphs = torch.compiler.disable(
@@ -159,6 +159,15 @@ class Forwards(Cache):
             self.masks.begin()
             for layer in self.layers:
                 layer.took_step(self.shared.step.num_new)
+
+    def _end_step(self):
+        """Settle the step that was prepared, or forget what an interrupted graph has put of its drafts in a pool."""
+        self._settle()
+        step = self.shared.step
+        if step.state == PREPARED and step.num_new > 1:
+            step.is_over()
+            for layer in self.layers:
+                layer.storage.set_length(layer.length)
 
     @property
     def masks(self):

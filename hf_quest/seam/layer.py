@@ -137,7 +137,7 @@ class Layer(CacheLayerMixin):
         """`update` of a step in a graph, after `make_room`.
 
         What is returned carries this layer and stands for the stored tokens: all slots, filled or not, or with the
-        kernels the new token alone, which `attend` or `newest` stores.
+        kernels the new tokens alone, which `attend` or `newest` stores.
         """
         storage = self.storage
         keys, values = (new.detach().to(storage.keys.dtype) for new in (key_states, value_states))
