@@ -36,7 +36,7 @@ def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
     destroyed only after it.
 
     From Transformers 5.24 on drafts of assisted decoding are verified by recordings, too, whatever the
-    `compile_config`: in each layer their tokens attend one after another.
+    `compile_config`: in each layer their tokens attend one after another. Not after left padding.
 
     Weights may change in place. Each `generate` begins with a look at what else of the model a recording depends on,
     and records anew if it has changed: where tensors lie (`model.to`, `load_adapter`), flags, numbers and names in
