@@ -23,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_quest import H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest import CACHE_NAME, H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
 from hf_quest.methods.quest import Quest
 
 PAGE_SIZE = 4
@@ -114,6 +114,14 @@ FAMILIES = {
     "gemma4": alternating("gemma4_text", hidden_size_per_layer_input=16, vocab_size_per_layer_input=96),
     "gemma4-shared-kv": alternating(
         "gemma4_text", num_kv_shared_layers=2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=96
+    ),
+    "gemma4-layers-of-several-shapes": alternating(
+        "gemma4_text",
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=96,
     ),
     "vaultgemma": alternating("vaultgemma", dense="eager", attn_logit_softcapping=2.0),
     "olmo": Family("olmo"),
@@ -517,6 +525,35 @@ def test_a_model_that_takes_its_causality_from_the_mask_alone_gets_one(with_ques
         is_quest = implementation == "quest" and with_quest_cache
         results.append(generate(model, prompts()[0], quest_cache(POSITIONS) if is_quest else None))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("with_quest_cache", [False, True], ids=["no-quest-cache", "budget-beyond-the-context"])
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("bigbird_pegasus", {}),
+        ("nllb-moe", {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}),
+        ("pegasus_x", {}),
+    ],
+    ids=["bigbird_pegasus", "nllb-moe", "pegasus_x"],
+)
+def test_an_encoder_decoder_that_is_not_made_for_sdpa_is_its_own_eager_attention(model_type, sizes, with_quest_cache):
+    """Its decoder's attention does not say that it is causal, and its encoder's may add its mask to the logits."""
+    half = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {"d_model": 64, **{f"{of}_{name}": half[name] for of in ("encoder", "decoder") for name in half}, **sizes}
+    source = {"input_ids": left_padded().flip(1), "attention_mask": (left_padded().flip(1) != 0).long()}
+    target = unpadded()
+    logits = []
+    for implementation in ("quest", "eager"):
+        torch.manual_seed(0)
+        config = config_of(model_type, {**sizes, "decoder_start_token_id": 1})
+        model = randomize(AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation))
+        halves = [quest_cache(POSITIONS) if implementation == "quest" else None, transformers.DynamicCache()]
+        cache = transformers.EncoderDecoderCache(*[half or transformers.DynamicCache() for half in halves])
+        given = {CACHE_NAME: cache} if with_quest_cache else {"use_cache": False}
+        with torch.no_grad():
+            logits.append(model(**source, decoder_input_ids=target, **given).logits)
+    assert distance(*logits) < TOLERANCE
 
 
 def test_softcapped_encoder_decoder_is_its_own_dense_attention():

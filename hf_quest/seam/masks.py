@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from ..errors import QuestError
 from . import generate
+from .served import check_model, supports_sdpa
 
 COMPARED = 1 << 26  # elements of a mask that are compared at a time
 
@@ -170,6 +169,8 @@ def quest_mask(
         "use_vmap": use_vmap,
         **kwargs,
     }
+    if cache is None and not supports_sdpa(config):  # it may have attention of its own, which adds masks
+        return eager_mask(**arguments)
     if use_vmap or cache is None:  # Transformers sets use_vmap for a pattern of the caller's
         return sdpa_mask(**arguments)
     is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
@@ -256,44 +257,3 @@ def is_causal(mask, left_padding):
         if not torch.equal(part.expand(len(left_padding), -1, -1), (slot <= newest) & is_token):
             return False
     return True
-
-
-def causal_lm_class(config):
-    """The class that `AutoModelForCausalLM` makes of a config, or None."""
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
-    # Some models name several classes, by architecture.
-    return model_class[0] if isinstance(model_class, tuple) else model_class
-
-
-def supports_sdpa(config):
-    model_class = causal_lm_class(config)
-    return model_class is None or model_class._supports_sdpa
-
-
-def check_model(config):
-    """Raise for a model that cannot be served, whatever its cache."""
-    check_has_attention_interface(causal_lm_class(config), config)
-    check_heads_split(config)
-
-
-def check_has_attention_interface(model_class, config):
-    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
-    if model_class is not None and not model_class._can_set_attn_implementation():
-        raise QuestError(
-            f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
-            "with another attn_implementation and without QuestCache."
-        )
-
-
-def check_heads_split(config):
-    """Raise for tensor parallelism over a number of processes that the KV heads cannot be split among."""
-    num_ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    is_split = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
-    if is_split and isinstance(num_kv_heads, int) and num_kv_heads % num_ranks:
-        counts = [count for count in range(1, num_kv_heads + 1) if num_kv_heads % count == 0]
-        raise QuestError(
-            f"Tensor parallelism gives every process whole KV heads, and the {num_kv_heads} of this model do not split "
-            f"evenly over {num_ranks} processes. Start torchrun with one of {counts} as --nproc-per-node."
-        )
