@@ -556,6 +556,49 @@ def test_an_encoder_decoder_that_is_not_made_for_sdpa_is_its_own_eager_attention
     assert distance(*logits) < TOLERANCE
 
 
+class TestAPrefixThatIsReadInBothDirections:
+    """PaliGemma's layers do not say that they are causal, and the mask of its prompt is more than that."""
+
+    @staticmethod
+    def build(implementation):
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.PaliGemmaConfig(
+            text_config=config_of("gemma", HEAD_DIM),
+            vision_config=transformers.SiglipVisionConfig(**size, image_size=16, patch_size=8),
+            projection_dim=64,
+            image_token_id=95,
+        )
+        model = transformers.PaliGemmaForConditionalGeneration._from_config(config, attn_implementation=implementation)
+        model.generation_config.eos_token_id = None
+        return randomize(model)
+
+    @staticmethod
+    def inputs():
+        image = torch.full((1, 4), 95)
+        padded = F.pad(torch.cat([image, prompts()[1] % 95], dim=1), (len(prompts()[0][0]) - len(prompts()[1][0]), 0))
+        input_ids = torch.cat([torch.cat([image, prompts()[0] % 95], dim=1), padded])
+        pixel_values = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return input_ids, {"pixel_values": pixel_values, "token_type_ids": torch.zeros_like(input_ids)}
+
+    def test_at_a_budget_beyond_the_context_it_is_the_models_dense_attention(self):
+        input_ids, others = self.inputs()
+        expected = generate(self.build("sdpa"), input_ids, **others)
+        for budgeted in (quest_cache(POSITIONS), H2OCache(POSITIONS, dense_layers=1)):
+            assert_same(generate(self.build("quest"), input_ids, budgeted, **others), expected)
+
+    def test_a_left_padded_row_is_the_row_alone_at_a_small_budget(self, selections):
+        input_ids, others = self.inputs()
+        tokens, logits = generate(self.build("quest"), input_ids, quest_cache(SMALL_BUDGET), **others)
+        assert selections
+        for row, num_padding in enumerate((0, max(LENGTHS) - min(LENGTHS))):
+            alone = {"pixel_values": others["pixel_values"][row : row + 1]}
+            alone["token_type_ids"] = others["token_type_ids"][row : row + 1, num_padding:]
+            ids = input_ids[row : row + 1, num_padding:]
+            expected = generate(self.build("quest"), ids, quest_cache(SMALL_BUDGET), **alone)
+            assert_same((tokens[row : row + 1], logits[row : row + 1]), expected)
+
+
 def test_softcapped_encoder_decoder_is_its_own_dense_attention():
     """Neither an encoder nor cross-attention is causal, and both come without a mask."""
     layers = {

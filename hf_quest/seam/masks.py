@@ -44,6 +44,7 @@ class Masks:
     """
 
     num_known: int | None = None  # keys of the last forward whose mask was causal with left padding
+    asked: int | None = None  # keys for which the forward under way was asked for a mask, whatever it says
     decided: tuple | None = None  # (keys, left padding or None) of the forward under way
     empty_rows: tuple = ()  # of the forward under way, if it is of one token: rows that have no token yet
     is_begun: bool = False  # the forward under way has reached the cache; the next mask is for another one
@@ -60,7 +61,12 @@ class Masks:
     def prepare(self):
         """The first mask of a forward is asked for, or it goes without."""
         if self.is_begun:
-            self.decided, self.empty_rows, self.made, self.is_begun = None, (), [], False
+            self.asked, self.decided, self.empty_rows, self.made, self.is_begun = None, None, (), [], False
+
+    def ask(self, num_keys):
+        """A mask of the forward under way is asked for."""
+        self.prepare()
+        self.asked = num_keys
 
     def begin(self):
         """The forward has reached the cache: the next mask is for another one."""
@@ -69,7 +75,7 @@ class Masks:
 
     def go_on(self, num_keys, left_padding):
         """The next forward is of one token, and its mask, which nobody makes, goes on as the last one."""
-        self.prepare()
+        self.ask(num_keys)
         self.num_known, self.decided = num_keys, (num_keys, left_padding)
 
     @property
@@ -171,18 +177,28 @@ def quest_mask(
     }
     if cache is None and not supports_sdpa(config):  # it may have attention of its own, which adds masks
         return eager_mask(**arguments)
-    if use_vmap or cache is None:  # Transformers sets use_vmap for a pattern of the caller's
+    if cache is not None and use_vmap:  # which Transformers sets for a pattern of the caller's
+        ask(cache, kv_length)
+    if cache is None or use_vmap:
         return sdpa_mask(**arguments)
     is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
     return mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk)
 
 
-@torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
+outside_of_graphs = torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
+
+
+@outside_of_graphs
+def ask(cache, num_keys):
+    cache.masks.ask(int(num_keys))
+
+
+@outside_of_graphs
 def mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk):
     """`quest_mask` for a forward with a QuestCache: its meaning is decided, then it is built and marked."""
     cache = arguments["kv_length"].cache
     cache.take_config(arguments["config"], max_positions)
-    cache.masks.prepare()
+    cache.masks.ask(int(arguments["kv_length"]))
     left_padding = decide(cache, arguments) if is_plain and not is_local else None
     mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
     mark(cache, mask, left_padding, arguments["q_length"])
