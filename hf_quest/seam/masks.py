@@ -129,19 +129,7 @@ class Masks:
         return False
 
 
-def quest_mask(
-    *,
-    q_length,
-    kv_length,
-    kv_offset=0,
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    local_size=None,
-    config=None,
-    allow_is_causal_skip=True,
-    use_vmap=False,
-    **kwargs,
-):
+def quest_mask(*, kv_length, config=None, **arguments):
     """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
 
     How long the context is does not make a layer local (a window, chunks), but whether positions of the model lie
@@ -151,64 +139,62 @@ def quest_mask(
     that: there is none where it is causal with left padding and nothing else, and that of a local layer is [B, 1, 1,
     local_size], for the newest slots.
     """
-    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
-    if cache is None or cache.config is not config:
-        check_model(config)
-    max_positions = getattr(config, "max_position_embeddings", None) or math.inf
-    is_local = local_size is not None and local_size < max_positions
-    is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
+    if isinstance(kv_length, MaskLength):
+        return mask_of_cache(kv_length.cache, {**arguments, "kv_length": int(kv_length), "config": config})
+    check_model(config)
+    arguments = {**arguments, "kv_length": kv_length, "config": config}
+    _, is_plain = kind_of(**arguments)
     if is_plain and kv_length == 0:  # in a captured step of a QuestCache
         return None
-    # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
-    # without its mask could not be told from a full one.
-    is_causal_without = q_length == kv_length and supports_sdpa(config)
-    can_skip = not is_local and (q_length == 1 or is_causal_without)
-    arguments = {
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "kv_offset": kv_offset,
-        "mask_function": mask_function,
-        "attention_mask": attention_mask,
-        "local_size": local_size,
-        "config": config,
-        "allow_is_causal_skip": allow_is_causal_skip and can_skip,
-        "use_vmap": use_vmap,
-        **kwargs,
-    }
-    if cache is None and not supports_sdpa(config):  # it may have attention of its own, which adds masks
+    if not supports_sdpa(config):  # it may have attention of its own, which adds masks
         return eager_mask(**arguments)
-    if cache is not None and use_vmap:  # which Transformers sets for a pattern of the caller's
-        ask(cache, kv_length)
-    if cache is None or use_vmap:
-        return sdpa_mask(**arguments)
-    is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
-    return mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk)
+    return sdpa_mask(**{**arguments, "allow_is_causal_skip": may_be_left_out(**arguments)})
 
 
-outside_of_graphs = torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
+def kind_of(*, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
+    """(Whether a mask is of a local layer, whether it is causal with left padding at most)."""
+    is_local = local_size is not None and local_size < max_positions_of(config)
+    if local_size is None:
+        return is_local, mask_function is causal_mask_function
+    return is_local, not is_local and kv_length <= local_size
 
 
-@outside_of_graphs
-def ask(cache, num_keys):
-    cache.masks.ask(int(num_keys))
+def max_positions_of(config):
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-@outside_of_graphs
-def mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk):
+def may_be_left_out(*, q_length, kv_length, config, allow_is_causal_skip=True, **others):
+    """Whether the model may go without a mask that hides nothing but what is to come."""
+    # It is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer without its
+    # mask could not be told from a full one.
+    is_local, _ = kind_of(kv_length=kv_length, config=config, **others)
+    is_causal_without = q_length == 1 or (q_length == kv_length and supports_sdpa(config))
+    return allow_is_causal_skip and not is_local and is_causal_without
+
+
+@torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
+def mask_of_cache(cache, arguments):
     """`quest_mask` for a forward with a QuestCache: its meaning is decided, then it is built and marked."""
-    cache = arguments["kv_length"].cache
-    cache.take_config(arguments["config"], max_positions)
-    cache.masks.ask(int(arguments["kv_length"]))
-    left_padding = decide(cache, arguments) if is_plain and not is_local else None
+    num_new, num_keys, config = arguments["q_length"], arguments["kv_length"], arguments["config"]
+    if cache.config is not config:
+        check_model(config)
+    is_own_chunk = 1 < num_new < num_keys and arguments.get("allow_is_causal_skip", True)
+    arguments["allow_is_causal_skip"] = may_be_left_out(**arguments)
+    cache.masks.ask(num_keys)
+    if arguments.get("use_vmap"):  # which Transformers sets for a pattern of the caller's
+        return sdpa_mask(**arguments)
+    cache.take_config(config, max_positions_of(config))
+    is_local, is_plain = kind_of(**arguments)
+    left_padding = decide(cache, arguments) if is_plain else None
     mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
-    mark(cache, mask, left_padding, arguments["q_length"])
+    mark(cache, mask, left_padding, num_new)
     return mask
 
 
 def decide(cache, arguments):
     """The left padding of a causal forward, a tuple of B ints, or None if its mask hides anything else."""
-    where = (arguments["q_length"], int(arguments["kv_length"]), arguments["attention_mask"], arguments["batch_size"])
-    return cache.masks.decide(*where, cache.left_padding)
+    num_new, num_keys, batch_size = (arguments[name] for name in ("q_length", "kv_length", "batch_size"))
+    return cache.masks.decide(num_new, num_keys, arguments.get("attention_mask"), batch_size, cache.left_padding)
 
 
 def build(cache, arguments, left_padding, is_local, is_own_chunk):
@@ -232,9 +218,9 @@ def mark(cache, mask, left_padding, num_new):
         cache.set_left_padding(left_padding)
 
 
-def local_mask(q_length, kv_length, kv_offset, local_size, **arguments):
+def local_mask(q_length, kv_length, local_size, kv_offset=0, **arguments):
     """The mask of a local layer; for one new token that of the newest `local_size` slots, filled or not."""
-    num_keys, num_missing = int(kv_length), 0
+    num_keys, num_missing = kv_length, 0
     if q_length == 1:
         num_missing = max(0, local_size - num_keys)
         kv_offset += max(0, num_keys - local_size)
