@@ -598,6 +598,15 @@ class TestAPrefixThatIsReadInBothDirections:
             expected = generate(self.build("quest"), ids, quest_cache(SMALL_BUDGET), **alone)
             assert_same((tokens[row : row + 1], logits[row : row + 1]), expected)
 
+    @pytest.mark.parametrize("budget", [SMALL_BUDGET, POSITIONS])
+    def test_compiled_steps_are_the_others(self, budget):
+        torch._dynamo.reset()
+        input_ids, others = self.inputs()
+        expected = generate(self.build("quest"), input_ids, quest_cache(budget), **others)
+        config = on_any_device(backend="eager", mode=None)
+        compiled = generate(self.build("quest"), input_ids, quest_cache(budget), compile_config=config, **others)
+        assert_same(compiled, expected)
+
 
 def test_softcapped_encoder_decoder_is_its_own_dense_attention():
     """Neither an encoder nor cross-attention is causal, and both come without a mask."""

@@ -41,10 +41,10 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward was given no QuestCache.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    check_is_causal(module, layer)
     query = layer.autocast(query)
     if layer.shared.step.is_captured and not layer.handed.is_under_way:
         return captured_attention(layer, module, query, attention_mask, **kwargs)
+    check_is_causal(module, layer)
     layer.receive(attention_mask)
     if layer.evicts:
         return kept_attention(layer, module, query, key, value, attention_mask, **kwargs)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, or_masks, sdpa_mask
 
 from . import generate
 from .served import check_model, supports_sdpa
 
+EITHER = or_masks(causal_mask_function).__code__
 COMPARED = 1 << 26  # elements of a mask that are compared at a time
 
 
@@ -151,12 +152,19 @@ def quest_mask(*, kv_length, config=None, **arguments):
     return sdpa_mask(**{**arguments, "allow_is_causal_skip": may_be_left_out(**arguments)})
 
 
-def kind_of(*, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
+def kind_of(*, q_length, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
     """(Whether a mask is of a local layer, whether it is causal with left padding at most)."""
     is_local = local_size is not None and local_size < max_positions_of(config)
     if local_size is None:
-        return is_local, mask_function is causal_mask_function
+        return is_local, mask_function is causal_mask_function or (q_length == 1 and shows_all_before(mask_function))
     return is_local, not is_local and kv_length <= local_size
+
+
+def shows_all_before(mask_function):
+    """Whether a token attends all before it, and some of what is to come: for the newest one that is causal."""
+    if getattr(mask_function, "__code__", None) is not EITHER:
+        return mask_function is causal_mask_function
+    return any(shows_all_before(part) for cell in mask_function.__closure__ for part in cell.cell_contents)
 
 
 def max_positions_of(config):
@@ -167,7 +175,7 @@ def may_be_left_out(*, q_length, kv_length, config, allow_is_causal_skip=True, *
     """Whether the model may go without a mask that hides nothing but what is to come."""
     # It is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer without its
     # mask could not be told from a full one.
-    is_local, _ = kind_of(kv_length=kv_length, config=config, **others)
+    is_local, _ = kind_of(q_length=q_length, kv_length=kv_length, config=config, **others)
     is_causal_without = q_length == 1 or (q_length == kv_length and supports_sdpa(config))
     return allow_is_causal_skip and not is_local and is_causal_without
 
