@@ -29,8 +29,8 @@ from .reference import Logits
 from .seam.cache import CACHE_NAME, MethodCache
 from .seam.caches import QuestCache
 from .seam.checks import check_arrival
-from .seam.masks import check_model
 from .seam.same_model import plain
+from .seam.served import check_model
 from .storage import Pages, Pruned
 
 SKETCHED = "quest_sketched"  # an attention that asks for its output's memory and computes nothing

@@ -218,6 +218,14 @@ def test_a_forward_that_generate_did_not_prepare_is_right_outside_of_the_graph(f
     assert torch.equal(greedy(torch.compile(model, backend="eager"), new_cache(), tokens(PROMPT), 6), expected)
 
 
+def test_generate_with_a_forward_that_the_user_compiled_for_any_size(forget_graphs):
+    local = {"layer_types": BOTH_KINDS, "sliding_window": 32, "head_dim": 16, "pad_token_id": 0}
+    model = make_model(Gemma3ForCausalLM, **LAYERS, **local)
+    expected = generate(model, tokens(PROMPT), new_cache(), max_new_tokens=3)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    assert torch.equal(generate(model, tokens(PROMPT), new_cache(), max_new_tokens=3), expected)
+
+
 @torch.no_grad()
 def test_the_tiny_model_writes_the_same_256_tokens_after_4k(forget_graphs):
     model, tokenizer = tiny.load(attn_implementation="quest", dtype=torch.float32)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_quest import H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
+from hf_quest import CACHE_NAME, H2OCache, QuestCache, QuestError, StreamingLLMCache, TOVACache
 from hf_quest.methods.quest import Quest
 
 PAGE_SIZE = 4
@@ -114,6 +114,14 @@ FAMILIES = {
     "gemma4": alternating("gemma4_text", hidden_size_per_layer_input=16, vocab_size_per_layer_input=96),
     "gemma4-shared-kv": alternating(
         "gemma4_text", num_kv_shared_layers=2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=96
+    ),
+    "gemma4-layers-of-several-shapes": alternating(
+        "gemma4_text",
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=96,
     ),
     "vaultgemma": alternating("vaultgemma", dense="eager", attn_logit_softcapping=2.0),
     "olmo": Family("olmo"),
@@ -517,6 +525,87 @@ def test_a_model_that_takes_its_causality_from_the_mask_alone_gets_one(with_ques
         is_quest = implementation == "quest" and with_quest_cache
         results.append(generate(model, prompts()[0], quest_cache(POSITIONS) if is_quest else None))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("with_quest_cache", [False, True], ids=["no-quest-cache", "budget-beyond-the-context"])
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("bigbird_pegasus", {}),
+        ("nllb-moe", {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}),
+        ("pegasus_x", {}),
+    ],
+    ids=["bigbird_pegasus", "nllb-moe", "pegasus_x"],
+)
+def test_an_encoder_decoder_that_is_not_made_for_sdpa_is_its_own_eager_attention(model_type, sizes, with_quest_cache):
+    """Its decoder's attention does not say that it is causal, and its encoder's may add its mask to the logits."""
+    half = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {"d_model": 64, **{f"{of}_{name}": half[name] for of in ("encoder", "decoder") for name in half}, **sizes}
+    source = {"input_ids": left_padded().flip(1), "attention_mask": (left_padded().flip(1) != 0).long()}
+    target = unpadded()
+    logits = []
+    for implementation in ("quest", "eager"):
+        torch.manual_seed(0)
+        config = config_of(model_type, {**sizes, "decoder_start_token_id": 1})
+        model = randomize(AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation))
+        halves = [quest_cache(POSITIONS) if implementation == "quest" else None, transformers.DynamicCache()]
+        cache = transformers.EncoderDecoderCache(*[half or transformers.DynamicCache() for half in halves])
+        given = {CACHE_NAME: cache} if with_quest_cache else {"use_cache": False}
+        with torch.no_grad():
+            logits.append(model(**source, decoder_input_ids=target, **given).logits)
+    assert distance(*logits) < TOLERANCE
+
+
+class TestAPrefixThatIsReadInBothDirections:
+    """PaliGemma's layers do not say that they are causal, and the mask of its prompt is more than that."""
+
+    @staticmethod
+    def build(implementation):
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.PaliGemmaConfig(
+            text_config=config_of("gemma", HEAD_DIM),
+            vision_config=transformers.SiglipVisionConfig(**size, image_size=16, patch_size=8),
+            projection_dim=64,
+            image_token_id=95,
+        )
+        model = transformers.PaliGemmaForConditionalGeneration._from_config(config, attn_implementation=implementation)
+        model.generation_config.eos_token_id = None
+        return randomize(model)
+
+    @staticmethod
+    def inputs():
+        image = torch.full((1, 4), 95)
+        padded = F.pad(torch.cat([image, prompts()[1] % 95], dim=1), (len(prompts()[0][0]) - len(prompts()[1][0]), 0))
+        input_ids = torch.cat([torch.cat([image, prompts()[0] % 95], dim=1), padded])
+        pixel_values = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return input_ids, {"pixel_values": pixel_values, "token_type_ids": torch.zeros_like(input_ids)}
+
+    def test_at_a_budget_beyond_the_context_it_is_the_models_dense_attention(self):
+        input_ids, others = self.inputs()
+        expected = generate(self.build("sdpa"), input_ids, **others)
+        for budgeted in (quest_cache(POSITIONS), H2OCache(POSITIONS, dense_layers=1)):
+            assert_same(generate(self.build("quest"), input_ids, budgeted, **others), expected)
+
+    def test_a_left_padded_row_is_the_row_alone_at_a_small_budget(self, selections):
+        input_ids, others = self.inputs()
+        tokens, logits = generate(self.build("quest"), input_ids, quest_cache(SMALL_BUDGET), **others)
+        assert selections
+        for row, num_padding in enumerate((0, max(LENGTHS) - min(LENGTHS))):
+            alone = {"pixel_values": others["pixel_values"][row : row + 1]}
+            alone["token_type_ids"] = others["token_type_ids"][row : row + 1, num_padding:]
+            ids = input_ids[row : row + 1, num_padding:]
+            expected = generate(self.build("quest"), ids, quest_cache(SMALL_BUDGET), **alone)
+            assert_same((tokens[row : row + 1], logits[row : row + 1]), expected)
+
+    @pytest.mark.parametrize("budget", [SMALL_BUDGET, POSITIONS])
+    def test_compiled_steps_are_the_others(self, budget):
+        torch._dynamo.reset()
+        input_ids, others = self.inputs()
+        expected = generate(self.build("quest"), input_ids, quest_cache(budget), **others)
+        config = on_any_device(backend="eager", mode=None)
+        compiled = generate(self.build("quest"), input_ids, quest_cache(budget), compile_config=config, **others)
+        assert_same(compiled, expected)
 
 
 def test_softcapped_encoder_decoder_is_its_own_dense_attention():

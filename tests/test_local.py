@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from small_llama import BUDGET, PROMPT, generate, greedy, make_model, on_any_device, tokens
 from transformers import (
     Cohere2ForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GptOssForCausalLM,
+    LlamaConfig,
     MistralForCausalLM,
     Olmo3ForCausalLM,
 )
@@ -23,6 +26,7 @@ from transformers import (
 from hf_quest import CACHE_NAME, QuestCache, QuestError
 from hf_quest.methods import Quest
 from hf_quest.seam.layer import Layer
+from hf_quest.seam.local import reaches_of
 from hf_quest.seam.state import State
 from hf_quest.storage import ring as local_module
 from hf_quest.storage.ring import ROOM
@@ -47,6 +51,14 @@ def build(name, implementation="quest", **options):
     implementation = dense if implementation == "dense" else implementation
     config = {"sliding_window": WINDOW, "pad_token_id": 0, **config, **options}
     return make_model(model_class, attn_implementation=implementation, **config)
+
+
+def test_layers_may_have_windows_of_their_own():
+    windows = {0: {"sliding_window": WINDOW}, 1: {"sliding_window": None}, 2: {"sliding_window": 2 * WINDOW}}
+    config = LlamaConfig(num_hidden_layers=3, per_layer_config=windows)
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip(f"transformers {transformers.__version__} makes no cache of its own for them")
+    assert reaches_of(config, BEYOND) == {0: WINDOW, 2: 2 * WINDOW}
 
 
 @torch.no_grad()

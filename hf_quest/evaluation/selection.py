@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..seam.local import head_dims_of
 from .choices import CHOICES, Choice, parse_choice
 from .forced import Forced, Observed
 from .methods import Way, check_length
@@ -165,10 +166,9 @@ def read_share(model: PreTrainedModel, choice: Choice, budget: int, length: int,
 
     `attended` tokens are what a choice by mass reads; what the others read is their budget.
     """
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_attended = attended if choice.mass else None
-    return choice.bytes_of(budget, length, head_dim, num_attended) / (4 * head_dim * length)
+    head_dims = head_dims_of(model.config.get_text_config(decoder=True))
+    return mean([choice.bytes_of(budget, length, dim, num_attended) / (4 * dim * length) for dim in head_dims])
 
 
 def means(report: dict[str, Any]) -> dict[tuple[int, Way], dict[str, float]]:

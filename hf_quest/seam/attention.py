@@ -41,10 +41,10 @@ def quest_attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None or getattr(value, "quest_layer", None) is not layer:
         say_once('attn_implementation="quest" runs dense attention: the forward was given no QuestCache.')
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    check_is_causal(module, layer)
     query = layer.autocast(query)
     if layer.shared.step.is_captured and not layer.handed.is_under_way:
         return captured_attention(layer, module, query, attention_mask, **kwargs)
+    check_is_causal(module, layer)
     layer.receive(attention_mask)
     if layer.evicts:
         return kept_attention(layer, module, query, key, value, attention_mask, **kwargs)
@@ -74,8 +74,7 @@ def attend_by_pages(layer, module, query, key, value, attention_mask, num_steps,
 
 def check_is_causal(module, layer):
     """Raise for attention over other tokens than the text's own so far, for which the cache was asked for a mask."""
-    decided = layer.shared.masks.decided
-    if getattr(module, "is_causal", True) or layer.is_sliding or (decided is not None and decided[0] == layer.length):
+    if getattr(module, "is_causal", True) or layer.is_sliding or layer.shared.masks.asked == layer.length:
         return
     if layer.handed.is_under_way:  # it holds what is not of its text
         layer.put_back(layer.length - layer.handed.num_new)

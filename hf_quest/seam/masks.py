@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, or_masks, sdpa_mask
 
-from ..errors import QuestError
 from . import generate
+from .served import check_model, supports_sdpa
 
+EITHER = or_masks(causal_mask_function).__code__
 COMPARED = 1 << 26  # elements of a mask that are compared at a time
 
 
@@ -45,6 +45,7 @@ class Masks:
     """
 
     num_known: int | None = None  # keys of the last forward whose mask was causal with left padding
+    asked: int | None = None  # keys for which the forward under way was asked for a mask, whatever it says
     decided: tuple | None = None  # (keys, left padding or None) of the forward under way
     empty_rows: tuple = ()  # of the forward under way, if it is of one token: rows that have no token yet
     is_begun: bool = False  # the forward under way has reached the cache; the next mask is for another one
@@ -61,7 +62,12 @@ class Masks:
     def prepare(self):
         """The first mask of a forward is asked for, or it goes without."""
         if self.is_begun:
-            self.decided, self.empty_rows, self.made, self.is_begun = None, (), [], False
+            self.asked, self.decided, self.empty_rows, self.made, self.is_begun = None, None, (), [], False
+
+    def ask(self, num_keys):
+        """A mask of the forward under way is asked for."""
+        self.prepare()
+        self.asked = num_keys
 
     def begin(self):
         """The forward has reached the cache: the next mask is for another one."""
@@ -70,7 +76,7 @@ class Masks:
 
     def go_on(self, num_keys, left_padding):
         """The next forward is of one token, and its mask, which nobody makes, goes on as the last one."""
-        self.prepare()
+        self.ask(num_keys)
         self.num_known, self.decided = num_keys, (num_keys, left_padding)
 
     @property
@@ -124,19 +130,7 @@ class Masks:
         return False
 
 
-def quest_mask(
-    *,
-    q_length,
-    kv_length,
-    kv_offset=0,
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    local_size=None,
-    config=None,
-    allow_is_causal_skip=True,
-    use_vmap=False,
-    **kwargs,
-):
+def quest_mask(*, kv_length, config=None, **arguments):
     """The mask function behind `attn_implementation="quest"`: SDPA's, and what Quest needs to know about it.
 
     How long the context is does not make a layer local (a window, chunks), but whether positions of the model lie
@@ -146,52 +140,69 @@ def quest_mask(
     that: there is none where it is causal with left padding and nothing else, and that of a local layer is [B, 1, 1,
     local_size], for the newest slots.
     """
-    cache = kv_length.cache if isinstance(kv_length, MaskLength) else None
-    if cache is None or cache.config is not config:
-        check_model(config)
-    max_positions = getattr(config, "max_position_embeddings", None) or math.inf
-    is_local = local_size is not None and local_size < max_positions
-    is_plain = mask_function is causal_mask_function if local_size is None else not is_local and kv_length <= local_size
+    if isinstance(kv_length, MaskLength):
+        return mask_of_cache(kv_length.cache, {**arguments, "kv_length": int(kv_length), "config": config})
+    check_model(config)
+    arguments = {**arguments, "kv_length": kv_length, "config": config}
+    _, is_plain = kind_of(**arguments)
     if is_plain and kv_length == 0:  # in a captured step of a QuestCache
         return None
-    # A mask left out is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer
-    # without its mask could not be told from a full one.
-    is_causal_without = q_length == kv_length and supports_sdpa(config)
-    can_skip = not is_local and (q_length == 1 or is_causal_without)
-    arguments = {
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "kv_offset": kv_offset,
-        "mask_function": mask_function,
-        "attention_mask": attention_mask,
-        "local_size": local_size,
-        "config": config,
-        "allow_is_causal_skip": allow_is_causal_skip and can_skip,
-        "use_vmap": use_vmap,
-        **kwargs,
-    }
-    if use_vmap or cache is None:  # Transformers sets use_vmap for a pattern of the caller's
-        return sdpa_mask(**arguments)
-    is_own_chunk = is_plain and 1 < q_length < kv_length and allow_is_causal_skip
-    return mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk)
+    if not supports_sdpa(config):  # it may have attention of its own, which adds masks
+        return eager_mask(**arguments)
+    return sdpa_mask(**{**arguments, "allow_is_causal_skip": may_be_left_out(**arguments)})
+
+
+def kind_of(*, q_length, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
+    """(Whether a mask is of a local layer, whether it is causal with left padding at most)."""
+    is_local = local_size is not None and local_size < max_positions_of(config)
+    if local_size is None:
+        return is_local, mask_function is causal_mask_function or (q_length == 1 and shows_all_before(mask_function))
+    return is_local, not is_local and kv_length <= local_size
+
+
+def shows_all_before(mask_function):
+    """Whether a token attends all before it, and some of what is to come: for the newest one that is causal."""
+    if getattr(mask_function, "__code__", None) is not EITHER:
+        return mask_function is causal_mask_function
+    return any(shows_all_before(part) for cell in mask_function.__closure__ for part in cell.cell_contents)
+
+
+def max_positions_of(config):
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def may_be_left_out(*, q_length, kv_length, config, allow_is_causal_skip=True, **others):
+    """Whether the model may go without a mask that hides nothing but what is to come."""
+    # It is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer without its
+    # mask could not be told from a full one.
+    is_local, _ = kind_of(q_length=q_length, kv_length=kv_length, config=config, **others)
+    is_causal_without = q_length == 1 or (q_length == kv_length and supports_sdpa(config))
+    return allow_is_causal_skip and not is_local and is_causal_without
 
 
 @torch.compiler.disable(reason="what a mask means to a QuestCache is known outside of graphs")
-def mask_of_cache(arguments, max_positions, is_local, is_plain, is_own_chunk):
+def mask_of_cache(cache, arguments):
     """`quest_mask` for a forward with a QuestCache: its meaning is decided, then it is built and marked."""
-    cache = arguments["kv_length"].cache
-    cache.take_config(arguments["config"], max_positions)
-    cache.masks.prepare()
-    left_padding = decide(cache, arguments) if is_plain and not is_local else None
+    num_new, num_keys, config = arguments["q_length"], arguments["kv_length"], arguments["config"]
+    if cache.config is not config:
+        check_model(config)
+    is_own_chunk = 1 < num_new < num_keys and arguments.get("allow_is_causal_skip", True)
+    arguments["allow_is_causal_skip"] = may_be_left_out(**arguments)
+    cache.masks.ask(num_keys)
+    if arguments.get("use_vmap"):  # which Transformers sets for a pattern of the caller's
+        return sdpa_mask(**arguments)
+    cache.take_config(config, max_positions_of(config))
+    is_local, is_plain = kind_of(**arguments)
+    left_padding = decide(cache, arguments) if is_plain else None
     mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
-    mark(cache, mask, left_padding, arguments["q_length"])
+    mark(cache, mask, left_padding, num_new)
     return mask
 
 
 def decide(cache, arguments):
     """The left padding of a causal forward, a tuple of B ints, or None if its mask hides anything else."""
-    where = (arguments["q_length"], int(arguments["kv_length"]), arguments["attention_mask"], arguments["batch_size"])
-    return cache.masks.decide(*where, cache.left_padding)
+    num_new, num_keys, batch_size = (arguments[name] for name in ("q_length", "kv_length", "batch_size"))
+    return cache.masks.decide(num_new, num_keys, arguments.get("attention_mask"), batch_size, cache.left_padding)
 
 
 def build(cache, arguments, left_padding, is_local, is_own_chunk):
@@ -215,9 +226,9 @@ def mark(cache, mask, left_padding, num_new):
         cache.set_left_padding(left_padding)
 
 
-def local_mask(q_length, kv_length, kv_offset, local_size, **arguments):
+def local_mask(q_length, kv_length, local_size, kv_offset=0, **arguments):
     """The mask of a local layer; for one new token that of the newest `local_size` slots, filled or not."""
-    num_keys, num_missing = int(kv_length), 0
+    num_keys, num_missing = kv_length, 0
     if q_length == 1:
         num_missing = max(0, local_size - num_keys)
         kv_offset += max(0, num_keys - local_size)
@@ -256,44 +267,3 @@ def is_causal(mask, left_padding):
         if not torch.equal(part.expand(len(left_padding), -1, -1), (slot <= newest) & is_token):
             return False
     return True
-
-
-def causal_lm_class(config):
-    """The class that `AutoModelForCausalLM` makes of a config, or None."""
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None) if config is not None else None
-    # Some models name several classes, by architecture.
-    return model_class[0] if isinstance(model_class, tuple) else model_class
-
-
-def supports_sdpa(config):
-    model_class = causal_lm_class(config)
-    return model_class is None or model_class._supports_sdpa
-
-
-def check_model(config):
-    """Raise for a model that cannot be served, whatever its cache."""
-    check_has_attention_interface(causal_lm_class(config), config)
-    check_heads_split(config)
-
-
-def check_has_attention_interface(model_class, config):
-    """Raise for a model that never calls the registered attention: it would get this mask and lose causality."""
-    if model_class is not None and not model_class._can_set_attn_implementation():
-        raise QuestError(
-            f'{config.model_type} has an attention of its own and does not use attn_implementation="quest". Load it '
-            "with another attn_implementation and without QuestCache."
-        )
-
-
-def check_heads_split(config):
-    """Raise for tensor parallelism over a number of processes that the KV heads cannot be split among."""
-    num_ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    is_split = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
-    if is_split and isinstance(num_kv_heads, int) and num_kv_heads % num_ranks:
-        counts = [count for count in range(1, num_kv_heads + 1) if num_kv_heads % count == 0]
-        raise QuestError(
-            f"Tensor parallelism gives every process whole KV heads, and the {num_kv_heads} of this model do not split "
-            f"evenly over {num_ranks} processes. Start torchrun with one of {counts} as --nproc-per-node."
-        )
