@@ -175,6 +175,31 @@ def make_model(shape, max_positions):
     return model
 
 
+def free():
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+class Models:
+    """The model of one shape at a time. Whoever keeps it keeps its memory from the next one."""
+
+    shape = model = None
+
+    def of(self, shape):
+        if shape != self.shape:
+            self.model = None
+            free()
+            self.model, self.shape = make_model(shape, 2**18), shape
+        return self.model
+
+
+def parts_of(case):
+    """(model shape, rows, tokens of context) of a case as it is written."""
+    shape, batch_size, context = case.split(":")
+    return shape, int(batch_size), int(context)
+
+
 def fill(cache, config, batch_size, num_tokens):
     """Put `num_tokens` random keys and values into every layer."""
     shape = (batch_size, config.num_key_value_heads, num_tokens, config.head_dim)
@@ -319,21 +344,13 @@ def write(report, path):
 def main():
     arguments = parse_arguments()
     report = {"environment": describe("cuda"), "budget": arguments.budget, "results": []}
-    model, shape_of_model = None, None
-    for case in arguments.cases:
-        shape, batch_size, context = case.split(":")
-        batch_size, context = int(batch_size), int(context)
-        if shape != shape_of_model:
-            model = None
-            gc.collect()
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-            model, shape_of_model = make_model(shape, 2**18), shape
+    models = Models()
+    for shape, batch_size, context in map(parts_of, arguments.cases):
         for name in arguments.ways:
             result = {"shape": shape, "batch_size": batch_size, "context": context, "way": WAYS[name].title}
             try:
                 steps = (arguments.steps, arguments.rounds)
-                result |= measure(model, name, batch_size, context, arguments.budget, *steps)
+                result |= measure(models.of(shape), name, batch_size, context, arguments.budget, *steps)
             except torch.OutOfMemoryError as error:
                 result["error"] = str(error).splitlines()[0]
             report["results"].append(result)

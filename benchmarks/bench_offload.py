@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from bench_generate import AHEAD, HEADROOM, SHAPES, SHORT, answer, make_model
+from bench_generate import AHEAD, HEADROOM, SHAPES, SHORT, answer, free, make_model
 from environment import describe
 from rich.console import Console
 from tables import RESULTS, markdown, offload_table
@@ -238,12 +238,6 @@ def write(report, path):
     conditions = "".join(f"- {name}: {value}\n" for name, value in report["environment"].items())
     title = "Keys and values in the host's memory: ms per token, GB of the cache on GPU and host"
     path.with_suffix(".md").write_text(f"# {title}\n\n{markdown(offload_table(report))}\n{conditions}")
-
-
-def free():
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
 
 
 def main():

@@ -26,7 +26,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from bench_generate import AHEAD, SHAPES, SHORT, WAYS, answer, decoding_by, fill, make_model, time_answers
+from bench_generate import AHEAD, SHAPES, SHORT, WAYS, Models, answer, decoding_by, fill, parts_of, time_answers
 from bench_stages import copy_bandwidth
 from chart import GREEN, GREY, LIGHT
 from environment import describe
@@ -166,19 +166,13 @@ def measure_all(arguments):
         "copy_bytes_per_second": copy_bandwidth(),
         "results": [],
     }
-    model, shape_of_model = None, None
-    for case in arguments.cases:
-        shape, batch_size, context = case.split(":")
-        batch_size, context = int(batch_size), int(context)
-        if shape != shape_of_model:
-            model = None
-            free()
-            model, shape_of_model = make_model(shape, 2**18), shape
+    models = Models()
+    for shape, batch_size, context in map(parts_of, arguments.cases):
         for name in arguments.ways:
             result = {"shape": shape, "batch_size": batch_size, "context": context, "way": WAYS[name].title}
             try:
-                result |= measure(model, name, batch_size, context, arguments.budget, arguments.steps)
-                floor_s = weight_bytes(model) / report["copy_bytes_per_second"]
+                result |= measure(models.of(shape), name, batch_size, context, arguments.budget, arguments.steps)
+                floor_s = weight_bytes(models.of(shape)) / report["copy_bytes_per_second"]
                 result["weights_floor_ms"] = round(floor_s * 1e3, 4)
             except (torch.OutOfMemoryError, ValueError) as error:  # or the profiler has lost events
                 result["error"] = str(error).splitlines()[0]
@@ -188,12 +182,6 @@ def measure_all(arguments):
             gc.collect()
             torch.cuda.empty_cache()
     return report
-
-
-def free():
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
 
 
 def bars(report, before):

@@ -187,7 +187,7 @@ def offload_table(report):
 
 def beyond_table(reports):
     """What decodes with keys and values in the host's memory, of one row, in short: `offload_table` of some reports."""
-    table = Table("shape", "tokens", "ms a token", "captured, ahead", "GB of the GPU's memory", "GB of the host's")
+    table = Table("shape", "tokens", "ms a token", "captured, ahead", "GB of cache on the GPU", "on the host")
     for report in reports:
         by_way = {result["way"]: result for result in report["results"]}
         plain, best = by_way["offloaded"], by_way["offloaded, captured, ahead"]

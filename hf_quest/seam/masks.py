@@ -144,7 +144,7 @@ def quest_mask(*, kv_length, config=None, **arguments):
         return mask_of_cache(kv_length.cache, {**arguments, "kv_length": int(kv_length), "config": config})
     check_model(config)
     arguments = {**arguments, "kv_length": kv_length, "config": config}
-    _, is_plain = kind_of(**arguments)
+    _, is_plain = is_local_is_plain(**arguments)
     if is_plain and kv_length == 0:  # in a captured step of a QuestCache
         return None
     if not supports_sdpa(config):  # it may have attention of its own, which adds masks
@@ -152,7 +152,7 @@ def quest_mask(*, kv_length, config=None, **arguments):
     return sdpa_mask(**{**arguments, "allow_is_causal_skip": may_be_left_out(**arguments)})
 
 
-def kind_of(*, q_length, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
+def is_local_is_plain(*, q_length, kv_length, config, mask_function=causal_mask_function, local_size=None, **others):
     """(Whether a mask is of a local layer, whether it is causal with left padding at most)."""
     is_local = local_size is not None and local_size < max_positions_of(config)
     if local_size is None:
@@ -175,7 +175,7 @@ def may_be_left_out(*, q_length, kv_length, config, allow_is_causal_skip=True, *
     """Whether the model may go without a mask that hides nothing but what is to come."""
     # It is causal over the queries' own keys, and only so in a model that is made for SDPA. A local layer without its
     # mask could not be told from a full one.
-    is_local, _ = kind_of(q_length=q_length, kv_length=kv_length, config=config, **others)
+    is_local, _ = is_local_is_plain(q_length=q_length, kv_length=kv_length, config=config, **others)
     is_causal_without = q_length == 1 or (q_length == kv_length and supports_sdpa(config))
     return allow_is_causal_skip and not is_local and is_causal_without
 
@@ -192,7 +192,7 @@ def mask_of_cache(cache, arguments):
     if arguments.get("use_vmap"):  # which Transformers sets for a pattern of the caller's
         return sdpa_mask(**arguments)
     cache.take_config(config, max_positions_of(config))
-    is_local, is_plain = kind_of(**arguments)
+    is_local, is_plain = is_local_is_plain(**arguments)
     left_padding = decide(cache, arguments) if is_plain else None
     mask = build(cache, arguments, left_padding, is_local, is_own_chunk)
     mark(cache, mask, left_padding, num_new)

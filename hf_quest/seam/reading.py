@@ -26,7 +26,8 @@ def kernels_attend(layer, query):
     # In this order: a graph of fused kernels must not hang on what the storage may come to hold.
     if not layer.has_kernels or (layer.method.fused is None and layer.is_sparse):
         return False
-    # They take one query at a time, which is too slow where each of several would read everything.
+    # They take one query at a time, which is too slow where each of several would read everything. Drafts in a graph
+    # have no other way.
     is_one_by_one = query.shape[2] == 1 or layer.is_sparse or layer.shared.step.is_captured
     return is_one_by_one and query.shape[1] <= ops.MAX_GROUP * layer.storage.num_kv_heads
 
