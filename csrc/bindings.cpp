@@ -103,6 +103,14 @@ void append_to(const Storage& storage, at::ScalarType type, const Tensor& new_ke
     C10_CUDA_CHECK(launch_append(params));
 }
 
+// [B, Hkv, 1, D] each, which the chain stores.
+NewToken token_of(at::ScalarType type, const Tensor& new_key, const Tensor& new_value) {
+    return {rows_of(new_key, type),
+            rows_of(new_value, type),
+            {new_key.stride(0), new_key.stride(1)},
+            {new_value.stride(0), new_value.stride(1)}};
+}
+
 // What every stage with a query is told.
 template <typename Params>
 void set_step(Params& params, const Storage& storage, at::ScalarType type, const Tensor& query, int64_t num_kv_heads,
@@ -262,28 +270,33 @@ int find_once(int kind, const AttendParams& params, Find find) {
     return found != known.end() ? found->second : known[shape] = find();
 }
 
+// The blocks of a cluster that does a whole choice, or 0.
 int cluster_size_of(const AttendParams& params) {
-    return find_once(0, params, [&] {
-        return params.choice.code_bits > 0 ? find_cluster_size_by_codes(params) : find_cluster_size(params);
-    });
+    const bool is_by_codes = params.choice.code_bits > 0;
+    // Shares take a normaliser over all pages, which clusters would have to exchange before their scores. Storage that
+    // the device finds has bounds in 8 bits, if it has codes.
+    const bool is_wide = params.storage.addresses == nullptr && params.storage.scales == nullptr;
+    const bool is_fused = params.score.agreement == Agreement::kMax || params.group_size == 1;
+    if (!is_fused || (is_by_codes && is_wide)) return 0;
+    return find_once(0, params,
+                     [&] { return is_by_codes ? find_cluster_size_by_codes(params) : find_cluster_size(params); });
 }
 
-// Estimate, select and attend, or with codes find_candidates and refine in the place of select: fused where clusters
-// serve, one by one otherwise. `num_selected` are pages that are attended, or candidates. A pool is used where clusters
-// serve by codes.
-void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding,
-                   int64_t num_selected, const Score& score, const TokenChoice& choice, bool has_pool,
-                   const std::optional<Tensor>& told_ids) {
+// `num_selected` are pages that are attended, or candidates.
+void set_choice(AttendParams& params, int64_t num_selected, const Score& score, const TokenChoice& choice) {
     params.num_selected = num_selected;
     params.score = score;
     params.choice = choice;
+}
+
+// Estimate, select and attend, or with codes find_candidates and refine in the place of select: fused where clusters
+// serve, one by one otherwise. A pool is used where clusters serve by codes.
+void attend_chosen(AttendParams params, const Tensor& query, const Tensor& length, const Tensor& padding, bool has_pool,
+                   const std::optional<Tensor>& told_ids) {
     Storage& storage = params.storage;
+    const TokenChoice& choice = params.choice;
     const bool is_by_codes = choice.code_bits > 0;
-    // Shares take a normaliser over all pages, which clusters would have to exchange before their scores. Storage that
-    // the device finds has bounds in 8 bits, if it has codes.
-    const bool is_wide = storage.addresses == nullptr && storage.scales == nullptr;
-    const bool is_fused = (score.agreement == Agreement::kMax || params.group_size == 1) && !(is_by_codes && is_wide);
-    const int cluster_size = is_fused ? cluster_size_of(params) : 0;
+    const int cluster_size = cluster_size_of(params);
     const bool wants_scores = cluster_size == 0 ? true
                               : is_by_codes     ? needs_scores_by_codes(params, cluster_size)
                                                 : needs_scores(params);
@@ -303,17 +316,18 @@ void attend_chosen(AttendParams params, const Tensor& query, const Tensor& lengt
         return;
     }
     estimate_pages(storage, query.scalar_type(), query, params.num_kv_heads, length, padding, params.page_size,
-                   params.scaling, score);
+                   params.scaling, params.score);
     Tensor ids;
     if (is_by_codes) {
-        const Tensor candidates = find_candidate_pages(storage, params.num_kv_heads, length, padding, num_selected,
-                                                       params.page_size, score.keeps_first, choice.num_stripes);
+        const Tensor candidates =
+            find_candidate_pages(storage, params.num_kv_heads, length, padding, params.num_selected, params.page_size,
+                                 params.score.keeps_first, choice.num_stripes);
         ids = refine_tokens(storage, query, params.num_kv_heads, candidates, length, padding, params.page_size,
                             params.scaling, choice);
         params.page_size = 1;
     } else {
-        ids = select_pages(storage, params.num_kv_heads, length, padding, num_selected, params.page_size,
-                           score.keeps_first);
+        ids = select_pages(storage, params.num_kv_heads, length, padding, params.num_selected, params.page_size,
+                           params.score.keeps_first);
     }
     if (told_ids) told_ids->copy_(ids);
     const Tensor counters = at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt));
@@ -418,8 +432,8 @@ Tensor chain(const Tensor& query, const Tensor& keys, const Tensor& values, cons
         params.pool = {address_of(*pool_keys), address_of(*pool_values), static_cast<uint64_t*>(address_of(*pool_tags)),
                        static_cast<uint64_t*>(address_of(*pool_counts)), pool_keys->size(2)};
     }
-    attend_chosen(params, query, length, padding, num_selected, score_of(width, keeps_first, group), choice,
-                  pool_keys.has_value(), page_ids);
+    set_choice(params, num_selected, score_of(width, keeps_first, group), choice);
+    attend_chosen(params, query, length, padding, pool_keys.has_value(), page_ids);
     return output;
 }
 
@@ -434,15 +448,20 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
     Storage storage = {};
     storage.capacity = kAnyCapacity;
     storage.addresses = addresses.data_ptr<int64_t>() + layer_idx * addresses.size(1);
-    if (new_keys)
-        append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size, code_bits);
     const Tensor output = at::empty(query.sizes(), query.options());
-    const AttendParams params = describe(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size,
-                                         scaling, softcap, sinks, output);
+    AttendParams params = describe(storage, query.scalar_type(), query, num_kv_heads, length, padding, page_size,
+                                   scaling, softcap, sinks, output);
     if (num_selected > 0) {
-        const Score score = score_of(width, keeps_first, group);
         const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, page_size, token_group);
-        attend_chosen(params, query, length, padding, num_selected, score, choice, has_pool, std::nullopt);
+        set_choice(params, num_selected, score_of(width, keeps_first, group), choice);
+    }
+    if (new_keys && num_selected > 0 && code_bits == 0 && cluster_size_of(params) > 0) {
+        params.new_token = token_of(query.scalar_type(), *new_keys, *new_values);
+    } else if (new_keys) {
+        append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size, code_bits);
+    }
+    if (num_selected > 0) {
+        attend_chosen(params, query, length, padding, has_pool, std::nullopt);
     } else {
         attend_pages(params, std::nullopt, at::zeros({query.size(0) * query.size(1)}, query.options().dtype(at::kInt)));
     }

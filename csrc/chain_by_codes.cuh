@@ -100,7 +100,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     __device__ void begin() {
         if constexpr (8 * Layout::kPairs > kHeadDim) shared.integer_query.clear();
-        Block::begin(1);
+        Block::begin(1, [] {});
         if constexpr (kIsPooled) begin_pool();
         if (warp_idx == kWarps - 1 && !is_all_attended()) plan();
         wait_for_cluster();

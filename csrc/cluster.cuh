@@ -53,9 +53,10 @@ struct ClusterBlock {
     __device__ ClusterBlock(const AttendParams& params, Shared& shared, char* score_query)
         : params(params), shared(shared), score_query(score_query) {}
 
-    // Makes barriers, begins to copy the query, and finds what is the block's own. wait_for_cluster() must follow: then
-    // the others have begun, too.
-    __device__ void begin(int num_choice_arrivals) {
+    // Makes barriers, begins to copy the query and what `copy_more` adds to it, and finds what is the block's own.
+    // wait_for_cluster() must follow: then the others have begun, too.
+    template <typename CopyMore>
+    __device__ void begin(int num_choice_arrivals, const CopyMore& copy_more) {
         if (threadIdx.x == 0) {
             make_barrier(shared.choice_barrier, num_choice_arrivals);
             make_barrier(shared.sums_barrier, 1);
@@ -74,6 +75,7 @@ struct ClusterBlock {
             const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
             copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
         }
+        copy_more();
         commit_copies();
         storage = find(params.storage);
         const int64_t padding = params.padding[row_idx];

@@ -121,6 +121,13 @@ struct RefineParams {
     int64_t* token_ids;        // [B, Hkv, 1, num_tokens]
 };
 
+// The newest token's key and value, where they are not stored yet: null where they are.
+struct NewToken {
+    const void* key;    // [B, Hkv, D]
+    const void* value;  // [B, Hkv, D]
+    int64_t key_strides[2], value_strides[2];  // of B and Hkv, in elements
+};
+
 // How tokens are chosen by their codes: code_bits 0 where pages are attended whole.
 struct TokenChoice {
     int code_bits, num_candidates, num_tokens;  // candidates are pages, the newest among them
@@ -135,6 +142,7 @@ struct AttendParams {
     float scaling, softcap;    // softcap 0 for none
     Score score;               // of launch_chain and launch_chain_by_codes
     TokenChoice choice;        // of launch_chain_by_codes
+    NewToken new_token;        // of launch_chain, which stores it
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
