@@ -6,11 +6,12 @@ A measurement is one CUDA graph of up to 32 layers, each on buffers of its own, 
 start of a graph is shared as in a real decode step. Its time is the median over the replays, divided by the layers.
 Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
-too, stands beside it. All with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
+too, stands beside it, and `chain with append` is both as a recorded step has them, in one kernel where the GPU can. All
+with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
 What depends on the score has the default one, and in a table of its own the published one beside it, the replays of
 both in turns; `chain by sums of shares` is what the default is not, since it costs more. `chain by codes` is what
 `QuestCache(512, codes=2)` runs, one kernel again: tokens of eight times the budget's pages are chosen by their codes;
-`of larger pages` are those of 32 tokens. `find candidates`, `refine` and `attend tokens` are its stages by themselves.
+`of larger pages` are those of 32 tokens, and `with append` is a step's as well, which ends a page. `find candidates`, `refine` and `attend tokens` are its stages by themselves.
 `append with codes` ends a page, whose codes it makes; `append amid a page` does not, as 15 of 16 tokens do not.
 `append a prompt`, without codes and with them, stores all tokens at once.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
@@ -70,6 +71,8 @@ class Layer:
     codes: torch.Tensor
     larger_pages: tuple  # bounds with scales, and codes
     prompt: tuple  # keys and values of as many tokens as are stored, of all layers
+    addresses: torch.Tensor  # [1, NUM_ADDRESSES], of this layer's storage
+    work: torch.Tensor  # scores that lie there
     scores: torch.Tensor = None
     page_ids: torch.Tensor = None
     candidates: torch.Tensor = None
@@ -98,8 +101,7 @@ class Layer:
         self._chain(self.wide_bounds, score)
 
     def chain_with_append(self, score=DEFAULT):
-        self.append()
-        self.chain(score)
+        self._decode(self.num_selected, score=score)
 
     def chain_by_sums_of_shares(self):
         self.chain(SUMS_OF_SHARES)
@@ -135,6 +137,14 @@ class Layer:
 
     def chain_by_codes_of_larger_pages(self):
         self._chain_by_codes(self.larger_pages, LARGER_PAGE)
+
+    def chain_by_codes_with_append(self):
+        by_codes = {"code_bits": CODE_BITS, "num_tokens": CODE_BUDGET}
+        self._decode(CANDIDATES * CODE_BUDGET // PAGE_SIZE, score=DEFAULT, **by_codes)
+
+    def _decode(self, num_selected, **how):
+        where = (self.addresses, *self.where, 0, self.keys.shape[1], num_selected, PAGE_SIZE, HEAD_DIM**-0.5)
+        ops.decode(self.query, self.new_key, self.new_value, *where, **how)
 
     def _chain_by_codes(self, beside, page_size):
         *bounds, codes = beside
@@ -183,8 +193,13 @@ def make_layer(batch_size, num_heads, num_kv_heads, context, budget, prompt=()):
     ops.append(keys, values, *bounds, keys, values, *where, PAGE_SIZE, codes)
     ops.append(keys, values, *larger_pages[:2], keys, values, *where, LARGER_PAGE, larger_pages[2])
     tokens = (query, new_key, new_value)
+    work = keys.new_empty(*heads, 1, num_pages, dtype=torch.float32)
+    row = [tensor.data_ptr() for tensor in (keys, values, *bounds, work)] + [context, codes.data_ptr()]
+    row += [0] * (ops.NUM_ADDRESSES - len(row))  # no pool
     choice = (min(budget, context) // PAGE_SIZE, codes, larger_pages, prompt)
-    layer = Layer(keys, values, bounds, wide_bounds, *tokens, ops.new_counters(keys), where, length - 1, *choice)
+    found = (torch.tensor([row], device="cuda"), work)
+    counters = ops.new_counters(keys)
+    layer = Layer(keys, values, bounds, wide_bounds, *tokens, counters, where, length - 1, *choice, *found)
     for stage in (layer.estimate, layer.select, layer.find_candidates, layer.refine):
         stage()
     return layer
@@ -277,6 +292,7 @@ def measure(case, budget, num_replays):
     moved["refine"] = code_bytes * num_looked_at + page_bytes * (num_looked_at // PAGE_SIZE)
     moved["attend tokens"] = token_bytes * min(CODE_BUDGET, context)
     moved["chain by codes"] = page_bytes * num_pages + moved["refine"] + moved["attend tokens"]
+    moved["chain by codes with append"] = moved["chain by codes"] + moved["append"]
     larger = page_bytes * (num_pages + num_looked_at // PAGE_SIZE) * PAGE_SIZE // LARGER_PAGE
     moved["chain by codes of larger pages"] = larger + code_bytes * num_looked_at + moved["attend tokens"]
     stages = {}

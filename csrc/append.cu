@@ -8,53 +8,13 @@
 // whole block, whose threads know the bounds as well and have a few keys each.
 // Slots before a row's padding are cut into pages as well, of negative index: they are copied and have no bounds.
 
-#include "widen.cuh"
+#include "append.cuh"
 
 namespace hf_quest {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTokensInFlight = 8;
-constexpr int kKeysInFlight = 4;  // whose codes are made; more would be too many registers
-constexpr float kTiny = 1.17549435e-38f;  // the lowest normal number
-
-// Writes the codes of the kVector channels of `num_keys` keys that stand `stride` apart, each channel's nearest of
-// 2^bits levels between its bounds: reference arithmetic, so that codes are the same wherever they are made. Codes
-// stand `code_stride` bytes apart.
-template <typename T, int kBits>
-__device__ void encode(const uint4* keys, int64_t stride, int num_keys, const float (&lowest)[kVector],
-                       const float (&highest)[kVector], uint8_t* codes, int64_t code_stride) {
-    constexpr float kMost = (1 << kBits) - 1;
-    float inverse[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-        const float step = __fmul_rn(__fsub_rn(highest[i], lowest[i]), 1.0f / kMost);
-        inverse[i] = __frcp_rn(step < kTiny ? kTiny : step);  // of what is no number as well, like the reference
-    }
-#pragma unroll 1
-    for (int first = 0; first < num_keys; first += kKeysInFlight) {
-        uint4 key[kKeysInFlight];
-#pragma unroll
-        for (int i = 0; i < kKeysInFlight; ++i) key[i] = keys[min(first + i, num_keys - 1) * stride];
-#pragma unroll
-        for (int i = 0; i < kKeysInFlight; ++i) {
-            if (first + i >= num_keys) break;
-            unsigned code = 0;
-#pragma unroll
-            for (int j = 0; j < kVector; ++j) {
-                const float channel = to_float(reinterpret_cast<const T*>(&key[i])[j]);
-                const float level = rintf(__fmul_rn(__fsub_rn(channel, lowest[j]), inverse[j]));
-                code |= unsigned(fminf(fmaxf(level, 0.0f), kMost)) << kBits * j;
-            }
-            uint8_t* own = codes + (first + i) * code_stride;
-            if constexpr (kBits == 2) {
-                *reinterpret_cast<uint16_t*>(own) = uint16_t(code);
-            } else {
-                *reinterpret_cast<uint32_t*>(own) = code;
-            }
-        }
-    }
-}
 
 template <typename T, int kBits>  // of codes, or 0
 __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(const AppendParams params) {
@@ -147,13 +107,11 @@ __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(con
         const bool is_full = slot_end == page_start + params.page_size;
         if (!has_bounds || !is_full) return;
         float low[kVector], high[kVector];
-        const float scale8 = __uint_as_float(widest.exponent << 23);
+        if (has_bounds8) {
+            widest.find(low, high);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-            if (has_bounds8) {
-                low[i] = float(reinterpret_cast<const int8_t*>(&widest.lowest)[i]) * scale8;
-                high[i] = float(reinterpret_cast<const int8_t*>(&widest.highest)[i]) * scale8;
-            } else {
+            for (int i = 0; i < kVector; ++i) {
                 low[i] = to_float(reinterpret_cast<const T*>(&lowest)[i]);
                 high[i] = to_float(reinterpret_cast<const T*>(&highest)[i]);
             }

@@ -455,7 +455,7 @@ Tensor decode(const Tensor& query, const std::optional<Tensor>& new_keys, const 
         const TokenChoice choice = choice_of(code_bits, num_selected, num_tokens, page_size, token_group);
         set_choice(params, num_selected, score_of(width, keeps_first, group), choice);
     }
-    if (new_keys && num_selected > 0 && code_bits == 0 && cluster_size_of(params) > 0) {
+    if (new_keys && num_selected > 0 && cluster_size_of(params) > 0) {
         params.new_token = token_of(query.scalar_type(), *new_keys, *new_values);
     } else if (new_keys) {
         append_to(storage, query.scalar_type(), *new_keys, *new_values, length, padding, page_size, code_bits);

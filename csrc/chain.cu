@@ -12,7 +12,6 @@
 
 #include "cluster.cuh"
 #include "select.cuh"
-#include "widen.cuh"
 
 namespace hf_quest {
 namespace {
@@ -37,7 +36,6 @@ struct Shared : ClusterShared<kHeadDim> {
         WarpSums<kHeadDim, kWarps> warp_sums;  // once they are attended
     };
     SharedSelection<kThreads> selection;
-    alignas(16) uint4 new_token[2][kHeadDim / kVector];  // key and value, if it is to be stored
 };
 
 #if __CUDA_ARCH__ >= 900  // clusters
@@ -53,8 +51,7 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
 template <typename T, int kHeadDim>
 struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>>;
-    using Block::kv_idx, Block::row_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start,
-        Block::score_input;
+    using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
     using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     int* page_ids;  // that this block attends
     int first_own, num_own;  // of the chosen pages those that this block attends
@@ -65,67 +62,12 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
 
     __device__ void begin() {
         shared.selection.clear();
-        Block::begin(kWarps, [&] { copy_new_token(); });
+        Block::begin(kWarps);
         const int num_chosen = min(num_pages, params.num_selected), share = ceil_div(num_chosen, cluster_size);
         first_own = rank * share;
         num_own = max(min(num_chosen - first_own, share), 0);
         has_newest = num_chosen > 0 ? num_own > 0 && first_own + num_own == num_chosen : rank == 0;
         wait_for_cluster();
-    }
-
-    // Of the threads that keep the newest token, each of which has a vector of its key and value.
-    __device__ int new_vector() const {
-        const int vector_idx = int(threadIdx.x) - (kWarps - 1) * kWarpSize;
-        return params.new_token.key != nullptr && vector_idx < kHeadDim / kVector ? vector_idx : -1;
-    }
-
-    __device__ void copy_new_token() {
-        const int vector_idx = new_vector();
-        if (vector_idx < 0) return;
-        const auto copy = [&](int which, const void* tokens, const int64_t (&strides)[2]) {
-            const T* token = static_cast<const T*>(tokens) + row_idx * strides[0] + blockIdx.y * strides[1];
-            copy_async(address_of(&shared.new_token[which][vector_idx]), token + vector_idx * kVector);
-        };
-        copy(0, params.new_token.key, params.new_token.key_strides);
-        copy(1, params.new_token.value, params.new_token.value_strides);
-    }
-
-    // What append does with one new token, but for codes. Before others of this block read the token, they must meet.
-    __device__ void store_new_token() const {
-        const int vector_idx = new_vector();
-        if (vector_idx < 0 || !has_newest) return;
-        constexpr int kVectors = kHeadDim / kVector;
-        const int64_t end = *params.length, slot = end - 1;
-        if (slot < 0 || end > storage.capacity) return;
-        wait_for_copies<0>();  // its own
-        const uint4 key = shared.new_token[0][vector_idx], value = shared.new_token[1][vector_idx];
-        const int64_t stored = (kv_idx * storage.capacity + slot) * kVectors + vector_idx;
-        static_cast<uint4*>(storage.keys)[stored] = key;
-        static_cast<uint4*>(storage.values)[stored] = value;
-        if (num_tokens <= 0 || storage.bounds == nullptr) return;
-        const bool is_first = ((num_tokens - 1) & (params.page_size - 1)) == 0;  // of its page
-        const int64_t page = kv_idx * count_pages(storage, params.page_size) + num_pages - 1;
-        const int64_t first = page * 2 * kVectors + vector_idx;
-        if (storage.scales != nullptr) {
-            uint2* bounds = static_cast<uint2*>(storage.bounds) + first;
-            uint8_t* scale = storage.scales + (page * kVectors + vector_idx) / 4;
-            Bounds8 widest = {};
-            if (!is_first) widest = {bounds[0], bounds[kVectors], *scale};
-            widen<T>(widest, key, key);
-            bounds[0] = widest.lowest;
-            bounds[kVectors] = widest.highest;
-            if (vector_idx % 4 == 0) *scale = uint8_t(widest.exponent);
-        } else {
-            uint4* bounds = static_cast<uint4*>(storage.bounds) + first;
-            uint4 lowest = key, highest = key;
-            if (!is_first) {
-                lowest = bounds[0];
-                highest = bounds[kVectors];
-                widen<T>(lowest, highest, key);
-            }
-            bounds[0] = lowest;
-            bounds[kVectors] = highest;
-        }
     }
 
     // Notes the chosen page of a place, if it is one of this block's.
@@ -211,7 +153,7 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
         } else if (threadIdx.x % kWarpSize == 0) {
             arrive(shared.choice_barrier);  // this warp's own keys are there
         }
-        store_new_token();
+        if (has_newest) Block::store_new_token();
         if (const unsigned highest = __reduce_max_sync(kWholeWarp, best.x); highest > 0) {  // or this warp has no page
             const int lane_idx = __ffs(__ballot_sync(kWholeWarp, best.x == highest)) - 1;
             fetch_page(__shfl_sync(kWholeWarp, int(best.y), lane_idx));
@@ -239,7 +181,7 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
 
     // Chooses every page.
     __device__ void take_all() const {
-        store_new_token();
+        if (has_newest) Block::store_new_token();
         for (int idx = threadIdx.x; idx < num_own; idx += kThreads) note_page(first_own + idx, first_own + idx);
         if (params.told_ids == nullptr || rank > 0) return;
         for (int idx = num_pages + threadIdx.x; idx < params.num_selected; idx += kThreads) {

@@ -7,6 +7,9 @@
 // shares, and in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no
 // more tokens are stored than may be attended, they all are, without a look at their bounds.
 //
+// The newest token may come beside the storage. The block that attends the newest page stores it, as append does, and
+// in the end writes the page's codes, if it is full: no block looks at bounds and codes of the newest page.
+//
 // What lies in the host's memory may have a pool on the device (pool.cuh): then the tokens that a block has chosen are
 // looked up there before it attends them.
 #pragma once
@@ -93,6 +96,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     int* page_ids;   // candidates
     int* token_ids;  // that this block attends
     int num_own;     // how many these are
+    bool has_newest;  // is among them, so that this block stores it
 
     __device__ CodesBlock(const AttendParams& params, Shared<T, kHeadDim, kBits>& shared, char* score_query,
                           int* page_ids, int* token_ids)
@@ -100,7 +104,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
 
     __device__ void begin() {
         if constexpr (8 * Layout::kPairs > kHeadDim) shared.integer_query.clear();
-        Block::begin(1, [] {});
+        Block::begin(1);
         if constexpr (kIsPooled) begin_pool();
         if (warp_idx == kWarps - 1 && !is_all_attended()) plan();
         wait_for_cluster();
@@ -358,7 +362,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         }
         // The newest page's own tokens are those of the block whose stripe comes next.
         num_own = shared.first_chosen[num_stripes];
-        if (stripe_of_newest() % cluster_size != rank) return;
+        if (!has_newest) return;
         const int newest_start = num_earlier() << page_shift, num_newest = num_tokens - newest_start;
         for (int idx = threadIdx.x; idx < params.page_size; idx += kThreads) {
             if (idx < num_newest) token_ids[num_own + idx] = newest_start + idx;
@@ -391,6 +395,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const auto input = score_input();  // by warps that have no stripe, where there are some
         shared.integer_query.load(input.query, input.head_stride, params.group_size, params.scaling);
         find_candidates(length, distant_keys);
+        has_newest = stripe_of_newest() % cluster_size == rank;
+        if (has_newest) Block::store_new_token();
         __syncthreads();
         fetch_codes();
         const int num_slots = shared.first_candidate[num_stripes] << page_shift;
@@ -415,6 +421,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const int num_tiles = ceil_div(max(num_tokens, 0), kTile), share = ceil_div(num_tiles, cluster_size) * kTile;
         first_token = rank * share;
         num_own = max(min(num_tokens - first_token, share), 0);
+        has_newest = num_tokens > 0 ? num_own > 0 && first_token + num_own == num_tokens : rank == 0;
+        if (has_newest) Block::store_new_token();
         if (params.told_ids == nullptr || rank > 0) return;
         int64_t* told = params.told_ids + kv_idx * params.choice.num_tokens;
         for (int idx = threadIdx.x; idx < params.choice.num_tokens; idx += kThreads) {
@@ -450,6 +458,23 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
                                                        find_token);
         }
     }
+
+    // Writes the codes of the newest page, which the newest token has filled.
+    __device__ void encode_newest_page() const {
+        constexpr int kVectors = kHeadDim / kVector, kSharing = kThreads / kVectors;  // threads for a vector's keys
+        const int vector_idx = threadIdx.x % kVectors, first_key = threadIdx.x / kVectors;
+        if (first_key >= min(kSharing, params.page_size)) return;
+        const int64_t page_idx = kv_idx * count_pages(storage, params.page_size) + num_pages - 1;
+        const uint2* bounds = static_cast<const uint2*>(storage.bounds) + page_idx * 2 * kVectors + vector_idx;
+        const Bounds8 own = {bounds[0], bounds[kVectors], storage.scales[(page_idx * kVectors + vector_idx) / 4]};
+        float lowest[kVector], highest[kVector];
+        own.find(lowest, highest);
+        const int64_t first_slot = Block::row_slot + num_tokens - params.page_size + first_key;
+        encode<T, kBits>(static_cast<const uint4*>(storage.keys) + first_slot * kVectors + vector_idx,
+                         kSharing * kVectors, ceil_div(params.page_size - first_key, kSharing), lowest, highest,
+                         storage.codes + first_slot * Layout::kRowBytes + vector_idx * kBits,
+                         kSharing * Layout::kRowBytes);
+    }
 };
 
 #endif  // __CUDA_ARCH__ >= 900
@@ -472,6 +497,8 @@ __global__ void __launch_bounds__(kThreads, 1) chain_by_codes_kernel(const __gri
     block.attend();
     block.send_sums();
     block.write_output();
+    const bool is_full = block.num_tokens > 0 && (block.num_tokens & (params.page_size - 1)) == 0;
+    if (params.new_token.key != nullptr && block.has_newest && is_full) block.encode_newest_page();
     wait_for_cluster();  // no block ends while what it has sent is on its way
 #endif
 }

@@ -3,6 +3,7 @@
 // here. What is sent counts itself in at a barrier of the block that gets it.
 #pragma once
 
+#include "append.cuh"
 #include "attend.cuh"
 #include "barrier.cuh"
 #include "estimate.cuh"
@@ -53,10 +54,9 @@ struct ClusterBlock {
     __device__ ClusterBlock(const AttendParams& params, Shared& shared, char* score_query)
         : params(params), shared(shared), score_query(score_query) {}
 
-    // Makes barriers, begins to copy the query and what `copy_more` adds to it, and finds what is the block's own.
-    // wait_for_cluster() must follow: then the others have begun, too.
-    template <typename CopyMore>
-    __device__ void begin(int num_choice_arrivals, const CopyMore& copy_more) {
+    // Makes barriers, begins to copy the query, and finds what is the block's own. wait_for_cluster() must follow: then
+    // the others have begun, too.
+    __device__ void begin(int num_choice_arrivals) {
         if (threadIdx.x == 0) {
             make_barrier(shared.choice_barrier, num_choice_arrivals);
             make_barrier(shared.sums_barrier, 1);
@@ -75,7 +75,6 @@ struct ClusterBlock {
             const T* vector = query + idx / kVectors * params.query_strides[1] + idx % kVectors * 8;
             copy_async(address_of(&shared.query[idx / kVectors][idx % kVectors]), vector);
         }
-        copy_more();
         commit_copies();
         storage = find(params.storage);
         const int64_t padding = params.padding[row_idx];
@@ -83,6 +82,53 @@ struct ClusterBlock {
         num_pages = (max(num_tokens, 0) + params.page_size - 1) >> page_shift;
         row_slot = kv_idx * storage.capacity + padding;
         row_start = row_slot * kHeadDim;
+    }
+
+    // What append does with one new token, but for codes, if it has come beside the storage: by the last warp of the
+    // block that attends it, which must meet before it does.
+    __device__ void store_new_token() const {
+        constexpr int kVectors = kHeadDim / kVector;
+        const int64_t end = *params.length, slot = end - 1;
+        const bool has_room = slot >= 0 && end <= storage.capacity;
+        if (params.new_token.key == nullptr || warp_idx < kClusterWarps - 1 || !has_room) return;
+        const int lane_idx = threadIdx.x % kWarpSize, vector_idx = min(lane_idx, kVectors - 1);
+        const auto load = [&](const void* tokens, const int64_t (&strides)[2]) {
+            const T* token = static_cast<const T*>(tokens) + row_idx * strides[0] + blockIdx.y * strides[1];
+            return load_once(reinterpret_cast<const uint4*>(token) + vector_idx);
+        };
+        const uint4 key = load(params.new_token.key, params.new_token.key_strides);
+        const uint4 value = load(params.new_token.value, params.new_token.value_strides);
+        const int64_t page = kv_idx * count_pages(storage, params.page_size) + num_pages - 1;
+        const int64_t first = page * 2 * kVectors + vector_idx,
+                      stored = (kv_idx * storage.capacity + slot) * kVectors + vector_idx;
+        const bool has_bounds = num_tokens > 0 && storage.bounds != nullptr;
+        const bool is_first = ((num_tokens - 1) & (params.page_size - 1)) == 0;  // of its page
+        if (has_bounds && storage.scales != nullptr) {
+            uint2* bounds = static_cast<uint2*>(storage.bounds) + first;
+            uint8_t* scale = storage.scales + (page * kVectors + vector_idx) / 4;
+            Bounds8 widest = {};
+            if (!is_first) widest = {bounds[0], bounds[kVectors], *scale};
+            widen<T>(widest, key, key);
+            __syncwarp();  // until all have read the scale
+            if (lane_idx < kVectors) {
+                bounds[0] = widest.lowest;
+                bounds[kVectors] = widest.highest;
+                if (lane_idx % 4 == 0) *scale = uint8_t(widest.exponent);
+            }
+        } else if (has_bounds && lane_idx < kVectors) {
+            uint4* bounds = static_cast<uint4*>(storage.bounds) + first;
+            uint4 lowest = key, highest = key;
+            if (!is_first) {
+                lowest = bounds[0];
+                highest = bounds[kVectors];
+                widen<T>(lowest, highest, key);
+            }
+            bounds[0] = lowest;
+            bounds[kVectors] = highest;
+        }
+        if (lane_idx >= kVectors) return;
+        static_cast<uint4*>(storage.keys)[stored] = key;
+        static_cast<uint4*>(storage.values)[stored] = value;
     }
 
     __device__ ScoreInput<T> score_input() const {

@@ -142,7 +142,7 @@ struct AttendParams {
     float scaling, softcap;    // softcap 0 for none
     Score score;               // of launch_chain and launch_chain_by_codes
     TokenChoice choice;        // of launch_chain_by_codes
-    NewToken new_token;        // of launch_chain, which stores it
+    NewToken new_token;        // of the same, which store it
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;

@@ -85,7 +85,7 @@ using namespace hf_quest;
 
 struct Case {
     int is_half, num_rows, num_kv_heads, group_size, head_dim, page_size, code_bits, num_candidates, num_tokens,
-        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed, pool_size;
+        capacity, agreement, keeps_first, cluster_size, is_told, at_end, is_found, seed, pool_size, has_new;
     float scaling, width;
 };
 
@@ -124,6 +124,8 @@ int run_case() {
     const size_t num_pooled = heads * given.pool_size;
     Stored<uint16_t> pool_keys(num_pooled * head_dim), pool_values(num_pooled * head_dim);
     Stored<uint64_t> pool_tags(num_pooled), pool_counts(num_pooled > 0 ? heads * 2 : 0);
+    const size_t num_new = given.has_new ? heads * head_dim : 0;
+    Stored<uint16_t> new_key(num_new), new_value(num_new);
     Guarded<float> scores(heads * num_pages, is_at_end);
     Guarded<int64_t> told(heads * given.num_tokens, is_at_end);
     Guarded<uint16_t> output(query_heads * head_dim, is_at_end);
@@ -164,6 +166,11 @@ int run_case() {
     params.pool = {pool_keys.data(), pool_values.data(), pool_tags.data(), pool_counts.data(), given.pool_size};
     if (given.is_found) params.storage = {.addresses = addresses};
     params.told_ids = given.is_told ? told.data() : nullptr;
+    if (given.has_new) {
+        const int64_t of_row = int64_t(given.num_kv_heads) * given.head_dim;
+        params.new_token = {
+            new_key.data(), new_value.data(), {of_row, given.head_dim}, {of_row, given.head_dim}};
+    }
     params.length = length.data();
     params.padding = padding.data();
     params.output = output.data();
@@ -175,6 +182,12 @@ int run_case() {
     std::fwrite(pool_values.data(), sizeof(uint16_t), pool_values.size(), stdout);
     std::fwrite(pool_tags.data(), sizeof(uint64_t), pool_tags.size(), stdout);
     std::fwrite(pool_counts.data(), sizeof(uint64_t), pool_counts.size(), stdout);
+    if (!given.has_new) return 0;
+    std::fwrite(keys.data(), sizeof(uint16_t), keys.size(), stdout);
+    std::fwrite(values.data(), sizeof(uint16_t), values.size(), stdout);
+    std::fwrite(bounds.data(), sizeof(int8_t), bounds.size(), stdout);
+    std::fwrite(scales.data(), sizeof(uint8_t), scales.size(), stdout);
+    std::fwrite(codes.data(), sizeof(uint8_t), codes.size(), stdout);
     return 0;
 }
 

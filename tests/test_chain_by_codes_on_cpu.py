@@ -40,6 +40,7 @@ class Case:
     is_found: int = 0  # storage, on the device
     seed: int = 1
     pool_size: int = 0  # slots; 0 for the kernel without one
+    has_new: int = 0  # whether the newest token comes beside the storage
 
     @property
     def group(self):
@@ -116,6 +117,20 @@ class Step:
         counts = torch.zeros(*self.shape, 2 if self.case.pool_size else 0, dtype=torch.int64)
         self.pool = [*tokens, torch.zeros(pooled, dtype=torch.int64), counts]
 
+    def stored(self):
+        return [self.keys, self.values, self.bounds, self.scales, self.codes]
+
+    def before_the_newest(self):
+        """What is stored without the newest token, and its key and value."""
+        after = [tensor.clone() for tensor in self.stored()]
+        new = [tensor[:, :, self.length - 1].clone() for tensor in after[:2]]
+        self.length -= 1
+        self.store()
+        before = [tensor.clone() for tensor in self.stored()]
+        self.length += 1
+        self.keys, self.values, self.bounds, self.scales, self.codes = after
+        return before, new
+
     def grow(self):
         """Store a token more, if there is room."""
         if self.length < self.case.capacity:
@@ -144,17 +159,19 @@ class Step:
         names = [field.name for field in fields(case)]
         parts = [struct.pack(f"{len(names)}i2f", *(getattr(case, name) for name in names), case.scaling, 0.5)]
         parts.append(struct.pack("q", self.length))
-        stored = (self.padding, self.keys, self.values, self.bounds, self.scales, self.codes, self.query, *self.pool)
+        stored, new = self.before_the_newest() if case.has_new else (self.stored(), [])
+        stored = (self.padding, *stored, self.query, *self.pool, *new)
         parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in stored]
         result = subprocess.run([program], input=b"".join(parts), capture_output=True)
         assert result.returncode == 0, result.stderr.decode()
         told = torch.empty(*self.shape, 1, case.num_tokens, dtype=torch.int64)
-        written = [told, self.query, *self.pool]
+        written = [told, self.query, *self.pool, *(self.stored() if case.has_new else [])]
         sizes = [tensor.nbytes for tensor in written]
         assert len(result.stdout) == sum(sizes)
         parts = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8).split(sizes)
         pairs = zip(parts, written, strict=True)
-        told, output, *self.pool = (part.clone().view(like.dtype).view(like.shape) for part, like in pairs)
+        told, output, *rest = (part.clone().view(like.dtype).view(like.shape) for part, like in pairs)
+        self.pool, self.written = rest[:4], rest[4:]
         return told, output
 
 
@@ -222,6 +239,37 @@ def test_equal_keys_are_taken_from_the_first_on(program, case):
         chosen = told[(told >= 0) & (told < num_earlier * size) & (told // size % num_stripes == stripe)]
         of_stripe = torch.cat([torch.arange(size) + size * page for page in range(stripe, num_earlier, num_stripes)])
         assert chosen.tolist() == of_stripe[: len(chosen)].tolist()
+
+
+NEW = {
+    "amid a page": Case(),
+    "the first of a page, two rows and heads": Case(num_rows=2, num_kv_heads=2, cluster_size=3, capacity=401),
+    "the last of a page": Case(is_found=1),
+    "the last of a page of 32, head dim 128, a pool": Case(head_dim=128, page_size=32, num_candidates=7, pool_size=256),
+    "the last of a page of 8, 4 bits, float16": Case(page_size=8, num_candidates=40, code_bits=4, is_half=1),
+    "the last of a page of 64, head dim 96": Case(page_size=64, num_candidates=7, num_tokens=256, head_dim=96),
+    "the last of a page, head dim 256, all attended": Case(head_dim=256, capacity=160, cluster_size=3),
+    "the first of all": Case(capacity=16),
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_new_token_is_stored_on_the_way(program, name):
+    """As append does: with its page's bounds, and the codes of a page that it fills."""
+    case = replace(NEW[name], has_new=1)
+    num_spare = 15 if name == "the first of all" else 3 if name == "amid a page" else 0
+    step = Step(case, (0, 16)[: case.num_rows], num_spare)
+    check(step, program)
+    keys, values, bounds, scales, made = step.written
+    before = step.before_the_newest()[0][-1]
+    for written, expected in zip((keys, values, bounds, scales), step.stored(), strict=False):
+        assert torch.equal(written.view(torch.uint8), expected.view(torch.uint8))
+    for row, padding in enumerate(step.padding.tolist()):
+        end = padding + (step.length - padding) // case.page_size * case.page_size
+        assert torch.equal(made[row, :, padding:end], step.codes[row, :, padding:end])
+        is_full = end == step.length
+        untouched = slice(end, None) if is_full else slice(end, step.length)
+        assert torch.equal(made[row, :, untouched], before[row, :, untouched])
 
 
 def test_what_is_chosen_need_not_be_told(program):

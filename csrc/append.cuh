@@ -1,11 +1,14 @@
-// How the bounds of a page widen by a key: kVector channels of a thread.
+// What becomes of a page's bounds and codes when tokens are new: what append.cu and the chains share. A thread has
+// kVector channels.
 #pragma once
 
 #include "common.cuh"
 
 namespace hf_quest {
 
-constexpr int kVector = 8;  // channels, in 16 bytes
+constexpr int kVector = 8;        // channels, in 16 bytes
+constexpr int kKeysInFlight = 4;  // whose codes are made; more would be too many registers
+constexpr float kTiny = 1.17549435e-38f;  // the lowest normal number
 
 template <typename T>
 __device__ void widen(uint4& lowest, uint4& highest, uint4 key) {
@@ -18,6 +21,15 @@ __device__ void widen(uint4& lowest, uint4& highest, uint4 key) {
 struct Bounds8 {  // of kVector channels
     uint2 lowest, highest;
     int exponent;  // of the scale, and 0 where there are no bounds
+
+    __device__ void find(float (&low)[kVector], float (&high)[kVector]) const {
+        const float scale = __uint_as_float(exponent << 23);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            low[i] = float(reinterpret_cast<const int8_t*>(&lowest)[i]) * scale;
+            high[i] = float(reinterpret_cast<const int8_t*>(&highest)[i]) * scale;
+        }
+    }
 };
 
 // Widens bounds in 8 bits. Four neighbouring lanes have the channels of one scale, which becomes the smallest power of
@@ -55,6 +67,44 @@ __device__ void widen(Bounds8& bounds, uint4 lowest, uint4 highest) {
         highest8 = int8_t(high);
     }
     bounds.exponent = exponent;
+}
+
+// Writes the codes of the kVector channels of `num_keys` keys that stand `stride` apart, each channel's nearest of
+// 2^bits levels between its bounds: reference arithmetic, so that codes are the same wherever they are made. Codes
+// stand `code_stride` bytes apart.
+template <typename T, int kBits>
+__device__ void encode(const uint4* keys, int64_t stride, int num_keys, const float (&lowest)[kVector],
+                       const float (&highest)[kVector], uint8_t* codes, int64_t code_stride) {
+    constexpr float kMost = (1 << kBits) - 1;
+    float inverse[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        const float step = __fmul_rn(__fsub_rn(highest[i], lowest[i]), 1.0f / kMost);
+        inverse[i] = __frcp_rn(step < kTiny ? kTiny : step);  // of what is no number as well, like the reference
+    }
+#pragma unroll 1
+    for (int first = 0; first < num_keys; first += kKeysInFlight) {
+        uint4 key[kKeysInFlight];
+#pragma unroll
+        for (int i = 0; i < kKeysInFlight; ++i) key[i] = keys[min(first + i, num_keys - 1) * stride];
+#pragma unroll
+        for (int i = 0; i < kKeysInFlight; ++i) {
+            if (first + i >= num_keys) break;
+            unsigned code = 0;
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+                const float channel = to_float(reinterpret_cast<const T*>(&key[i])[j]);
+                const float level = rintf(__fmul_rn(__fsub_rn(channel, lowest[j]), inverse[j]));
+                code |= unsigned(fminf(fmaxf(level, 0.0f), kMost)) << kBits * j;
+            }
+            uint8_t* own = codes + (first + i) * code_stride;
+            if constexpr (kBits == 2) {
+                *reinterpret_cast<uint16_t*>(own) = uint16_t(code);
+            } else {
+                *reinterpret_cast<uint32_t*>(own) = code;
+            }
+        }
+    }
 }
 
 }  // namespace hf_quest
