@@ -7,13 +7,13 @@ start of a graph is shared as in a real decode step. Its time is the median over
 Keys and queries are random, so the selected pages lie scattered. `chain` is estimate, select and attend as a
 decode step runs them, fused where the GPU can, the self-attention of the paper; `append`, which a dense cache needs
 too, stands beside it, and `chain with append` is both as a recorded step has them, in one kernel where the GPU can. All
-with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys.
-What depends on the score has the default one, and in a table of its own the published one beside it, the replays of
-both in turns; `chain by sums of shares` is what the default is not, since it costs more. `chain by codes` is what
-`QuestCache(512, codes=2)` runs, one kernel again: tokens of eight times the budget's pages are chosen by their codes;
-`of larger pages` are those of 32 tokens, and `with append` is a step's as well, which ends a page. `find candidates`, `refine` and `attend tokens` are its stages by themselves.
-`append with codes` ends a page, whose codes it makes; `append amid a page` does not, as 15 of 16 tokens do not.
-`append a prompt`, without codes and with them, stores all tokens at once.
+with bounds of 8 bits, but for `chain with wide bounds`, whose are in the dtype of the keys. What depends on the score
+has the default one, and in a table of its own the published one beside it, the replays of both in turns; `chain by sums
+of shares` is what the default is not, since it costs more. `chain by codes` is what `QuestCache(512, codes=2)` runs,
+one kernel again: tokens of eight times the budget's pages are chosen by their codes; `of larger pages` are those of 32
+tokens, and `with append` is a recorded step, whose token ends a page. `find candidates`, `refine` and `attend tokens`
+are its stages by themselves. `append with codes` ends a page, whose codes it makes; `append amid a page` does not, as
+15 of 16 tokens do not. `append a prompt`, without codes and with them, stores all tokens at once.
 FlashInfer is among the baselines where it is installed (`pip install flashinfer-python`).
 """
 

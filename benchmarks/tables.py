@@ -4,6 +4,7 @@ python benchmarks/tables.py           prints them
 python benchmarks/tables.py --write   puts them where a page has <!-- results: NAME --> before a table
 """
 
+import ast
 import json
 import math
 import re
@@ -70,6 +71,7 @@ def codes_table(report):
         "chain": "by pages",
         "chain by codes": "by codes",
         "chain by codes of larger pages": "by codes, pages of 32",
+        "chain by codes with append": "by codes, with append that ends a page",
     }
     appends = "append that ends a page", "append, mean of a page's tokens", "append of a prompt, over one without codes"
     table = Table("B, Hq, Hkv", "tokens", "best dense", *ways.values(), *appends)
@@ -153,6 +155,22 @@ def house_table(before, after):
         cells = [", ".join(f"{ms:.2f}" for ms in times[of_time]) for of_time in ("before", "after")]
         change = np.mean(times["after"]) / np.mean(times["before"]) - 1
         table.add_row(f"{context:,}", way, *cells, f"{change:+.1%}")
+    return table
+
+
+def house_stages_table(printed, report):
+    """µs per layer before the code was arranged anew, as bench_stages.py `printed` them, after, and the difference."""
+    after = {
+        (case["batch_size"], case["num_heads"], case["num_kv_heads"], case["context"]): case["stages"]
+        for case in report["cases"]
+    }
+    stages = ("append", "estimate", "select", "attend", "chain", "chain with append")
+    table = Table("B, Hq, Hkv", "tokens", *stages)
+    for line in printed.splitlines():
+        case, before = map(ast.literal_eval, line.split(": ", 1))
+        times = [(before[stage], after[case][stage]["us"]) for stage in stages]
+        cells = [f"{old:.1f}, {new:.1f} ({new / old - 1:+.1%})" for old, new in times]
+        table.add_row(", ".join(map(str, case[:3])), f"{case[3]:,}", *cells)
     return table
 
 
@@ -445,6 +463,8 @@ def tables():
         for of_time in ("before", "after")
     ]
     found["house"] = markdown(house_table(*house))
+    printed = (RESULTS / "house_stages_before.txt").read_text()
+    found["house_stages"] = markdown(house_stages_table(printed, stages))
     beyond = [RESULTS / f"{name}.json" for name in ("offload_gpu", "offload_512k", "offload_1m")]
     found["offload_beyond"] = markdown(beyond_table([json.loads(path.read_text()) for path in beyond]))
     bigger = [*RESULTS.glob("parallel*.json"), *RESULTS.glob("quantised*.json")]

@@ -168,8 +168,7 @@ int run_case() {
     params.told_ids = given.is_told ? told.data() : nullptr;
     if (given.has_new) {
         const int64_t of_row = int64_t(given.num_kv_heads) * given.head_dim;
-        params.new_token = {
-            new_key.data(), new_value.data(), {of_row, given.head_dim}, {of_row, given.head_dim}};
+        params.new_token = {new_key.data(), new_value.data(), {of_row, given.head_dim}, {of_row, given.head_dim}};
     }
     params.length = length.data();
     params.padding = padding.data();
