@@ -326,7 +326,7 @@ def parse_arguments():
     parser.add_argument("--cases", nargs="+", default=CASES, help="model shape:rows:tokens of context")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
-    parser.add_argument("--steps", type=int, default=32, help="tokens timed per round")
+    parser.add_argument("--steps", type=int, default=128, help="tokens timed per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "generate_gpu.json")
     return parser.parse_args()

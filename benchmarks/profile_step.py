@@ -39,7 +39,7 @@ from hf_quest.evaluation.plots import figure, save
 CASES = ["llama-3.1-8b:1:131072", "llama-3.1-8b:1:1024"]
 DEFAULT_WAYS = ["quest", "quest-compiled-ahead", "quest-codes-ahead"]
 GREEDY = [name for name, way in WAYS.items() if way.options in ({}, AHEAD)]  # one choice a token, as CHOICE takes it
-TIMED, ROUNDS = 32, 3  # tokens of a round, and rounds, without the profiler: those of bench_generate.py
+TIMED, ROUNDS = 128, 3  # tokens of a round, and rounds, without the profiler: those of bench_generate.py
 SHORT_GAP = 5.0  # µs
 CHOICE = re.compile("ArgMax")
 WAITS = re.compile(r"^(Event|Stream|Context|Unknown) (Sync|Wait)")  # which CUPTI may record as well

@@ -222,7 +222,8 @@ struct Singles {
 
 // How a row's tokens come to the lanes of a warp, tile by tile: load_keys() and load_values() begin, each followed by
 // end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
-// kSets tiles on their way, if kLoadsAhead. Past the newest token that one is read again.
+// kSets tiles on their way, if kLoadsAhead. Past the last token that may be read that one is read again: the newest, or
+// in a block of a cluster that another one stores the newest in, the one before it.
 //
 // For attend.cu: straight to registers, of which more would be too many where the head dim is large.
 template <typename T, int kHeadDim>
@@ -376,7 +377,7 @@ struct SharedTokens {
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // i-th token that is chosen, or kNoToken; if tiles are Runs it is asked for multiples of 8 and has 7 behind it. `query`
 // is that of head group_idx of `num_heads`. Ends with all sums in `warp_sums`. Loads come after what shuffles, which
-// would wait in the same queue until memory has taken them. Where a tile has no visible token, the newest one is read,
+// would wait in the same queue until memory has taken them. Where a tile has no visible token, the last one is read,
 // and gets no weight; spare heads are the last one again.
 template <typename T, int kHeadDim, int kWarps, typename Tile, typename Tokens, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,

@@ -1,4 +1,4 @@
-// chain: estimate, select and attend in one kernel, by a cluster of thread blocks for each row and KV head.
+// chain: append, estimate, select and attend in one kernel, by a cluster of thread blocks for each row and KV head.
 //
 // The pages are dealt to the blocks, and each sends the scores of its own to every other. From there each block selects
 // by itself (select.cuh) and takes its share of the chosen pages, some of which are on their way to L2 already, since
@@ -8,7 +8,8 @@
 // more pages are stored than may be taken, they are all attended without a look at their bounds.
 //
 // The newest token may come beside the storage. The block that attends the newest page stores it, as append does, while
-// it waits for scores: that page is chosen whatever its bounds.
+// the scores of others are on their way: that page is chosen whatever its bounds. No other block reads the token's
+// slot.
 
 #include "cluster.cuh"
 #include "select.cuh"
@@ -198,7 +199,8 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
         };
         using Tokens = typename Shared<T, kHeadDim>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, num_tokens - (has_newest ? 0 : 1),
+                            shared.rows);
         attend_tiles<T, kHeadDim, kWarps, Runs>(
             shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(score_input().own_head(0)), params.group_size, 0,
             ceil_div(num_own << page_shift, kTile), params.page_size, params.scaling, params.softcap, find_token);

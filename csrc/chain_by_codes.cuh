@@ -1,5 +1,5 @@
-// chain by codes: estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for each
-// row and KV head (cluster.cuh).
+// chain by codes: append, estimate, find_candidates, refine and attend in one kernel, by a cluster of thread blocks for
+// each row and KV head (cluster.cuh).
 //
 // Each block looks after some of the stripes of pages (stripes.cuh): it scores their pages, finds the best of each,
 // scores the tokens of those by their codes (integer_keys.cuh), chooses the best of each stripe and attends them. So
@@ -7,8 +7,9 @@
 // shares, and in the end what they have attended. A warp chooses in a stripe, without a barrier of its block. Where no
 // more tokens are stored than may be attended, they all are, without a look at their bounds.
 //
-// The newest token may come beside the storage. The block that attends the newest page stores it, as append does, and
-// in the end writes the page's codes, if it is full: no block looks at bounds and codes of the newest page.
+// The newest token may come beside the storage. The block that attends it stores it, as append does, and in the end
+// writes its page's codes, if that is full: no block looks at bounds and codes of the newest page, and no other block
+// reads the token's slot.
 //
 // What lies in the host's memory may have a pool on the device (pool.cuh): then the tokens that a block has chosen are
 // looked up there before it attends them.
@@ -37,11 +38,11 @@ struct Shared : ClusterShared<kHeadDim> {
     union {
         struct {
             alignas(16) unsigned keys[kMaxKeys];  // of this block's pages, stripe by stripe; 0 for none
-            alignas(16) char tiles[kTileBytes];   // of bounds
+            alignas(16) char tiles[kTileBytes];  // of bounds
         };
         float logits[kLogitsBytes / sizeof(float)];  // [heads, slots], once candidates are found; keys in the end
-        alignas(16) char rows[kRowsBytes];         // of keys and values, once tokens are chosen
-        WarpSums<kHeadDim, kWarps> warp_sums;      // once they are attended
+        alignas(16) char rows[kRowsBytes];  // of keys and values, once tokens are chosen
+        WarpSums<kHeadDim, kWarps> warp_sums;  // once they are attended
     };
     IntegerQuery<kHeadDim, kBits> integer_query;
     SharedGrid<kHeadDim, kBits> grids[kWarps];
@@ -93,9 +94,9 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     const int lane_idx = threadIdx.x % kWarpSize;
     const int num_stripes = ceil_div(Block::params.choice.num_stripes - rank, cluster_size);  // of this block
     const bool has_shares = Block::params.group_size > 1 && Block::params.choice.agreement != Agreement::kMax;
-    int* page_ids;   // candidates
+    int* page_ids;  // candidates
     int* token_ids;  // that this block attends
-    int num_own;     // how many these are
+    int num_own;  // how many these are
     bool has_newest;  // is among them, so that this block stores it
 
     __device__ CodesBlock(const AttendParams& params, Shared<T, kHeadDim, kBits>& shared, char* score_query,
@@ -379,8 +380,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         for (int own = warp_idx; own < num_stripes; own += kWarps) {
             const int first = shared.first_chosen[own], num_chosen = shared.first_chosen[own + 1] - first;
             const int end = shared.first_chosen[num_stripes];
-            const bool has_newest = stripe_of_newest() == stripe_of(own);
-            own_pool.look_up(stripe_of(own), num_chosen + (has_newest ? num_own - end : 0), token_ids, places(),
+            const int num_newest = stripe_of_newest() == stripe_of(own) ? num_own - end : 0;
+            own_pool.look_up(stripe_of(own), num_chosen + num_newest, token_ids, places(),
                              [&](int idx) { return idx < num_chosen ? first + idx : end + idx - num_chosen; });
         }
     }
@@ -441,7 +442,8 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         };
         using Tokens = typename Shared<T, kHeadDim, kBits>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, num_tokens - (has_newest ? 0 : 1),
+                            shared.rows);
         const HeadQuery<T, kHeadDim> query(score_input().own_head(0));
         if constexpr (kIsPooled) {
             const int* own_places = places();

@@ -1,6 +1,6 @@
 // A cluster of thread blocks that serves one row and KV head: what chain.cu and chain_by_codes.cu share. They differ in
-// how they find what each block attends; how a cluster begins, and how its blocks merge what they have summed up, is
-// here. What is sent counts itself in at a barrier of the block that gets it.
+// how they find what each block attends; how a cluster begins, stores the newest token, and merges what its blocks have
+// summed up, is here. What is sent counts itself in at a barrier of the block that gets it.
 #pragma once
 
 #include "append.cuh"

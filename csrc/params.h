@@ -142,7 +142,7 @@ struct AttendParams {
     float scaling, softcap;    // softcap 0 for none
     Score score;               // of launch_chain and launch_chain_by_codes
     TokenChoice choice;        // of launch_chain_by_codes
-    NewToken new_token;        // of the same, which store it
+    NewToken new_token;        // of launch_chain and launch_chain_by_codes, which store it
     const void* query;         // [B, Hq, 1, D]
     int64_t query_strides[2];  // of B and Hq, in elements
     Storage storage;
@@ -226,15 +226,16 @@ int count_refine_blocks(const RefineParams& params);  // of a row's KV head
 cudaError_t launch_prompt_estimate(const PromptEstimateParams& params);
 cudaError_t launch_prompt_attend(const PromptAttendParams& params);
 
-// launch_estimate, launch_select and launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
+// launch_append of one token that comes beside the storage, if there is one, launch_estimate, launch_select and
+// launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
 // GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have
 // scores.
 int find_cluster_size(const AttendParams& params);
 bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);
 
-// The same of launch_estimate, launch_find_candidates, launch_refine and launch_attend, for bounds in 8 bits. Where
-// addresses say where storage is, it must have scores.
+// The same of launch_append, launch_estimate, launch_find_candidates, launch_refine and launch_attend, for bounds in 8
+// bits. Where addresses say where storage is, it must have scores.
 int find_cluster_size_by_codes(const AttendParams& params);
 bool needs_scores_by_codes(const AttendParams& params, int cluster_size);
 cudaError_t launch_chain_by_codes(const AttendParams& params, int cluster_size);

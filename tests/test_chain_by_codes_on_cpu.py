@@ -249,6 +249,8 @@ NEW = {
     "the last of a page of 8, 4 bits, float16": Case(page_size=8, num_candidates=40, code_bits=4, is_half=1),
     "the last of a page of 64, head dim 96": Case(page_size=64, num_candidates=7, num_tokens=256, head_dim=96),
     "the last of a page, head dim 256, all attended": Case(head_dim=256, capacity=160, cluster_size=3),
+    "amid a page, blocks that wait for no shares": Case(group_size=1, cluster_size=3),
+    "amid a page, heads that agree by the largest": Case(agreement=BY_LARGEST, cluster_size=3, pool_size=256),
     "the first of all": Case(capacity=16),
 }
 
@@ -257,7 +259,7 @@ NEW = {
 def test_a_new_token_is_stored_on_the_way(program, name):
     """As append does: with its page's bounds, and the codes of a page that it fills."""
     case = replace(NEW[name], has_new=1)
-    num_spare = 15 if name == "the first of all" else 3 if name == "amid a page" else 0
+    num_spare = 15 if name == "the first of all" else 3 if name.startswith("amid") else 0
     step = Step(case, (0, 16)[: case.num_rows], num_spare)
     check(step, program)
     keys, values, bounds, scales, made = step.written

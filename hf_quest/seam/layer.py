@@ -107,8 +107,7 @@ class Layer(CacheLayerMixin):
 
     def _take_padding(self, batch_size):
         decided = self.shared.masks.left_padding
-        if decided is not None and len(decided) != batch_size:
-            decided = None
+        decided = decided if decided is not None and len(decided) == batch_size else None
         if self.length == 0:
             self.storage.begin_rows(decided or (0,) * batch_size)
         elif decided is not None:
@@ -211,9 +210,10 @@ class Layer(CacheLayerMixin):
         is_cast = self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
         keys, values = (self.autocast(keys), self.autocast(values)) if is_cast else (keys, values)
-        if self.length == 0:
+        if self.length > 0:
+            self.storage.make_room(self.length)
+        if self.length == 0 or keys.dtype == values.dtype == self.keys.dtype:
             return keys, values
-        self.storage.make_room(self.length)
         dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), self.keys.dtype)
         if dtype != self.keys.dtype:
             self.storage.move(slice(None), self.capacity, dtype)

@@ -73,7 +73,7 @@ class Pages(Sharing):
         self.widened.forget(self.first_page(start))
         self.write(keys.detach(), values.detach(), end)
         self.length = end
-        stored = self.keys[:, :, :end], self.values[:, :, :end]
+        stored = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
         if not torch.is_grad_enabled() or not (keys.requires_grad or values.requires_grad):
             return stored
         if keys.shape[2] == 1 and not self.gives_step_gradients:
@@ -93,13 +93,13 @@ class Pages(Sharing):
     def write(self, keys, values, end):
         """Write keys and values to the slots before `end`, an int, or in a graph the [1] int64 of `on_device`."""
         if self.has_kernels:
-            beside = (self.kernel_tensor("bounds"), self.kernel_tensor("scales"))  # which it brings up to date
+            *bounds, codes = (self.kernel_tensor(name) for name in ("bounds", "scales", "codes"))
             where = (self.on_device.length, self.padding, self.page_size)
-            codes = self.kernel_tensor("codes")
-            torch.ops.hf_quest.append(self.keys, self.values, *beside, keys, values, *where, codes)
+            torch.ops.hf_quest.append(self.keys, self.values, *bounds, keys, values, *where, codes)
         elif isinstance(end, int):
-            slots = slice(end - keys.shape[2], end)
-            self.keys[:, :, slots], self.values[:, :, slots] = keys, values
+            slots = (2, end - keys.shape[2], keys.shape[2])
+            self.keys.narrow(*slots).copy_(keys)
+            self.values.narrow(*slots).copy_(values)
         else:
             reference.append(self.keys, self.values, None, None, keys, values, end, self.padding, self.page_size)
 
