@@ -686,13 +686,13 @@ class TestFusedChain:
 class TestDecode:
     """All four stages of a captured step, whose graph finds the storage on the device."""
 
-    LAYER_IDX, NUM_SELECTED = 1, 8
+    LAYER_IDX = 1
 
     @staticmethod
-    def place(buffers, capacity):
+    def place(buffers, capacity, page_size):
         """Storage of `capacity` slots with the tokens of `buffers`, scores to work in, and their row of addresses."""
         moved = []
-        for source, num_each in zip(buffers, (1, 1, 16, 16), strict=True):
+        for source, num_each in zip(buffers, (1, 1, page_size, page_size), strict=True):
             if source is None:
                 moved.append(None)
                 continue
@@ -700,7 +700,7 @@ class TestDecode:
             moved.append(poisoned(*source.shape[:2], size, *source.shape[3:], dtype=source.dtype))
             size = min(size, source.shape[2])
             moved[-1][:, :, :size] = source[:, :, :size]
-        scores = poisoned(*buffers[0].shape[:2], 1, capacity // 16, dtype=torch.float32)
+        scores = poisoned(*buffers[0].shape[:2], 1, capacity // page_size, dtype=torch.float32)
         row = [0 if tensor is None else tensor.data_ptr() for tensor in (*moved, scores)]
         row += [capacity, *[0] * (ops.NUM_ADDRESSES - len(row) - 1)]  # no codes, no pool
         return moved, scores, torch.tensor(row, device=DEVICE)
@@ -711,22 +711,26 @@ class TestDecode:
         [(False, PUBLISHED), (False, DEFAULT), (False, OTHER_SCORES["sum"]), (True, PUBLISHED)],
         ids=["paper", "default", "sum", "dense"],
     )
-    def test_a_captured_graph_follows_the_storage(self, is_dense, score, bounds_dtype):
+    @pytest.mark.parametrize(
+        ("page_size", "num_chosen"), [(16, 8), (8, 8), (8, 30)], ids=["pages of 16", "pages of 8", "all, pages of 8"]
+    )
+    def test_a_captured_graph_follows_the_storage(self, page_size, num_chosen, is_dense, score, bounds_dtype):
+        """What is not stored yet is NaN: a weight of 0 would not hide it."""
         num_prompt, num_steps = 100, 60
-        stored = store((2, 4, 128, 16), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
+        stored = store((2, 4, 128, page_size), num_prompt + num_steps, (0, 9), bounds_dtype=bounds_dtype)
         buffers = poisoned_like(stored.buffers)
         prompt = (stored.new_keys[:, :, :num_prompt], stored.new_values[:, :, :num_prompt])
         stored.length.fill_(num_prompt)
-        ops.append(*buffers, *prompt, *stored.where, 16)
+        ops.append(*buffers, *prompt, *stored.where, page_size)
         eager_buffers = copies_of(buffers)
         addresses = torch.zeros(3, ops.NUM_ADDRESSES, dtype=torch.int64, device=DEVICE)
-        placed, scores, addresses[self.LAYER_IDX] = self.place(buffers, 112)
+        placed, scores, addresses[self.LAYER_IDX] = self.place(buffers, 112, page_size)
         queries = torch.randn(num_steps, 2, 8, 1, 128, device=DEVICE, dtype=torch.bfloat16)
         query, key, value = queries[0].clone(), prompt[0][:, :, :1].clone(), prompt[1][:, :, :1].clone()
 
         def decode(key, value):
-            num_selected = 0 if is_dense else self.NUM_SELECTED
-            layer = (self.LAYER_IDX, 2, num_selected, 16, stored.scaling)
+            num_selected = 0 if is_dense else num_chosen
+            layer = (self.LAYER_IDX, 2, num_selected, page_size, stored.scaling)
             return ops.decode(query, key, value, addresses, *stored.where, *layer, score=score)
 
         graph = torch.cuda.CUDAGraph()
@@ -735,7 +739,8 @@ class TestDecode:
         for step_idx in range(num_steps):
             stored.length.add_(1)
             if stored.length.item() > placed[0].shape[2]:
-                placed, scores, addresses[self.LAYER_IDX] = self.place(placed, placed[0].shape[2] + 16)
+                more = (placed[0].shape[2] + 16, page_size)
+                placed, scores, addresses[self.LAYER_IDX] = self.place(placed, *more)
             new = slice(num_prompt + step_idx, num_prompt + step_idx + 1)
             query.copy_(queries[step_idx])
             key.copy_(stored.new_keys[:, :, new])
@@ -743,12 +748,12 @@ class TestDecode:
             graph.replay()
 
             keys, values, *bounds = eager_buffers
-            ops.append(*eager_buffers, key, value, *stored.where, 16)
+            ops.append(*eager_buffers, key, value, *stored.where, page_size)
             page_ids = None
             if not is_dense:
-                expected_scores = ops.estimate(query, *bounds, *stored.where, 16, stored.scaling, score)
-                page_ids = ops.select(expected_scores, *stored.where, self.NUM_SELECTED, 16, score.keeps_first)
-            expected = ops.attend(query, keys, values, page_ids, *stored.where, 16, stored.scaling)
+                expected_scores = ops.estimate(query, *bounds, *stored.where, page_size, stored.scaling, score)
+                page_ids = ops.select(expected_scores, *stored.where, num_chosen, page_size, score.keeps_first)
+            expected = ops.attend(query, keys, values, page_ids, *stored.where, page_size, stored.scaling)
             assert (output - expected).norm() <= 2**-8 * expected.norm()  # sums in another order, rounded to bfloat16
             assert torch.equal(decode(None, None), output)
         assert_equal_buffers(placed, stored.buffers)
