@@ -15,6 +15,8 @@ from test_local import BEYOND, CLOSE, build
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     DynamicCache,
     EncoderDecoderCache,
     MllamaConfig,
@@ -362,6 +364,19 @@ def test_layers_of_cross_attention_between_the_others_are_named(with_image):
     cache = QuestCache(BUDGET)
     with pytest.raises(QuestError, match=r"The layers \[1, 3\] of this model are cross-attention"):
         answer(model, cache, input_ids, eos_token_id=None, **image)
+    assert cache.get_seq_length() == 0
+
+
+def test_layers_that_keep_more_than_keys_and_values_are_named():
+    sizes = {"hidden_size": 64, "head_dim": 32, "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_lora_rank": 32}
+    sizes |= {"vocab_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "moe_intermediate_size": 32}
+    sizes |= {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8, "n_routed_experts": 4}
+    torch.manual_seed(0)
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**sizes, num_experts_per_tok=2)).eval()
+    model.set_attn_implementation("quest")
+    cache = QuestCache(BUDGET)
+    with pytest.raises(QuestError, match=r"attention keep more than keys and values \(DeepseekV4\w+\.\w+\), which"):
+        answer(model, cache, tokens(40), eos_token_id=None)
     assert cache.get_seq_length() == 0
 
 

@@ -1,6 +1,7 @@
 """What a layer refuses, before anything is changed."""
 
 import torch
+from transformers import cache_utils
 
 from ..errors import QuestError
 from ..kernels.ops import MAX_SLOTS
@@ -10,6 +11,10 @@ from ..storage import host
 from .same_model import num_caching_layers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Classes of a cache's layers by the type that a model's config names, its own among them, and what a model may ask of
+# Transformers'.
+LAYERS = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+KNOWN = {name for each in vars(cache_utils).values() if isinstance(each, type) for name in dir(each)}
 
 
 def check_settings(method, dense_layers, max_cache_len, prefill, offloading, pool):
@@ -42,6 +47,18 @@ def check_settings(method, dense_layers, max_cache_len, prefill, offloading, poo
             f"There are no CUDA kernels with a pool for {method}: those of QuestCache(codes=2) and codes=4 have one, "
             "with bounds in 8 bits and without mass. Leave pool out."
         )
+
+
+def check_layer_types(config, name):
+    """Raise for a model that asks more of its cache's layers than Transformers' layers have."""
+    for layer_type in dict.fromkeys(getattr(config, "layer_types", None) or ()):
+        own = LAYERS.get(layer_type)
+        asked = [each for each in dir(own) if not each.startswith("_") and each not in KNOWN]
+        if own is not None and asked:
+            raise QuestError(
+                f"The layers of this model that are {layer_type} keep more than keys and values ({own.__name__}."
+                f"{asked[0]}), which {name} does not serve. Use the model without {name}."
+            )
 
 
 def check_arrival(layer, key_states, value_states):

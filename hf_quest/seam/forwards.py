@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from ..errors import QuestError
 from ..storage.rows import cannot_be_written
 from . import generate
-from .checks import check_room, reserve_host
+from .checks import check_layer_types, check_room, reserve_host
 from .layer import Layer
 from .local import reaches_of
 from .state import State
@@ -200,6 +200,7 @@ class Forwards(Cache):
                 "This model attends what its cache stores (recurrent_kv_cache_mode='last_loop') in place of what it is "
                 f"handed. {type(self).__name__} does not serve it. Use the model without {type(self).__name__}."
             )
+        check_layer_types(config, type(self).__name__)
         self.config = config
         reaches = reaches_of(config, max_positions)
         if not self.layers:
