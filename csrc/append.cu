@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBits > 0 ? 3 : 0) append_kernel(con
         if (!has_bounds || !is_full) return;
         float low[kVector], high[kVector];
         if (has_bounds8) {
-            widest.find(low, high);
+            widest.to_floats(low, high);
         } else {
 #pragma unroll
             for (int i = 0; i < kVector; ++i) {

@@ -22,7 +22,7 @@ struct Bounds8 {  // of kVector channels
     uint2 lowest, highest;
     int exponent;  // of the scale, and 0 where there are no bounds
 
-    __device__ void find(float (&low)[kVector], float (&high)[kVector]) const {
+    __device__ void to_floats(float (&low)[kVector], float (&high)[kVector]) const {
         const float scale = __uint_as_float(exponent << 23);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {

@@ -52,11 +52,11 @@ __device__ inline int count_quads_of_others(int num_keys, int rank, int cluster_
 template <typename T, int kHeadDim>
 struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>>;
+    using Block::has_newest;
     using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
     using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     int* page_ids;  // that this block attends
     int first_own, num_own;  // of the chosen pages those that this block attends
-    bool has_newest;  // which is the last of them, so that this block stores the newest token
 
     __device__ ChainBlock(const AttendParams& params, Shared<T, kHeadDim>& shared, char* score_query, int* page_ids)
         : Block(params, shared, score_query), page_ids(page_ids) {}
@@ -199,8 +199,7 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
         };
         using Tokens = typename Shared<T, kHeadDim>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, num_tokens - (has_newest ? 0 : 1),
-                            shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, Block::count_readable(), shared.rows);
         attend_tiles<T, kHeadDim, kWarps, Runs>(
             shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(score_input().own_head(0)), params.group_size, 0,
             ceil_div(num_own << page_shift, kTile), params.page_size, params.scaling, params.softcap, find_token);

@@ -87,6 +87,7 @@ struct PagesInStripes {
 template <typename T, int kHeadDim, int kBits, bool kIsPooled>
 struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     using Block = ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>>;
+    using Block::has_newest;
     using Block::kv_idx, Block::storage, Block::num_tokens, Block::num_pages, Block::row_start, Block::score_input;
     using Block::params, Block::shared, Block::rank, Block::cluster_size, Block::warp_idx, Block::page_shift;
     using Layout = CodeLayout<kHeadDim, kBits>;
@@ -97,7 +98,6 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
     int* page_ids;  // candidates
     int* token_ids;  // that this block attends
     int num_own;  // how many these are
-    bool has_newest;  // is among them, so that this block stores it
 
     __device__ CodesBlock(const AttendParams& params, Shared<T, kHeadDim, kBits>& shared, char* score_query,
                           int* page_ids, int* token_ids)
@@ -442,8 +442,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         };
         using Tokens = typename Shared<T, kHeadDim, kBits>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, num_tokens - (has_newest ? 0 : 1),
-                            shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, Block::count_readable(), shared.rows);
         const HeadQuery<T, kHeadDim> query(score_input().own_head(0));
         if constexpr (kIsPooled) {
             const int* own_places = places();
@@ -470,7 +469,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         const uint2* bounds = static_cast<const uint2*>(storage.bounds) + page_idx * 2 * kVectors + vector_idx;
         const Bounds8 own = {bounds[0], bounds[kVectors], storage.scales[(page_idx * kVectors + vector_idx) / 4]};
         float lowest[kVector], highest[kVector];
-        own.find(lowest, highest);
+        own.to_floats(lowest, highest);
         const int64_t first_slot = Block::row_slot + num_tokens - params.page_size + first_key;
         encode<T, kBits>(static_cast<const uint4*>(storage.keys) + first_slot * kVectors + vector_idx,
                          kSharing * kVectors, ceil_div(params.page_size - first_key, kSharing), lowest, highest,

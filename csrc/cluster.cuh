@@ -50,6 +50,7 @@ struct ClusterBlock {
     Storage storage;
     int num_tokens, num_pages;
     int64_t row_slot, row_start;  // of a row's first token, and of its keys and values
+    bool has_newest;  // among the tokens that it attends, as the block finds out: then it stores it
 
     __device__ ClusterBlock(const AttendParams& params, Shared& shared, char* score_query)
         : params(params), shared(shared), score_query(score_query) {}
@@ -99,8 +100,8 @@ struct ClusterBlock {
         const uint4 key = load(params.new_token.key, params.new_token.key_strides);
         const uint4 value = load(params.new_token.value, params.new_token.value_strides);
         const int64_t page = kv_idx * count_pages(storage, params.page_size) + num_pages - 1;
-        const int64_t first = page * 2 * kVectors + vector_idx,
-                      stored = (kv_idx * storage.capacity + slot) * kVectors + vector_idx;
+        const int64_t first = page * 2 * kVectors + vector_idx;
+        const int64_t stored = (kv_idx * storage.capacity + slot) * kVectors + vector_idx;
         const bool has_bounds = num_tokens > 0 && storage.bounds != nullptr;
         const bool is_first = ((num_tokens - 1) & (params.page_size - 1)) == 0;  // of its page
         if (has_bounds && storage.scales != nullptr) {
@@ -130,6 +131,9 @@ struct ClusterBlock {
         static_cast<uint4*>(storage.keys)[stored] = key;
         static_cast<uint4*>(storage.values)[stored] = value;
     }
+
+    // Of the row's tokens those that this block may read: the newest may be on its way from another one.
+    __device__ int count_readable() const { return num_tokens - (has_newest ? 0 : 1); }
 
     __device__ ScoreInput<T> score_input() const {
         return {reinterpret_cast<const T*>(shared.query),

@@ -226,10 +226,9 @@ int count_refine_blocks(const RefineParams& params);  // of a row's KV head
 cudaError_t launch_prompt_estimate(const PromptEstimateParams& params);
 cudaError_t launch_prompt_attend(const PromptAttendParams& params);
 
-// launch_append of one token that comes beside the storage, if there is one, launch_estimate, launch_select and
-// launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this
-// GPU or these shapes have none, of two or more, that run all at once. Where needs_scores(), the storage must have
-// scores.
+// launch_append of one token that comes beside the storage, if one does, launch_estimate, launch_select and
+// launch_attend in one, by clusters of find_cluster_size() blocks; 0 of them if this GPU or these shapes have none, of
+// two or more, that run all at once. Where needs_scores(), the storage must have scores.
 int find_cluster_size(const AttendParams& params);
 bool needs_scores(const AttendParams& params);
 cudaError_t launch_chain(const AttendParams& params, int cluster_size);

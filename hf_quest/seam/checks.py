@@ -11,10 +11,14 @@ from ..storage import host
 from .same_model import num_caching_layers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Classes of a cache's layers by the type that a model's config names, its own among them, and what a model may ask of
-# Transformers'.
+# By the type that a config names, the class of a cache's layer, a model's own among them; and what Transformers' have.
 LAYERS = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-KNOWN = {name for each in vars(cache_utils).values() if isinstance(each, type) for name in dir(each)}
+KNOWN = {
+    name
+    for each in vars(cache_utils).values()
+    if isinstance(each, type) and each.__module__ == cache_utils.__name__
+    for name in dir(each)
+}
 
 
 def check_settings(method, dense_layers, max_cache_len, prefill, offloading, pool):
