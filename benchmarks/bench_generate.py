@@ -104,6 +104,7 @@ def quest(title, budget=None, options=None, **cache_options):
 AHEAD = {"custom_generate": decode_ahead}
 FORCED = {"logits_processor": LogitsProcessorList([Forced()])}
 BY_LOOKUP = {**FORCED, "prompt_lookup_num_tokens": LOOKUP}
+OVERLAPPED = {"triton.enable_pdl": True}  # programmatic dependent launch of the kernels that Inductor makes
 BEYOND = 2**22  # a budget beyond every context
 WAYS = {
     "dynamic": Way("DynamicCache, sdpa", "sdpa", lambda config, context, budget: DynamicCache(), {}),
@@ -120,11 +121,15 @@ WAYS = {
     "quest-ahead": quest("QuestCache, decode_ahead", options=AHEAD),
     "quest-recorded-ahead": quest("QuestCache, capture(model), decode_ahead", options=AHEAD),
     "quest-compiled-ahead": quest("QuestCache, capture(model, compile=True), decode_ahead", options=AHEAD),
+    "quest-overlapped-ahead": quest(f"QuestCache, capture(model, compile={OVERLAPPED}), decode_ahead", options=AHEAD),
     "quest-codes": quest("QuestCache(512, codes=2)", 512, codes=2),
     "quest-codes-ahead": quest(
         "QuestCache(512, codes=2), capture(model, compile=True), decode_ahead", 512, AHEAD, codes=2
     ),
     "quest-eager": quest("QuestCache, eager", compile=False),
+    "quest-codes-overlapped-ahead": quest(
+        f"QuestCache(512, codes=2), capture(model, compile={OVERLAPPED}), decode_ahead", 512, AHEAD, codes=2
+    ),
     "dynamic-beams": Way(
         "DynamicCache, 4 beams", "sdpa", lambda config, context, budget: DynamicCache(), {"num_beams": 4}
     ),
@@ -146,12 +151,14 @@ WAYS = {
         BY_LOOKUP,
     ),
 }
-CAPTURED = {  # and whether the captured step is compiled first
+CAPTURED = {  # and how the captured step is compiled first, if it is
     "quest-recorded": False,
     "quest-recorded-ahead": False,
     "quest-compiled": True,
     "quest-compiled-ahead": True,
+    "quest-overlapped-ahead": OVERLAPPED,
     "quest-codes-ahead": True,
+    "quest-codes-overlapped-ahead": OVERLAPPED,
     "text-lookup-recorded": False,
 }
 VERIFYING = ("dynamic", "quest-eager")  # also measured at drafts

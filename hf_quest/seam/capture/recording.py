@@ -23,7 +23,7 @@ MOST_RECORDINGS = 16
 DRAFTS_UNRECORDED = 2  # times that so many drafts are verified without a recording, which takes longer than a few
 
 
-def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
+def capture(model: PreTrainedModel, compile: bool | dict[str, object] = False) -> PreTrainedModel:
     """Let `model.generate` record its decode step as a CUDA graph, and replay that for every token.
 
     Compiling takes up to a minute and fuses the small operations between the matrix products; recording takes a second
@@ -50,19 +50,23 @@ def capture(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
     Args:
         model: a model on one GPU, loaded with `attn_implementation="quest"`. Mutated. Its copies are captured too, and
             record for themselves.
-        compile: whether the step is compiled before it is recorded.
+        compile: whether the step is compiled before it is recorded; or the `options` by which `torch.compile` does so.
+            With `{"triton.enable_pdl": True}` fused kernels begin while the ones before them end, from sm_90 on.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: for what is no model of Transformers, since nothing would be recorded.
+        TypeError: for what is no model of Transformers, since nothing would be recorded; for another `compile`.
+        RuntimeError: for options that PyTorch does not have.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"capture takes a model of Transformers, since its `generate` uses what is recorded, and not a "
             f"{type(model).__name__}. If that holds one, capture the one inside: `get_base_model()` of peft's models."
         )
+    if not isinstance(compile, (bool, dict)):
+        raise TypeError(f"compile is True, False, or a dict of options of torch.compile, and not {compile!r}.")
     step = RecordedStep(model, compile)
     # What `generate` looks for before it compiles, with the configuration that it was compiled for.
     model._compiled_call = step
@@ -82,7 +86,7 @@ class RecordedStep:
     def __init__(self, model, compile):
         self.model = weakref.ref(model)
         self.compile = compile
-        self.compiled = torch.compile(call) if compile else None
+        self.compiled = None if compile is False else torch.compile(call, options=None if compile is True else compile)
         self.recordings = {}  # of each thread, the last that was used at the end
         self.num_seen = Counter()  # kinds of inputs with drafts
         self.verdicts = {}  # whether a step can be recorded, of all kinds of inputs that were tried
@@ -158,7 +162,8 @@ class RecordedStep:
             self.verdicts[kinds] = rehearse(model, cache, inputs)
         if not self.verdicts[kinds]:
             return None
-        is_compiled = self.compile and not is_draft(cache)  # which would compile one graph for every number of them
+        # Compiled drafts would take one graph for every number of them.
+        is_compiled = self.compiled is not None and not is_draft(cache)
         step = functools.partial(self.compiled, model) if is_compiled else model
         return Recording(step, cache, inputs, kinds, self.forgetter())
 
