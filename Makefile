@@ -4,7 +4,7 @@ TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS:%=-transformers-%)
 SOURCES = $(wildcard csrc/* tests/*.cpp)
 
-.PHONY: demo app test kernels docs dist notebooks pictures lint format clean
+.PHONY: demo app test long kernels docs dist notebooks pictures lint format clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/hf-quest demo
@@ -14,12 +14,19 @@ app: $(VENV)/app
 
 # A thread for each of the two workers, or they wait for each other. A file is run by one of them, so that what its tests
 # share is made once. With another Transformers, what does not depend on its version is left out.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+BY_FILE = --dist loadfile --no-loadscope-reorder -m "$(if $(TRANSFORMERS),not any_transformers and) not csrc and
+
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not csrc$(if $(TRANSFORMERS), and not any_transformers)"
+	$(PYTEST) $(BY_FILE) not long"
+
+# The app in a browser, evaluations with pretrained weights, compiled prompts of all families, sequences made at random.
+long: $(VENV)/installed
+	$(PYTEST) $(BY_FILE) long"
 
 # What a change to csrc may break and no GPU is needed for: kernels that nvcc compiles for every GPU, or a CPU runs.
 kernels: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m csrc
+	$(PYTEST) -m csrc
 
 # The site, in build/docs. Any warning fails it, as does a public name that no page documents.
 docs: $(VENV)/docs

@@ -64,10 +64,10 @@ def layers_over_gpus(shape, num_layers, context):
         with torch.device("cuda", gpu), torch.cuda.device(gpu):
             model.model.layers[idx] = layer = LlamaDecoderLayer(config, idx).eval()
             if is_int4:
-                from bench_quantised import PACKINGS
+                from bench_quantised import int4_weights
                 from torchao.quantization import quantize_
 
-                quantize_(layer, PACKINGS["tile_packed_to_4d"])
+                quantize_(layer, int4_weights())
     with torch.device("cuda", 0):
         model.model.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -16,15 +16,15 @@ import torchao
 from bench_generate import BEYOND, HEADROOM, make_model, measure
 from environment import describe
 from tables import RESULTS
-from torchao.prototype.quantization.quant_api import UIntxWeightOnlyConfig
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 # The step recorded as it stands comes first: it needs no compilation, so short runs have at least these figures.
 WAYS = ("quest-recorded", "quest-compiled", "quest-compiled-ahead", "quest-overlapped-ahead", "quest", "quest-eager")
-PACKINGS = {
-    "tile_packed_to_4d": Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"),
-    "gemlite": UIntxWeightOnlyConfig(group_size=128, set_inductor_config=False),
-}
+
+
+def int4_weights(group_size=128):
+    """torchao's packing for PyTorch's own int4 matrix product; the default one needs further kernels."""
+    return Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
 
 
 def parse_arguments():
@@ -32,7 +32,6 @@ def parse_arguments():
     parser.add_argument("--shape", default="llama-2-7b", choices=bench_generate.SHAPES)
     parser.add_argument("--context", type=int, default=32768, help="tokens")
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
-    parser.add_argument("--packing", default="tile_packed_to_4d", choices=PACKINGS, help="decides on whose products")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--steps", type=int, default=128, help="tokens timed per round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -45,14 +44,14 @@ def main():
     report = {
         "environment": describe("cuda") | {"torchao": torchao.__version__},
         "shape": arguments.shape,
-        "weights": f"int4, groups of 128, {arguments.packing}; embedding and lm_head bfloat16",
+        "weights": "int4, groups of 128, tile_packed_to_4d; embedding and lm_head bfloat16",
         "batch_size": 1,
         "context": arguments.context,
         "budget": arguments.budget,
         "results": [],
     }
     model = make_model(arguments.shape, arguments.context + 8 * HEADROOM)
-    quantize_(model.model.layers, PACKINGS[arguments.packing])
+    quantize_(model.model.layers, int4_weights())
     gc.collect()
     for name in arguments.ways:
         result = {"way": bench_generate.WAYS[name].title}

@@ -68,7 +68,7 @@ FAINT = """() => {
     return [element.value ?? element.textContent.trim().slice(0, 40), element.className, contrast.toFixed(2)];
   }).filter(([, , contrast]) => contrast < 4.5);
 }"""
-pytestmark = [pytest.mark.timeout(500 if PICTURES else 180), pytest.mark.any_transformers]
+pytestmark = [pytest.mark.timeout(500 if PICTURES else 180), pytest.mark.any_transformers, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -72,14 +72,15 @@ def lower_precision():
 
 class TestCopies:
     @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-    @pytest.mark.parametrize("compile", [False, True])
+    @pytest.mark.parametrize("compile", [False, True, {"triton.enable_pdl": True}])
     def test_a_copy_calls_itself(self, copied, compile):
         model = capture(make_model(**LAYERS), compile)
         copy_of_it = copied(model)
         for each in (model, copy_of_it):
             assert each._compiled_call.model() is each
             assert each.get_compiled_call(None) is each._compiled_call
-            assert each._compiled_call.compile is compile
+            assert each._compiled_call.compile == compile
+            assert (each._compiled_call.compiled is None) == (compile is False)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
     def test_a_copy_records_for_itself(self, model, recordings, copied):
@@ -110,6 +111,29 @@ class TestCopies:
 def test_what_is_no_model_of_transformers_is_refused():
     with pytest.raises(TypeError, match=r"a model of Transformers.*and not a Linear.*capture the one inside"):
         capture(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("compile", "error", "message"),
+    [
+        ({"triton.enable_pld": True}, RuntimeError, "triton.enable_pld"),
+        (None, TypeError, "True, False, or a dict of options of torch.compile, and not None"),
+        ("max-autotune", TypeError, "and not 'max-autotune'"),
+    ],
+)
+def test_what_torch_compile_does_not_take_is_refused(compile, error, message):
+    model = make_model(**LAYERS)
+    with pytest.raises(error, match=message):
+        capture(model, compile)
+    assert not hasattr(model, "_compiled_call") or model._compiled_call is None
+
+
+@pytest.mark.parametrize("compile", [True, {}, {"triton.enable_pdl": True}, {"epilogue_fusion": False}])
+def test_options_are_those_that_the_step_is_compiled_by(monkeypatch, compile):
+    compiled_with = []
+    monkeypatch.setattr(torch, "compile", lambda call, options: compiled_with.append(options) or call)
+    capture(make_model(**LAYERS), compile)
+    assert compiled_with == [None if compile is True else compile]
 
 
 class TestWhenAStepIsRecorded:

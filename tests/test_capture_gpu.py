@@ -2,14 +2,17 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
 import pytest
 import torch
 from small_llama import generate, make_model, tokens
-from test_gpu import agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
-from transformers import GPT2LMHeadModel, MistralForCausalLM
+from test_gpu import OVERLAPPED, agree_to_a_near_tie, digest_of, library, prefilled, write  # noqa: F401, a fixture too
+from transformers import CompileConfig, GPT2LMHeadModel, MistralForCausalLM
 
 from hf_quest import CACHE_NAME, QuestCache, capture, tiny
 from hf_quest.seam.capture.graphs import recorded_into
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+OVERLAPS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 # Of models of random weights whose head dim the kernels serve.
@@ -48,6 +52,33 @@ def read_again(model, cache, ids):
     """Have `cache` hold what that of `prefilled` does, whose last token is left to a decode step."""
     cache.reset()
     model(ids[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)
+
+
+BLOCKING = """
+import sys
+import torch
+from test_capture_gpu import OVERLAPPED, tiny_model, write_compiled
+torch.save(write_compiled(tiny_model(), torch.load(sys.argv[1])).cpu(), sys.argv[2])
+"""
+
+
+def write_compiled(model, ids):
+    config = CompileConfig(mode=None, options=OVERLAPPED | {"triton.cudagraphs": False})
+    return write(model, ids, prefilled(model, ids), 64, compile_config=config)[0]
+
+
+@pytest.mark.skipif(not OVERLAPS, reason="kernels overlap from sm_90 on")
+def test_kernels_that_overlap_write_what_the_same_write_one_after_another(ids, tmp_path):
+    """The others in a process that waits for each of them."""
+    torch.save(ids, tmp_path / "ids.pt")
+    files = [str(tmp_path / name) for name in ("ids.pt", "tokens.pt")]
+    environment = os.environ | {"CUDA_LAUNCH_BLOCKING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", BLOCKING, *files], env=environment, check=True, timeout=250)
+    model = capture(tiny_model(), compile=OVERLAPPED)
+    cache = prefilled(model, ids)
+    written = write(model, ids, cache, 64)[0]
+    assert model._compiled_call.recording.cache() is cache
+    assert torch.equal(written.cpu(), torch.load(files[1]))
 
 
 class TestDevices:

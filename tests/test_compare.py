@@ -23,6 +23,8 @@ from hf_quest.evaluation.oracles import ORACLES, Best
 from hf_quest.evaluation.ruler import UNCOUNTED
 from hf_quest.models import load
 
+pytestmark = pytest.mark.long
+
 TEXT = heldout_text()[:60_000]
 BUDGET = 48
 NUM_CONTEXT, NUM_PROMPT = 90, 100

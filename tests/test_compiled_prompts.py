@@ -26,6 +26,8 @@ from hf_quest.seam import compiling
 from hf_quest.seam.capture import recording
 from hf_quest.seam.region import packed, unpacked
 
+pytestmark = pytest.mark.long
+
 LAYERS = {"num_hidden_layers": 3}
 HIDDEN, HEAD_DIM = 64, 16  # of `make_model`
 PREFILL = CritiPrefill(budget=64, segment_size=16, block_size=16, threshold=64)

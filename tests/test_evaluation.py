@@ -41,6 +41,8 @@ from hf_quest.evaluation.report import merged, read_text, spread
 from hf_quest.evaluation.top10 import share_found, top_tokens
 from hf_quest.models import load
 
+pytestmark = pytest.mark.long
+
 TEXT = heldout_text()[:40_000]
 
 

@@ -5,6 +5,8 @@ import json
 import fuzz
 import pytest
 
+pytestmark = pytest.mark.long
+
 NUM_SEEDS = 20  # sequences in a test
 KINDS = {*fuzz.KINDS, *fuzz.CONFIGS} - {"compile_prompts"}  # which takes seconds for every sequence
 

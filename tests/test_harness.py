@@ -18,6 +18,8 @@ from hf_quest.evaluation import harness
 from hf_quest.evaluation.harness import MethodLM, evaluate_harness, harness_table
 from hf_quest.models import load
 
+pytestmark = pytest.mark.long
+
 TASK = """
 task: {name}
 dataset_path: json

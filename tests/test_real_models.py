@@ -20,6 +20,8 @@ from hf_quest.demo import tokens_attended
 from hf_quest.evaluation import real_models
 from hf_quest.evaluation.documents import JOBS, Library, documents, heldout_text
 
+pytestmark = pytest.mark.long
+
 TEXT = heldout_text()[:60_000]
 MODELS = Path(os.environ.get("HF_QUEST_MODELS", Path(__file__).parents[1] / "build" / "models"))
 
