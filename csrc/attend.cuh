@@ -222,10 +222,10 @@ struct Singles {
 
 // How a row's tokens come to the lanes of a warp, tile by tile: load_keys() and load_values() begin, each followed by
 // end_load() even where there is nothing to load, and take_keys() and take_values() wait, in the same order. There are
-// kSets tiles on their way, if kLoadsAhead. Past the last token that may be read that one is read again: the newest, or
-// in a block of a cluster that another one stores the newest in, the one before it.
+// kSets tiles on their way, if kLoadsAhead.
 //
-// For attend.cu: straight to registers, of which more would be too many where the head dim is large.
+// For attend.cu, where past the newest token that one is read again: straight to registers, of which more would be too
+// many where the head dim is large.
 template <typename T, int kHeadDim>
 struct RegisterTokens {
     using L = Layout<kHeadDim>;
@@ -278,7 +278,9 @@ struct RegisterTokens {
     __device__ void finish() {}
 };
 
-// The same for chain.cu: by rows of shared memory, padded against bank conflicts. So each request is for whole lines.
+// The same for clusters: by rows of shared memory, padded against bank conflicts. So each request is for whole lines.
+// Past the newest token nothing is read, and rows are of zeros: a block reads no other tokens than its own, one of
+// which may be on its way to its slot from another block.
 template <typename T, int kHeadDim, int kTiles>
 struct SharedTokens {
     using L = Layout<kHeadDim>;
@@ -317,9 +319,9 @@ struct SharedTokens {
         for (int i = 0; i < kTile * kVectors / kWarpSize; ++i) {
             const int idx = i * kWarpSize + threadIdx.x % kWarpSize, row_idx = idx / kVectors, vector = idx % kVectors;
             const int half_idx = i * kWarpSize / (kHalf * kVectors);
-            const int token_idx = min(tile.token(half_idx, row_idx % kHalf), newest);
+            const int token_idx = tile.token(half_idx, row_idx % kHalf);
             copy_async_once(first_row + row_idx * row_bytes + vector * 16,
-                            tokens + unsigned(token_idx) * kHeadDim + vector * 8);
+                            tokens + unsigned(min(token_idx, newest)) * kHeadDim + vector * 8, token_idx <= newest);
         }
     }
 
@@ -377,8 +379,8 @@ struct SharedTokens {
 // Attends the tiles of 16 tokens from `first_tile` to `end_tile`, dealt to the warps of the block. find_token(i) is the
 // i-th token that is chosen, or kNoToken; if tiles are Runs it is asked for multiples of 8 and has 7 behind it. `query`
 // is that of head group_idx of `num_heads`. Ends with all sums in `warp_sums`. Loads come after what shuffles, which
-// would wait in the same queue until memory has taken them. Where a tile has no visible token, the last one is read,
-// and gets no weight; spare heads are the last one again.
+// would wait in the same queue until memory has taken them. What a tile has past the newest token gets no weight; spare
+// heads are the last one again.
 template <typename T, int kHeadDim, int kWarps, typename Tile, typename Tokens, typename FindToken>
 __device__ void attend_tiles(WarpSums<kHeadDim, kWarps>& warp_sums, Tokens tokens, const HeadQuery<T, kHeadDim>& query,
                              int num_heads, int first_tile, int end_tile, int page_size, float scaling, float softcap,

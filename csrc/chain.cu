@@ -199,7 +199,7 @@ struct ChainBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim>> {
         };
         using Tokens = typename Shared<T, kHeadDim>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, Block::count_readable(), shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
         attend_tiles<T, kHeadDim, kWarps, Runs>(
             shared.warp_sums, tokens, HeadQuery<T, kHeadDim>(score_input().own_head(0)), params.group_size, 0,
             ceil_div(num_own << page_shift, kTile), params.page_size, params.scaling, params.softcap, find_token);

@@ -442,7 +442,7 @@ struct CodesBlock : ClusterBlock<T, kHeadDim, Shared<T, kHeadDim, kBits>> {
         };
         using Tokens = typename Shared<T, kHeadDim, kBits>::Tokens;
         const Tokens tokens(static_cast<const T*>(storage.keys) + row_start,
-                            static_cast<const T*>(storage.values) + row_start, Block::count_readable(), shared.rows);
+                            static_cast<const T*>(storage.values) + row_start, num_tokens, shared.rows);
         const HeadQuery<T, kHeadDim> query(score_input().own_head(0));
         if constexpr (kIsPooled) {
             const int* own_places = places();

@@ -132,9 +132,6 @@ struct ClusterBlock {
         static_cast<uint4*>(storage.values)[stored] = value;
     }
 
-    // Of the row's tokens those that this block may read: the newest may be on its way from another one.
-    __device__ int count_readable() const { return num_tokens - (has_newest ? 0 : 1); }
-
     __device__ ScoreInput<T> score_input() const {
         return {reinterpret_cast<const T*>(shared.query),
                 sizeof(shared.query[0]) / sizeof(T),

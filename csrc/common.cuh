@@ -125,21 +125,19 @@ __device__ inline void copy_async(unsigned target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
-// The same of what this kernel reads once: it is the first to leave L2.
-__device__ inline void copy_async_once(unsigned target, const void* source) {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy)
-                 : "memory");
-}
-
-// The same if there is something to copy; zeros otherwise, for which nothing is read.
+// The same of what this kernel reads once: it is the first to leave L2. If nothing is there, zeros, for which nothing
+// is read.
 __device__ inline void copy_async_once(unsigned target, const void* source, bool is_there) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
                  "r"(is_there ? 16 : 0), "l"(policy)
                  : "memory");
+}
+
+// Has these numbers be ready before what comes after is begun.
+__device__ inline void finish(float4& numbers) {
+    asm volatile("" : "+f"(numbers.x), "+f"(numbers.y), "+f"(numbers.z), "+f"(numbers.w));
 }
 
 // Makes a group of the copies that this thread began since the last one.

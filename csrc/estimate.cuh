@@ -91,7 +91,7 @@ struct WideBounds {
         float4 largest = multiply<0>(low, high, q);
         if (width == 1.0f) return largest;
         // One product after the other: both at once would want more registers than there are.
-        asm volatile("" : "+f"(largest.x), "+f"(largest.y), "+f"(largest.z), "+f"(largest.w));
+        finish(largest);
         const float4 least = multiply<kNumChunks / 2>(low, high, q);
         const auto between = [&](float upper, float lower) {
             return fmaf(0.5f + 0.5f * width, upper, (0.5f - 0.5f * width) * lower);

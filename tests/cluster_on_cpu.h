@@ -53,24 +53,24 @@ inline char* find_shared(unsigned address, int alignment) {
 struct Copy {
     char* target;
     const void* source;  // null for zeros
+    std::array<char, 16> content;
 };
-// Of each thread, in groups; the last one is still open. The sanitizer sees a copy where it is waited for.
+// Of each thread, in groups; the last one is still open. A copy may read at any time until it is waited for, so the
+// sanitizer sees it read at both ends.
 using CopyGroups = std::deque<std::vector<Copy>>;
 inline std::vector<CopyGroups> copies;
 UNWATCHED inline CopyGroups& own_copies() {
     return copies.data()[fibers.current->block_idx * blockDim.x + threadIdx.x];
 }
 
-void copy_async(unsigned target, const void* source) {
-    if (size_t(source) % 16 != 0) fail("a copy's source is not aligned");
-    char* const place = find_shared(target, 16);
-    std::memset(place, 0xff, 16);
-    own_copies().back().push_back({place, source});
-}
 void copy_async_once(unsigned target, const void* source, bool is_there) {
-    copy_async(target, source);
-    if (!is_there) own_copies().back().back().source = nullptr;
+    if (size_t(source) % 16 != 0) fail("a copy's source is not aligned");
+    Copy copy = {find_shared(target, 16), is_there ? source : nullptr, {}};
+    std::memset(copy.target, 0xff, 16);
+    if (is_there) std::memcpy(copy.content.data(), source, 16);
+    own_copies().back().push_back(copy);
 }
+void copy_async(unsigned target, const void* source) { copy_async_once(target, source, true); }
 void commit_copies() { own_copies().emplace_back(); }
 
 template <int kNumGroups>
@@ -78,11 +78,9 @@ void wait_for_copies() {
     CopyGroups& groups = own_copies();
     while (groups.size() > kNumGroups + 1) {
         for (const Copy& copy : groups.front()) {
-            if (copy.source != nullptr) {
-                std::memcpy(copy.target, copy.source, 16);
-            } else {
-                std::memset(copy.target, 0, 16);
-            }
+            const bool is_other = copy.source != nullptr && std::memcmp(copy.content.data(), copy.source, 16) != 0;
+            if (is_other) fail("what a copy reads is written while it is on its way");
+            std::memcpy(copy.target, copy.content.data(), 16);
         }
         groups.pop_front();
     }

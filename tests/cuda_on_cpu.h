@@ -205,6 +205,7 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 #define commit_copies commit_copies_in_assembly
 #define copy_async copy_async_in_assembly
 #define copy_async_once copy_async_once_in_assembly
+#define finish finish_in_assembly
 #define let_next_kernel_begin let_next_kernel_begin_in_assembly
 #define load_matrices load_matrices_in_assembly
 #define load_once load_once_in_assembly
@@ -218,6 +219,7 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 #undef commit_copies
 #undef copy_async
 #undef copy_async_once
+#undef finish
 #undef let_next_kernel_begin
 #undef load_matrices
 #undef load_once
@@ -236,7 +238,7 @@ namespace hf_quest {
 // In cluster_on_cpu.h.
 void commit_copies();
 void copy_async(unsigned target, const void* source);
-void copy_async_once(unsigned target, const void* source, bool is_there = true);
+void copy_async_once(unsigned target, const void* source, bool is_there);
 uint4 load_matrices(unsigned address);
 void multiply_add(int (&sums)[4], uint4 left, uint2 right);
 void prefetch(const void* source);
@@ -244,6 +246,7 @@ unsigned spread_signs(uint32_t low_pair, uint32_t high_pair);
 template <int kNumGroups>
 void wait_for_copies();
 
+inline void finish(float4&) {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_begin() {}
 

@@ -1,7 +1,7 @@
 """csrc's decode step by codes in one kernel of a cluster, against the specification without a GPU.
 
 Fibers do what the threads of a GPU would, in an order that a seed decides, watched for races and bounds. What lies
-beside the tensors cannot be read, and what is not stored yet is NaN.
+beside the tensors cannot be read, and what is not stored yet, or not chosen, is NaN.
 """
 
 import struct
@@ -72,6 +72,7 @@ CASES = {
         num_rows=2, num_kv_heads=2, code_bits=4, is_half=1, agreement=BY_SHARE, keeps_first=0, capacity=400, is_found=1
     ),
     "pages of 8 up to the storage's end": Case(page_size=8, num_candidates=40, num_rows=2, capacity=400, seed=2),
+    "the newest page of one token": Case(capacity=646, cluster_size=3),
     "head dim 96, pages of 8": Case(head_dim=96, page_size=8, num_candidates=40, capacity=400, cluster_size=3),
     "head dim 96, 4 bits": Case(head_dim=96, group_size=3, code_bits=4),
     "head dim 256": Case(head_dim=256, group_size=5, agreement=BY_SHARE),
@@ -154,12 +155,17 @@ class Step:
         stored = (torch.nn.functional.pad(each.float(), (0, 0, 0, 1)) for each in (self.keys, self.values))
         return reference.attend(self.query.float(), *stored, token_ids, self.length, self.padding, 1, self.case.scaling)
 
-    def by_kernel(self, program):
+    def by_kernel(self, program, token_ids=None):
+        """(token ids, output). Of what is stored `token_ids` are there, or all tokens."""
         case = self.case
         names = [field.name for field in fields(case)]
         parts = [struct.pack(f"{len(names)}i2f", *(getattr(case, name) for name in names), case.scaling, 0.5)]
         parts.append(struct.pack("q", self.length))
         stored, new = self.before_the_newest() if case.has_new else (self.stored(), [])
+        if token_ids is not None:
+            token = torch.arange(case.capacity) - self.padding[:, None]
+            is_there = (token[:, None, :, None] == token_ids).any(dim=-1, keepdim=True)
+            stored = [*(each.masked_fill(~is_there, torch.nan) for each in stored[:2]), *stored[2:]]
         stored = (self.padding, *stored, self.query, *self.pool, *new)
         parts += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in stored]
         result = subprocess.run([program], input=b"".join(parts), capture_output=True)
@@ -193,6 +199,11 @@ def check(step, program):
     rounding = torch.finfo(step.case.dtype).eps
     attended = step.attend(expected)[has_tokens]
     torch.testing.assert_close(output[has_tokens].float(), attended, rtol=2 * rounding, atol=2 * rounding)
+    if not step.case.pool_size:  # which has changed
+        written = step.written
+        again = step.by_kernel(program, expected)[1]
+        assert torch.equal(again[has_tokens], output[has_tokens]), "other tokens than those chosen are read"
+        step.written = written
     return told
 
 
