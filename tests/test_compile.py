@@ -4,7 +4,9 @@ It is made to compile on a CPU, where everything but the recording of CUDA graph
 """
 
 import copy
+import math
 import pickle
+import sys
 from random import Random
 
 import pytest
@@ -56,6 +58,15 @@ def test_a_captured_step_is_dense_where_the_budget_covers_all_to_come(budget, ma
     cache = QuestCache(budget, max_cache_len=max_cache_len)
     greedy(make_model(**LAYERS), cache, tokens(PROMPT))
     assert cache.shared.step.reads_everything == reads_everything
+
+
+def test_a_budget_beyond_all_storage_reads_everything_of_a_text_whose_end_is_not_known():
+    """As the first step is of a cache that was filled without a model. No kernel counts so many pages."""
+    cache = QuestCache(sys.maxsize)
+    cache.update(*torch.randn(2, 1, 2, 4, 16), 0)[0].quest_layer.handed.end()
+    cache._prepare_step()
+    assert cache.shared.max_positions == math.inf
+    assert cache.shared.step.reads_everything
 
 
 def test_a_captured_model_is_given_the_cache_and_takes_steps_that_it_cannot_record(monkeypatch):

@@ -173,7 +173,8 @@ def test_every_argument_is_checked(fake, op, name, wrong):
     [
         ("append", {"page_size": 24}, "page_size"),
         ("select", {"num_selected": 0}, "num_selected"),
-        ("find_candidates", {"num_candidates": 0}, "1 or more"),
+        ("select", {"num_selected": 2**32}, "1 to 16777216"),
+        ("find_candidates", {"num_candidates": 0}, "1 to 16777216"),
         ("refine", {"num_tokens": S - 1}, "num_tokens is 16 or more"),
         ("refine", {"group": "mean"}, "group must be one of"),
         ("refine", {"codes": torch.uint8}, "codes of .2, 4. bits, not 8"),
@@ -195,6 +196,44 @@ def test_what_the_kernels_do_not_serve_is_said(fake, op, changes, message):
         changes["codes"] = torch.empty(B, Hkv, P * S, D, dtype=changes["codes"], device="cuda")
     with pytest.raises(ValueError, match=message):
         call(op, fake, **changes)
+
+
+@pytest.mark.parametrize("op", ["append", "chain"])
+@pytest.mark.parametrize("shape", [(B, Hkv, S, D // 4), (B, Hkv, P * S, D // 4 + 1), (B, Hkv, P * S - 1, D // 4)])
+def test_codes_are_those_of_all_slots(fake, op, shape):
+    options = {} if op == "append" else {"num_tokens": 24}
+    with pytest.raises(ValueError, match="codes must"):
+        call(op, fake, codes=torch.empty(shape, dtype=torch.uint8, device="cuda"), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_idx": 3}, "those of 3 layers, and layer_idx is 3"),
+        ({"layer_idx": -1}, "layer_idx is -1"),
+        ({"new_values": None}, "a key and a value, or neither"),
+        ({"new_keys": None}, "a key and a value, or neither"),
+        ({"num_selected": 2**32}, "1 to 16777216"),
+        ({"num_selected": -1}, "1 to 16777216"),
+        ({"sinks": torch.float32}, "sinks must"),
+    ],
+    ids=str,
+)
+def test_a_step_that_finds_its_storage_is_checked(fake, changes, message):
+    def step(**changes):
+        new = {
+            name: torch.empty(B, Hkv, 1, D, dtype=torch.bfloat16, device="cuda") for name in ("new_keys", "new_values")
+        }
+        where = {name: fake[name] for name in ("query", "length", "padding", "page_size")}
+        addresses = torch.empty(3, ops.NUM_ADDRESSES, dtype=torch.int64, device="cuda")
+        of_layer = {"layer_idx": 2, "num_kv_heads": Hkv, "num_selected": K, "scaling": 0.1}
+        return ops.decode(**new | where | {"addresses": addresses} | of_layer | changes)
+
+    if "sinks" in changes:
+        changes = {"sinks": torch.empty(Hkv * G, dtype=changes["sinks"], device="cuda")}
+    assert step().shape == fake["query"].shape
+    with pytest.raises(ValueError, match=message):
+        step(**changes)
 
 
 PROMPT = {"query": (8, 256, 128), "keys": (2, 512, 128), "values": (2, 512, 128), "output": (256, 8, 128)}

@@ -140,7 +140,7 @@ def append(keys, values, bounds, scales, new_keys, new_values, length, padding, 
     if not 1 <= num_new <= keys.shape[2]:
         raise ValueError(f"append takes 1 to {keys.shape[2]} new tokens, the capacity, not {num_new}.")
     if codes is not None:
-        _check_codes(codes, keys, (batch_size, num_kv_heads))
+        _check_codes(codes, keys, (batch_size, num_kv_heads, keys.shape[2]))
         if bounds is None:
             raise ValueError("codes are on the grid of a page's bounds, so there must be bounds.")
     torch.ops.hf_quest.append(keys, values, bounds, scales, new_keys, new_values, length, padding, page_size, codes)
@@ -214,7 +214,7 @@ def refine(query, bounds, scales, codes, candidates, length, padding, page_size,
     _check_page_size(page_size)
     _check_query(query, num_kv_heads, head_dim)
     _check_bounds(bounds, scales, query, (query.shape[0], num_kv_heads, num_pages))
-    _check_codes(codes, query, (batch_size, num_kv_heads))
+    _check_codes(codes, query, (batch_size, num_kv_heads, codes.shape[2]))
     if -(-codes.shape[2] // page_size) != num_pages:
         raise ValueError(f"{num_pages} pages of {page_size} do not hold codes of {codes.shape[2]} tokens.")
     shape = (batch_size, num_kv_heads, 1, *candidates.shape[-2:])
@@ -250,8 +250,7 @@ def attend(query, keys, values, page_ids, length, padding, page_size, scaling, s
         _check("page_ids", page_ids, keys.device, (torch.int64,), (batch_size, num_kv_heads, 1, page_ids.shape[-1]))
     _check("length", length, keys.device, (torch.int64,), (1,))
     _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
-    if sinks is not None:
-        _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
+    _check_sinks(sinks, query)
     if counters is None:
         counters = new_counters(keys)
     _check("counters", counters, keys.device, (torch.int32,), (len(counters),))
@@ -309,10 +308,9 @@ def chain(
     _check("length", length, keys.device, (torch.int64,), (1,))
     _check("padding", padding, keys.device, (torch.int64,), (batch_size,))
     _check_num_selected(num_selected)
-    if sinks is not None:
-        _check("sinks", sinks, keys.device, (query.dtype,), (query.shape[1],))
+    _check_sinks(sinks, query)
     if codes is not None:
-        _check_codes(codes, keys, (batch_size, num_kv_heads))
+        _check_codes(codes, keys, (batch_size, num_kv_heads, capacity))
         _check_num_tokens(num_tokens, page_size, num_selected)
     if page_ids is not None:
         shape = (batch_size, num_kv_heads, 1, num_selected if codes is None else num_tokens)
@@ -375,9 +373,16 @@ def decode(
         if tensor is not None:
             _check_rows(name, tensor, query.device, (query.dtype,), (batch_size, num_kv_heads, 1, head_dim))
     _check_query(query, num_kv_heads, head_dim)
+    if (new_keys is None) != (new_values is None):
+        raise ValueError("decode stores a key and a value, or neither.")
     _check("addresses", addresses, query.device, (torch.int64,), (len(addresses), NUM_ADDRESSES))
+    if not 0 <= layer_idx < len(addresses):
+        raise ValueError(f"addresses are those of {len(addresses)} layers, and layer_idx is {layer_idx}.")
     _check("length", length, query.device, (torch.int64,), (1,))
     _check("padding", padding, query.device, (torch.int64,), (batch_size,))
+    if num_selected != 0:
+        _check_num_selected(num_selected)
+    _check_sinks(sinks, query)
     _check_score(score)
     if code_bits:
         _check_code_bits(code_bits)
@@ -504,8 +509,13 @@ def _check_page_size(page_size):
 
 
 def _check_num_selected(num_selected):
-    if num_selected < 1:
-        raise ValueError(f"num_selected is a number of pages, 1 or more, not {num_selected}.")
+    if not 1 <= num_selected <= MAX_SLOTS:
+        raise ValueError(f"num_selected is a number of pages, 1 to {MAX_SLOTS}, not {num_selected}.")
+
+
+def _check_sinks(sinks, query):
+    if sinks is not None:
+        _check("sinks", sinks, query.device, (query.dtype,), (query.shape[1],))
 
 
 def _check_scores(scores, length, padding, num_selected, page_size):
@@ -543,11 +553,12 @@ def _check_code_bits(bits):
         raise ValueError(f"The CUDA kernels serve codes of {CODE_BITS} bits, not {bits}.")
 
 
-def _check_codes(codes, like, rows):
-    """Raise unless these are codes of `rows`, (B, Hkv), of keys or queries such as `like`."""
+def _check_codes(codes, like, slots):
+    """Raise unless these are codes of `slots`, (B, Hkv, capacity), of keys or queries such as `like`."""
     head_dim = like.shape[-1]
-    _check_code_bits(codes.shape[-1] * 8 // head_dim)
-    _check("codes", codes, like.device, (torch.uint8,), (*rows, *codes.shape[2:]))
+    bits = codes.shape[-1] * 8 // head_dim
+    _check_code_bits(bits)
+    _check("codes", codes, like.device, (torch.uint8,), (*slots, head_dim * bits // 8))
 
 
 def _check_pool(pool, stored):

@@ -1,9 +1,10 @@
 """Step: the decode step that a graph may hold, which is prepared outside of it and settled after it."""
 
-import math
 from dataclasses import dataclass
 
 import torch
+
+from ..kernels.ops import MAX_SLOTS
 
 PREPARED, TAKEN = "prepared", "taken"
 
@@ -67,5 +68,5 @@ class Step:
 
 
 def end_of_text(max_positions, max_cache_len):
-    """Tokens that a text may grow to."""
-    return min(max_positions, max_cache_len or math.inf)
+    """Tokens that a text may grow to, no more of which than the kernels serve."""
+    return min(max_positions, max_cache_len or MAX_SLOTS, MAX_SLOTS)
