@@ -163,7 +163,7 @@ class RecordedStep:
         if not self.verdicts[kinds]:
             return None
         # Compiled drafts would take one graph for every number of them.
-        is_compiled = self.compiled is not None and not is_draft(cache)
+        is_compiled = self.compile is not False and not is_draft(cache)
         step = functools.partial(self.compiled, model) if is_compiled else model
         return Recording(step, cache, inputs, kinds, self.forgetter())
 
