@@ -21,10 +21,7 @@ const char *first_code, *end_code, *first_tag, *end_tag;
 
 int run_case() {
     const Case given = read_one<Case>();
-    is_at_end = given.at_end;
-    do_exchanges_publish = false;
-    fibers.random = given.seed;
-    fibers.when_switched = become_one_of_a_cluster;
+    begin_case(given);
     const size_t heads = size_t(given.num_rows) * given.num_kv_heads, query_heads = heads * given.group_size;
     const size_t head_dim = given.head_dim, num_pages = (given.capacity + given.page_size - 1) / given.page_size;
     Stored<int64_t> length(1), padding(given.num_rows);
@@ -51,20 +48,11 @@ int run_case() {
         if (!is_code && (source < first_tag || source >= end_tag)) fail("a prefetch of what is no code and no tag");
     };
 
-    AttendParams params = {.data_type = given.is_half ? DataType::kHalf : DataType::kBFloat16};
-    params.num_rows = given.num_rows;
-    params.num_kv_heads = given.num_kv_heads;
-    params.group_size = given.group_size;
-    params.head_dim = given.head_dim;
-    params.page_size = given.page_size;
+    AttendParams params = params_of(given);
     params.num_selected = given.num_candidates;
-    params.scaling = given.scaling;
-    params.score = {given.width, given.keeps_first != 0, Agreement::kMax};
     params.choice = {given.code_bits, given.num_candidates, given.num_tokens,
                      count_stripes(given.num_tokens, given.page_size), Agreement(given.agreement)};
     params.query = query.data();
-    params.query_strides[0] = int64_t(given.num_kv_heads) * given.group_size * head_dim;
-    params.query_strides[1] = head_dim;
     params.storage = {.keys = keys.data(), .values = values.data(), .bounds = bounds.data()};
     params.storage.scales = scales.data();
     params.storage.capacity = given.capacity;
@@ -87,18 +75,18 @@ int run_case() {
     params.output = output.data();
     const auto launch = given.pool_size > 0 ? launch_pooled_chain_by_codes : launch_chain_by_codes;
     if (launch(params, given.cluster_size) != cudaSuccess) return 1;
-    std::fwrite(told.data(), sizeof(int64_t), told.size(), stdout);
-    std::fwrite(output.data(), sizeof(uint16_t), output.size(), stdout);
-    std::fwrite(pool_keys.data(), sizeof(uint16_t), pool_keys.size(), stdout);
-    std::fwrite(pool_values.data(), sizeof(uint16_t), pool_values.size(), stdout);
-    std::fwrite(pool_tags.data(), sizeof(uint64_t), pool_tags.size(), stdout);
-    std::fwrite(pool_counts.data(), sizeof(uint64_t), pool_counts.size(), stdout);
+    write(told);
+    write(output);
+    write(pool_keys);
+    write(pool_values);
+    write(pool_tags);
+    write(pool_counts);
     if (!given.has_new) return 0;
-    std::fwrite(keys.data(), sizeof(uint16_t), keys.size(), stdout);
-    std::fwrite(values.data(), sizeof(uint16_t), values.size(), stdout);
-    std::fwrite(bounds.data(), sizeof(int8_t), bounds.size(), stdout);
-    std::fwrite(scales.data(), sizeof(uint8_t), scales.size(), stdout);
-    std::fwrite(codes.data(), sizeof(uint8_t), codes.size(), stdout);
+    write(keys);
+    write(values);
+    write(bounds);
+    write(scales);
+    write(codes);
     return 0;
 }
 

@@ -32,10 +32,7 @@ const char *first_key, *end_key, *first_value, *end_value;
 
 int main() {
     const Case given = read_one<Case>();
-    is_at_end = given.at_end;
-    do_exchanges_publish = false;
-    fibers.random = given.seed;
-    fibers.when_switched = become_one_of_a_cluster;
+    begin_case(given);
     const size_t heads = size_t(given.num_rows) * given.num_kv_heads, query_heads = heads * given.group_size;
     const size_t head_dim = given.head_dim, num_pages = (given.capacity + given.page_size - 1) / given.page_size;
     Stored<int64_t> length(1), padding(given.num_rows);
@@ -58,18 +55,9 @@ int main() {
         if (!is_key && (source < first_value || source >= end_value)) fail("a prefetch of what is no key and no value");
     };
 
-    AttendParams params = {.data_type = given.is_half ? DataType::kHalf : DataType::kBFloat16};
-    params.num_rows = given.num_rows;
-    params.num_kv_heads = given.num_kv_heads;
-    params.group_size = given.group_size;
-    params.head_dim = given.head_dim;
-    params.page_size = given.page_size;
+    AttendParams params = params_of(given);
     params.num_selected = given.num_selected;
-    params.scaling = given.scaling;
-    params.score = {given.width, given.keeps_first != 0, Agreement::kMax};
     params.query = query.data();
-    params.query_strides[0] = int64_t(given.num_kv_heads) * given.group_size * head_dim;
-    params.query_strides[1] = head_dim;
     params.storage = {.keys = keys.data(), .values = values.data(), .bounds = bounds.data()};
     params.storage.scales = given.is_wide ? nullptr : scales.data();
     params.storage.capacity = given.capacity;
@@ -97,11 +85,11 @@ int main() {
     params.padding = padding.data();
     params.output = output.data();
     if (launch_chain(params, given.cluster_size) != cudaSuccess) return 1;
-    std::fwrite(told.data(), sizeof(int64_t), told.size(), stdout);
-    std::fwrite(output.data(), sizeof(uint16_t), output.size(), stdout);
-    std::fwrite(keys.data(), sizeof(uint16_t), keys.size(), stdout);
-    std::fwrite(values.data(), sizeof(uint16_t), values.size(), stdout);
-    std::fwrite(bounds.data(), sizeof(int8_t), bounds.size(), stdout);
-    std::fwrite(scales.data(), sizeof(uint8_t), scales.size(), stdout);
+    write(told);
+    write(output);
+    write(keys);
+    write(values);
+    write(bounds);
+    write(scales);
     return 0;
 }

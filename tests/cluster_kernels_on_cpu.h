@@ -93,3 +93,34 @@ struct Stored : Guarded<Value> {
         if (std::fread(this->data(), sizeof(Value), count, stdin) != count) std::abort();
     }
 };
+
+// Has threads take turns in the order that a Case decides, and memory end where it says.
+template <typename Case>
+void begin_case(const Case& given) {
+    is_at_end = given.at_end;
+    do_exchanges_publish = false;
+    fibers.random = given.seed;
+    fibers.when_switched = hf_quest::become_one_of_a_cluster;
+}
+
+// What both kernels are told of a Case, but for storage and what is chosen.
+template <typename Case>
+hf_quest::AttendParams params_of(const Case& given) {
+    using namespace hf_quest;
+    AttendParams params = {.data_type = given.is_half ? DataType::kHalf : DataType::kBFloat16};
+    params.num_rows = given.num_rows;
+    params.num_kv_heads = given.num_kv_heads;
+    params.group_size = given.group_size;
+    params.head_dim = given.head_dim;
+    params.page_size = given.page_size;
+    params.scaling = given.scaling;
+    params.score = {given.width, given.keeps_first != 0, Agreement::kMax};
+    params.query_strides[0] = int64_t(given.num_kv_heads) * given.group_size * given.head_dim;
+    params.query_strides[1] = given.head_dim;
+    return params;
+}
+
+template <typename Value>
+void write(Guarded<Value>& values) {
+    std::fwrite(values.data(), sizeof(Value), values.size(), stdout);
+}
