@@ -175,10 +175,14 @@ def house_stages_table(printed, report):
 
 
 def host_table(report):
-    """ms of the host per token, by way."""
-    table = Table("way", "ms of the host per token")
+    """ms of the host per token, by way, and beside another version's where the report has one."""
+    table = Table("way", "ms of the host per token", *([f"at {report['before']}"] if "before" in report else []))
     for result in report["results"]:
-        table.add_row(result["way"], f"{result['ms']:.2f}")
+        cells = [f"{result['ms']:.2f}"]
+        if "before" in report:
+            before = result.get("before_ms")
+            cells.append(f"{before:.2f} ({result['ms'] / before - 1:+.1%} since)" if before else "-")
+        table.add_row(result["way"], *cells)
     return table
 
 

@@ -973,10 +973,10 @@ def test_what_a_method_keeps_is_its_own_whatever_its_name(model):
     """The kernels know bounds and scales by name, and only those of the method that they are part of."""
     cache = MethodCache(Taken(budget=BUDGET))
     forward(model, cache, tokens(PROMPT))
-    assert all(layer.storage.kernel_tensor("bounds") is None for layer in cache.layers)
+    assert all(layer.storage.known_to_kernels == [None, None, None] for layer in cache.layers)
     quest = quest_cache(budget=BUDGET)
     forward(model, quest, tokens(PROMPT))
-    assert [layer.storage.kernel_tensor("bounds") is not None for layer in quest.layers] == [False, False, True, True]
+    assert [layer.storage.known_to_kernels[0] is not None for layer in quest.layers] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("at", range(4))

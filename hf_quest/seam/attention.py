@@ -63,13 +63,13 @@ def attend_by_pages(layer, module, query, key, value, attention_mask, num_steps,
     Assisted decoding feeds the prompt and the first drafts in one forward.
     """
     num_prompt = query.shape[2] - num_steps
+    if not num_prompt:
+        return by_pages(layer, query, **kwargs), None
     output = by_pages(layer, query[:, :, num_prompt:], **kwargs)
-    if num_prompt:
-        num_tokens = key.shape[2] - num_steps
-        prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
-        prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
-        output = torch.cat([prompt_attention(layer, module, *prompt, 0, **kwargs)[0], output], dim=1)
-    return output, None
+    num_tokens = key.shape[2] - num_steps
+    prompt_mask = None if attention_mask is None else attention_mask[:, :, :num_prompt, :num_tokens]
+    prompt = (query[:, :, :num_prompt], key[:, :, :num_tokens], value[:, :, :num_tokens], prompt_mask)
+    return torch.cat([prompt_attention(layer, module, *prompt, 0, **kwargs)[0], output], dim=1), None
 
 
 def check_is_causal(module, layer):

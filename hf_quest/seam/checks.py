@@ -79,15 +79,17 @@ def check_arrival(layer, key_states, value_states):
             "the model with one of these dtypes."
         )
     check_room(layer, key_states.shape[2])
-    if layer.length == 0:
+    storage = layer.storage
+    if storage.length == 0:
         return
-    check_rows(layer.keys.shape[0], key_states.shape[0])
-    if key_states.device != layer.keys.device and not layer.storage.is_away:  # where kernels would look for it
+    keys, values = storage.keys, storage.values
+    check_rows(keys.shape[0], key_states.shape[0])
+    if key_states.device != keys.device and not storage.is_away:  # where kernels would look for it
         raise ValueError(
-            f"The cache holds tokens for a model on {layer.keys.device}, and this one's keys are on {key_states.device}"
+            f"The cache holds tokens for a model on {keys.device}, and this one's keys are on {key_states.device}"
             ". Move the model back, or read the text with a new cache. The content of this one is unchanged."
         )
-    for stored, new in ((layer.keys, key_states), (layer.values, value_states)):
+    for stored, new in ((keys, key_states), (values, value_states)):
         is_alike = stored.dtype == new.dtype or layer.shared.saw_autocast
         if (stored.shape[1], stored.shape[3]) != (new.shape[1], new.shape[3]) or not is_alike:
             raise ValueError(

@@ -9,10 +9,6 @@ from .evicting import see
 from .handed import Handed
 
 
-def of_storage(name, doc=None):
-    return property(lambda layer: getattr(layer.storage, name), doc=doc)
-
-
 def beside(name):
     return property(lambda layer: layer.up_to_date().beside.get(name))
 
@@ -34,10 +30,12 @@ class Layer(CacheLayerMixin):
         self.evicts, self.is_sliding = self.storage.evicts, self.storage.is_local
         self.is_croppable = not self.evicts
 
-    keys, values = of_storage("keys"), of_storage("values")
+    # Each a function of its own, which `getattr` by a name would make a third slower: they are asked for in every step.
+    keys, values = property(lambda layer: layer.storage.keys), property(lambda layer: layer.storage.values)
     bounds, scales = beside("bounds"), beside("scales")
-    length, capacity, room = of_storage("length"), of_storage("capacity"), of_storage("room")
-    left_padding, padding = of_storage("left_padding"), of_storage("padding")
+    length, room = property(lambda layer: layer.storage.length), property(lambda layer: layer.storage.room)
+    capacity, padding = property(lambda layer: layer.storage.capacity), property(lambda layer: layer.storage.padding)
+    left_padding = property(lambda layer: layer.storage.left_padding)
 
     @property
     def method(self):
@@ -90,7 +88,7 @@ class Layer(CacheLayerMixin):
         """
         keys, values = self._as_stored(key_states, value_states)
         storage, num_new = self.storage, keys.shape[2]
-        if self.length == 0 and not storage.fits(keys, values):
+        if storage.length == 0 and not storage.fits(keys, values):
             storage.discard()
         self._take_padding(keys.shape[0])
         if self.is_sliding and self.shared.draft_start is not None:
@@ -210,13 +208,14 @@ class Layer(CacheLayerMixin):
         is_cast = self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
         keys, values = (self.autocast(keys), self.autocast(values)) if is_cast else (keys, values)
-        if self.length > 0:
-            self.storage.make_room(self.length)
-        if self.length == 0 or keys.dtype == values.dtype == self.keys.dtype:
+        storage = self.storage
+        if storage.length > 0:
+            storage.make_room(storage.length)
+        if storage.length == 0 or keys.dtype == values.dtype == storage.keys.dtype:
             return keys, values
-        dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), self.keys.dtype)
-        if dtype != self.keys.dtype:
-            self.storage.move(slice(None), self.capacity, dtype)
+        dtype = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), storage.keys.dtype)
+        if dtype != storage.keys.dtype:
+            storage.move(slice(None), storage.capacity, dtype)
         return keys.to(dtype), values.to(dtype)
 
     def autocast(self, tensor):

@@ -75,11 +75,11 @@ def attend_in_graph(layer, query, logits):
 
 def attend_one_by_one(layer, query, logits):
     layer.store_handed()
-    attend_one = attend_sparse if layer.is_sparse else attend_all
-    outputs = [
-        attend_one(layer, query[:, :, idx : idx + 1], idx + 1 - query.shape[2], logits) for idx in range(query.shape[2])
-    ]
-    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    attend_one, num_queries = attend_sparse if layer.is_sparse else attend_all, query.shape[2]
+    if num_queries == 1:
+        return attend_one(layer, query, 0, logits)
+    outputs = [attend_one(layer, query[:, :, i : i + 1], i + 1 - num_queries, logits) for i in range(num_queries)]
+    return torch.cat(outputs, dim=2)
 
 
 def attend_all(layer, query, offset, logits):

@@ -93,9 +93,9 @@ class Pages(Sharing):
     def write(self, keys, values, end):
         """Write keys and values to the slots before `end`, an int, or in a graph the [1] int64 of `on_device`."""
         if self.has_kernels:
-            *bounds, codes = (self.kernel_tensor(name) for name in ("bounds", "scales", "codes"))
+            bounds, scales, codes = self.known_to_kernels
             where = (self.on_device.length, self.padding, self.page_size)
-            torch.ops.hf_quest.append(self.keys, self.values, *bounds, keys, values, *where, codes)
+            torch.ops.hf_quest.append(self.keys, self.values, bounds, scales, keys, values, *where, codes)
         elif isinstance(end, int):
             slots = (2, end - keys.shape[2], keys.shape[2])
             self.keys.narrow(*slots).copy_(keys)
@@ -261,9 +261,9 @@ class Pages(Sharing):
         """Memory of [B, Hkv, slots] keys or values such as `like`."""
         return like.new_empty(*slots, like.shape[-1], dtype=dtype)
 
-    def kernel_tensor(self, name):
-        """One of `beside` that the kernels know, or None where a method means something else by its name."""
-        return self.beside.get(name) if self.keeps_bounds else None
+    @property
+    def known_to_kernels(self):  # or None, as all are where a method means something else by these names
+        return [self.beside.get(name) if self.keeps_bounds else None for name in ("bounds", "scales", "codes")]
 
     def in_blocks(self, num_slots):
         return -(-num_slots // self.block_size) * self.block_size
@@ -289,8 +289,8 @@ class Pages(Sharing):
     def find_addresses(self):
         if not self.has_kernels:
             return super().find_addresses()
-        beside = [self.kernel_tensor("bounds"), self.kernel_tensor("scales")]
-        tensors = [self.keys, self.values, *beside, self.work, self.kernel_tensor("codes")]
+        bounds, scales, codes = self.known_to_kernels
+        tensors = (self.keys, self.values, bounds, scales, self.work, codes)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         return [*addresses[:5], self.capacity, addresses[5], *[0] * 5]
 
