@@ -142,14 +142,21 @@ def kernels_table(result):
     return table
 
 
+def results_of(report):
+    """The results of a report of `bench_generate.py` or `bench_decode.py`, each with its context."""
+    of_contexts = report.get("contexts", ())
+    return report.get("results") or [{**case, "context": of["context"]} for of in of_contexts for case in of["results"]]
+
+
 def house_table(before, after):
     """ms per token of runs in turns, before and after the code was arranged anew, and how their means differ."""
     runs = {}
     for of_time, reports in (("before", before), ("after", after)):
         for report in reports:
-            for result in report["results"]:
+            for result in results_of(report):
                 case = runs.setdefault((result["context"], result["way"]), {"before": [], "after": []})
                 case[of_time].append(result["ms_per_token"])
+    runs = {case: times for case, times in runs.items() if all(times.values())}
     table = Table("tokens", "way", "before", "after", "difference")
     for (context, way), times in runs.items():
         cells = [", ".join(f"{ms:.2f}" for ms in times[of_time]) for of_time in ("before", "after")]
@@ -463,10 +470,12 @@ def tables():
     of_pages = [launch for launch in profile["launches"] if launch["page_size"] == 16 and launch["case"][3] == 32768]
     found["profile_codes"] = markdown(profile_table({"launches": of_pages}))
     house = [
-        [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}*.json"))]
+        [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"house_{of_time}_*.json"))]
         for of_time in ("before", "after")
     ]
     found["house"] = markdown(house_table(*house))
+    decode = [[json.loads((RESULTS / f"house_decode_{of_time}.json").read_text())] for of_time in ("before", "after")]
+    found["house_decode"] = markdown(house_table(*decode))
     printed = (RESULTS / "house_stages_before.txt").read_text()
     found["house_stages"] = markdown(house_stages_table(printed, stages))
     beyond = [RESULTS / f"{name}.json" for name in ("offload_gpu", "offload_512k", "offload_1m")]
