@@ -154,11 +154,12 @@ class Forwards(Cache):
 
     def _settle(self):
         """Count the tokens of the captured step that has run since it was prepared."""
-        if self.shared.step.state == TAKEN:
-            self.shared.step.is_over()
-            self.masks.begin()
+        step = self.shared.step
+        if step.state == TAKEN:
+            step.is_over()
+            self.shared.masks.begin()
             for layer in self.layers:
-                layer.took_step(self.shared.step.num_new)
+                layer.took_step(step.num_new)
 
     def _end_step(self):
         """Settle the step that was prepared, or forget what an interrupted graph has put of its drafts in a pool."""

@@ -25,18 +25,16 @@ PREPARE = inspect.unwrap(GenerationMixin.prepare_inputs_for_generation).__code__
 CRITERIA = inspect.unwrap(GenerationMixin._valid_auto_compile_criteria).__code__
 CALLS_COMPILED = "get_compiled_call" in inspect.unwrap(GenerationMixin._assisted_decoding).__code__.co_names
 MODULE_CALL = codes_of(torch.nn.Module._call_impl)
+DRAFTS_OR_GENERATE = ASSISTED | {id(GENERATE)}
+WHO_ASKS = DRAFTS_OR_GENERATE | PREFILL | MODULE_CALL
 
 
-def called_from(codes, stop_at=frozenset()):
-    """Whether one of the functions `codes` is in the stack, below the innermost of `stop_at`."""
+def innermost(codes):
+    """That of the functions `codes` which is innermost in the stack, or None."""
     frame = sys._getframe(1)
-    while frame is not None:
-        if id(frame.f_code) in codes:
-            return True
-        if id(frame.f_code) in stop_at:
-            return False
+    while frame is not None and id(frame.f_code) not in codes:
         frame = frame.f_back
-    return False
+    return None if frame is None else id(frame.f_code)
 
 
 def continues_its_masks():
@@ -60,17 +58,17 @@ def continues_its_masks():
 
 def is_assisted():
     """Whether `generate` is in assisted decoding, in which several new tokens may be drafts."""
-    return called_from(ASSISTED)
+    return innermost(ASSISTED) is not None
 
 
 def verifies_drafts():
     """Whether the innermost `generate` is in assisted decoding, and not an assistant's that writes the drafts."""
-    return called_from(ASSISTED, stop_at={id(GENERATE)})
+    return innermost(DRAFTS_OR_GENERATE) in ASSISTED
 
 
 def called_by_module():
     """Whether a model calls, and not somebody who fills a cache by hand."""
-    return called_from(MODULE_CALL)
+    return innermost(MODULE_CALL) is not None
 
 
 def calling_model():
@@ -141,9 +139,10 @@ def may_compile_for_caller(is_on_cpu):
     """
     caller = sys._getframe(2)
     is_in_vain = is_on_cpu and caller.f_code is PREPARE and not compiles_on_cpu()
-    if is_in_vain or called_from(PREFILL, stop_at=MODULE_CALL):
+    asks = None if is_in_vain else innermost(WHO_ASKS)
+    if is_in_vain or asks in PREFILL:
         return False
-    if verifies_drafts():
+    if asks in ASSISTED or (asks in MODULE_CALL and verifies_drafts()):
         return may_record_drafts(caller)
     model = caller.f_locals.get("self")
     is_one_graph = len(set(getattr(model, "hf_device_map", {}).values())) < 2
