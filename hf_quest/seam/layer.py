@@ -30,7 +30,6 @@ class Layer(CacheLayerMixin):
         self.evicts, self.is_sliding = self.storage.evicts, self.storage.is_local
         self.is_croppable = not self.evicts
 
-    # Each a function of its own, which `getattr` by a name would make a third slower: they are asked for in every step.
     keys, values = property(lambda layer: layer.storage.keys), property(lambda layer: layer.storage.values)
     bounds, scales = beside("bounds"), beside("scales")
     length, room = property(lambda layer: layer.storage.length), property(lambda layer: layer.storage.room)
