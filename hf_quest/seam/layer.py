@@ -9,6 +9,10 @@ from .evicting import see
 from .handed import Handed
 
 
+def of_storage(name, doc=None):
+    return property(lambda layer: getattr(layer.storage, name), doc=doc)
+
+
 def beside(name):
     return property(lambda layer: layer.up_to_date().beside.get(name))
 
@@ -30,11 +34,10 @@ class Layer(CacheLayerMixin):
         self.evicts, self.is_sliding = self.storage.evicts, self.storage.is_local
         self.is_croppable = not self.evicts
 
-    keys, values = property(lambda layer: layer.storage.keys), property(lambda layer: layer.storage.values)
+    keys, values = of_storage("keys"), of_storage("values")
     bounds, scales = beside("bounds"), beside("scales")
-    length, room = property(lambda layer: layer.storage.length), property(lambda layer: layer.storage.room)
-    capacity, padding = property(lambda layer: layer.storage.capacity), property(lambda layer: layer.storage.padding)
-    left_padding = property(lambda layer: layer.storage.left_padding)
+    length, capacity, room = of_storage("length"), of_storage("capacity"), of_storage("room")
+    left_padding, padding = of_storage("left_padding"), of_storage("padding")
 
     @property
     def method(self):
@@ -204,10 +207,9 @@ class Layer(CacheLayerMixin):
 
     def _as_stored(self, keys, values):
         """`keys` and `values` in the dtype of what is stored, which is widened where it cannot hold them."""
-        is_cast = self.shared.note_autocast(keys.device.type)
+        storage, is_cast = self.storage, self.shared.note_autocast(keys.device.type)
         check_arrival(self, keys, values)
         keys, values = (self.autocast(keys), self.autocast(values)) if is_cast else (keys, values)
-        storage = self.storage
         if storage.length > 0:
             storage.make_room(storage.length)
         if storage.length == 0 or keys.dtype == values.dtype == storage.keys.dtype:
